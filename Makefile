@@ -1,0 +1,51 @@
+# On a fresh machine with Python >= 3.11 and make: `make demo`, `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+WORK ?= runs/world1
+VIDEOS ?= 1200
+CLIPS ?= 8000
+EPOCHS ?= 6
+SEEDS ?= 0 1 2
+
+.PHONY: help install demo test lint types bench world clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   install into .venv and ground a sentence in the example clip"
+	@echo "make test   install and run all tests"
+	@echo "make lint   ruff;  make types  strict mypy;  make bench  all benchmarks"
+	@echo "make world  the whole chain: render, pretrain, extract, train, evaluate"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mmdist needs Python 3.11 or newer; try: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+# Every step goes on where it was; delete $(WORK) to begin anew.
+world: $(STAMP)
+	WORK=$(WORK) VIDEOS=$(VIDEOS) CLIPS=$(CLIPS) EPOCHS=$(EPOCHS) SEEDS="$(SEEDS)" \
+	  BIN=$(BIN) bash examples/chain.sh
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

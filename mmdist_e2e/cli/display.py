@@ -1,0 +1,128 @@
+"""What the commands draw: consoles, progress bars, tables. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from mmdist_e2e.extractors.batch import Outcome, Report, Video
+
+results = Console(highlight=False, soft_wrap=True)
+notes = Console(stderr=True, highlight=False)
+
+
+def say(line: str) -> None:
+    """One plain line on stderr, never wrapped nor read as markup."""
+    notes.print(line, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def bar(description: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
+    """A progress bar from 0 to `total`; yields a setter. Nothing is drawn without a terminal."""
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=notes,
+        transient=True,
+        disable=not notes.is_terminal,
+    ) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+class ExtractionProgress:
+    """Draws a batch: one bar over videos, one inside the running video."""
+
+    def __init__(self, total: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=notes,
+            transient=True,
+            disable=not notes.is_terminal,
+        )
+        self._all = self._progress.add_task("videos", total=total)
+        self._one = self._progress.add_task("", total=100)
+
+    def __enter__(self) -> ExtractionProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def started(self, video: Video, index: int, total: int) -> None:
+        self._progress.update(self._one, description=video.id[-40:], completed=0)
+
+    def advanced(self, fraction: float) -> None:
+        self._progress.update(self._one, completed=int(fraction * 100))
+
+    def finished(self, outcome: Outcome) -> None:
+        self._progress.advance(self._all)
+        if outcome.status == "failed":
+            say(f"failed: {outcome.cause}")
+
+
+class StepDisplay:
+    """A bar that restarts with each step; called with (what, done, of how many)."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=notes,
+            transient=True,
+            disable=not notes.is_terminal,
+        )
+        self._task = self._progress.add_task("loading")
+        self._said = ""
+
+    def __enter__(self) -> StepDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=what, completed=done, total=total)
+        if what != self._said and not notes.is_terminal:
+            say(what)  # a log file has no bar
+        self._said = what
+
+
+def extraction_summary(report: Report) -> Table:
+    """The final table: done, skipped and failed with causes."""
+    table = Table(title="Extraction", title_justify="left", show_edge=False)
+    table.add_column("result")
+    table.add_column("videos", justify="right")
+    table.add_column("rows", justify="right")
+    table.add_column("cause", overflow="fold")
+    rows = sum(outcome.rows for outcome in report.outcomes)
+    table.add_row("done", str(report.count("done")), str(rows), "")
+    table.add_row("skipped", str(report.count("skipped")), "", "up to date")
+    table.add_row("failed", str(report.count("failed")), "", "")
+    for outcome in report.failed:
+        table.add_row("", "", "", escape(outcome.cause))
+    return table

@@ -1,0 +1,146 @@
+"""Many videos: find them, skip what is done, collect every failure with its cause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from mmdist_e2e.extractors.networks import ExtractorSpec, SnippetNetwork
+from mmdist_e2e.store import FeatureStore, fast_digest
+from mmdist_e2e.structures import MmdistError
+
+VIDEO_SUFFIXES = frozenset(
+    ".avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv .3gp".split()
+)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file and its id: the path relative to the given root, without the suffix."""
+
+    id: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one video; `cause` says why it failed."""
+
+    video: Video
+    status: Literal["done", "skipped", "failed"]
+    rows: int = 0
+    cause: str = ""
+
+
+@dataclass
+class Report:
+    """Outcomes of a run, in order."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def count(self, status: str) -> int:
+        return sum(outcome.status == status for outcome in self.outcomes)
+
+    @property
+    def failed(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.status == "failed"]
+
+
+class BatchProgress(Protocol):
+    """What a caller may show: which video runs, how far it is, what became of it."""
+
+    def started(self, video: Video, index: int, total: int) -> None: ...
+    def advanced(self, fraction: float) -> None: ...
+    def finished(self, outcome: Outcome) -> None: ...
+
+
+def find_videos(paths: Sequence[Path]) -> tuple[list[Video], list[Outcome]]:
+    """Files as they are and folders searched in depth, sorted; plus what cannot be a video.
+
+    A file's id is its name, a video in a folder has its path relative to that folder, both
+    without the suffix. A missing path or a folder without videos comes back as a failed outcome,
+    so that the others are still done.
+    Raises MmdistError when two files have one id: one would overwrite the other's features.
+    """
+    videos: dict[str, Video] = {}
+    problems: list[Outcome] = []
+    for given in paths:
+        if given.is_dir():
+            found = [
+                Video(path.relative_to(given).with_suffix("").as_posix(), path)
+                for path in sorted(given.rglob("*"))
+                if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
+            ]
+            if not found:
+                valid = " ".join(sorted(VIDEO_SUFFIXES))
+                cause = f"The folder {given} has no videos (files ending in {valid})."
+                problems.append(Outcome(Video(str(given), given), "failed", cause=cause))
+        elif given.exists():
+            found = [Video(given.stem, given)]
+        else:
+            found = []
+            cause = f"{given} does not exist; give a video file or a folder of videos."
+            problems.append(Outcome(Video(str(given), given), "failed", cause=cause))
+        for video in found:
+            other = videos.setdefault(video.id, video)
+            if other.path.resolve() != video.path.resolve():
+                raise MmdistError(
+                    f"Two files have the video id {video.id!r}: {other.path} and {video.path}; "
+                    f"rename one, or extract them into different folders."
+                )
+    return list(videos.values()), problems
+
+
+def extract_many(
+    videos: Sequence[Video],
+    spec: ExtractorSpec,
+    store: FeatureStore,
+    *,
+    overwrite: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    stall_seconds: float = 60.0,
+    progress: BatchProgress | None = None,
+    load: Callable[..., SnippetNetwork] = SnippetNetwork,
+) -> Report:
+    """Extract every video that is not up to date; one failure never stops the others.
+
+    A video is skipped when its stored features were made in the same way from the same file.
+    The network is loaded only when there is something to do. A failure to write (a full disk,
+    a file where the folder should be) fails each video with its cause.
+    """
+    from mmdist_e2e.extractors.extract import extract_video
+    from mmdist_e2e.extractors.video import Decoder
+
+    report = Report()
+    network: SnippetNetwork | None = None
+    with Decoder(stall_seconds=stall_seconds) as decoder:
+        for index, video in enumerate(videos):
+            if progress is not None:
+                progress.started(video, index, len(videos))
+            try:
+                if not overwrite and store.up_to_date(
+                    video.id, spec.modality, matters=spec.matters, source=fast_digest(video.path)
+                ):
+                    outcome = Outcome(video, "skipped")
+                else:
+                    network = network or load(spec, device=device, precision=precision)
+                    features = extract_video(
+                        video.path,
+                        network,
+                        decoder,
+                        progress=progress.advanced if progress is not None else None,
+                    )
+                    store.save(video.id, features)
+                    outcome = Outcome(video, "done", rows=len(features.data))
+            except MmdistError as error:
+                outcome = Outcome(video, "failed", cause=str(error))
+            except OSError as error:
+                cause = f"{video.path} could not be read ({error.strerror or error})."
+                outcome = Outcome(video, "failed", cause=cause)
+            report.outcomes.append(outcome)
+            if progress is not None:
+                progress.finished(outcome)
+    return report

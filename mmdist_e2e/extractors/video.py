@@ -1,0 +1,313 @@
+"""Video in and out: the only file that knows a video library, with its child process.
+
+    with Decoder() as decoder:
+        for chunk in decoder.frames("clip.mp4", fps=25):
+            chunk.frames_NHWC, chunk.times_N
+
+Decoding happens in `python -m mmdist_e2e.extractors.decoder` (decoder.py says why): a subprocess
+and not a `multiprocessing` spawn, so that a script without a main guard works. Frames come
+through a ring of memory-mapped slots; a crash or a stall of the child is one failed video.
+
+Shape suffixes: N frames, H height, W width, C channels (always 3, RGB).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdist_e2e.extractors.child import Child
+from mmdist_e2e.structures import MmdistError
+
+FpsPolicy = Literal["ceiling", "exact"]
+
+
+class VideoError(MmdistError):
+    """One video cannot be read; the message says why, `path` which."""
+
+    def __init__(self, path: Path, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What is known before decoding.
+
+    width, height: pixels as displayed (a rotated video upright).
+    fps: average frames a second. duration_seconds: the end of the last frame, the first being
+    displayed at 0. frame_count: as the file claims; decoding tells whether it is so.
+    """
+
+    width: int
+    height: int
+    fps: float
+    duration_seconds: float
+    frame_count: int
+    codec: str
+
+
+@dataclass(frozen=True)
+class FrameChunk:
+    """Consecutive samples of a video, the caller's to keep.
+
+    frames_NHWC: [N, H, W, 3] uint8 RGB.
+    times_N: [N] float64 seconds at which each is sampled; the first displayed frame is at 0.
+    """
+
+    frames_NHWC: NDArray[np.uint8]  # noqa: N815 - shape suffix
+    times_N: NDArray[np.float64]  # noqa: N815 - shape suffix
+
+
+class FrameStream:
+    """The samples of one video, to be iterated once; another request to the decoder ends it.
+
+    info: the video's facts. fps: the effective rate (see `Decoder.frames`). sample_count: how
+    many samples there will be.
+    """
+
+    def __init__(self, decoder: Decoder, job: int, path: Path, opened: Mapping[str, Any]) -> None:
+        self.info = VideoInfo(**opened["info"])
+        self.fps: float = opened["fps"]
+        self.sample_count: int = opened["samples"]
+        self._chunks = decoder._chunks(job, path, self.info)
+
+    def __iter__(self) -> Iterator[FrameChunk]:
+        return self._chunks
+
+    def close(self) -> None:
+        """Stop decoding the rest."""
+        self._chunks.close()
+
+
+class Decoder:
+    """Reads videos, one at a time, in one child process that is started again after a failure.
+
+    Starting it takes about half a second, so keep one for many videos. Use as a context manager.
+
+    stall_seconds: the child is killed, and the video fails, when nothing comes for so long.
+    chunk_bytes: size of a chunk of frames at most (but at least one frame); the ring holds two.
+    """
+
+    def __init__(self, *, stall_seconds: float = 60.0, chunk_bytes: int = 16 * 2**20) -> None:
+        if not stall_seconds > 0:
+            raise MmdistError(f"stall_seconds must be positive; got {stall_seconds}.")
+        if not chunk_bytes > 0:
+            raise MmdistError(f"chunk_bytes must be positive; got {chunk_bytes}.")
+        self._stall_seconds = stall_seconds
+        self._chunk_bytes = chunk_bytes
+        self._child: Child | None = None
+        self._job = 0
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child and give its memory back; the decoder can be used again."""
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+
+    def probe(self, path: str | Path) -> VideoInfo:
+        """The facts of a video whose first frame decodes.
+
+        Raises:
+            VideoError: missing, empty, not a video, without pictures, cut off, or damaged.
+        """
+        return VideoInfo(**self._open("probe", Path(path))["info"])
+
+    def frames(
+        self,
+        path: str | Path,
+        *,
+        fps: float | None = 25.0,
+        fps_policy: FpsPolicy = "ceiling",
+    ) -> FrameStream:
+        """Sample a video by timestamp: sample j is the frame displayed at j / fps seconds.
+
+        "ceiling": a video that is not faster than `fps` keeps its own frames and average rate
+        (one of variable rate is sampled regularly at its average rate). "exact": frames are
+        repeated to reach `fps`. `None`: every frame once, at its own time. Memory does not grow
+        with length, and no frame is decoded twice.
+
+        Raises:
+            VideoError: here as `probe` does, or while iterating where damage shows up later,
+                when the child crashes or stalls.
+        """
+        if fps is not None and not 0 < fps <= 1000:
+            raise MmdistError(f"fps must be between 0 and 1000; got {fps}.")
+        if fps_policy not in ("ceiling", "exact"):
+            raise MmdistError(f"The fps policy {fps_policy!r} is unknown; valid: ceiling, exact.")
+        path = Path(path)
+        opened = self._open("frames", path, fps=fps, policy=fps_policy)
+        return FrameStream(self, self._job, path, opened)
+
+    def _open(self, do: str, path: Path, **options: Any) -> dict[str, Any]:
+        try:
+            size = path.stat().st_size
+        except (OSError, ValueError) as error:
+            cause = getattr(error, "strerror", None) or str(error)
+            if isinstance(error, FileNotFoundError):
+                raise VideoError(path, f"{path} does not exist; give a video file.") from None
+            raise VideoError(path, f"{path} cannot be read: {cause}.") from None
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise VideoError(path, f"{path} is {kind}; give a video file.")
+        if size == 0:
+            raise VideoError(path, f"{path} is empty (0 bytes); copy or download it again.")
+        try:
+            with path.open("rb"):
+                pass
+        except OSError as error:
+            raise VideoError(path, f"{path} cannot be read: {error.strerror}.") from None
+        if self._child is None:
+            self._child = Child()
+        self._job += 1
+        self._send(path, do=do, file=str(path.absolute()), name=str(path), **options)
+        return self._receive(self._job, path)
+
+    def _chunks(self, job: int, path: Path, info: VideoInfo) -> Generator[FrameChunk, None, None]:
+        shape = (info.height, info.width, 3)
+        self._check_current(job, path)
+        assert self._child is not None
+        ring = self._child.ring_for(max(self._chunk_bytes, info.height * info.width * 3))
+        self._send(path, do="go", ring=ring.name, slot_bytes=ring.slot_bytes)
+        last = False
+        try:
+            while not last:
+                message = self._receive(job, path)
+                ring.unlink()
+                times_N = np.array(message["times"], dtype=np.float64)
+                # A copy (4 ms for 16 MiB), so that the chunk is the caller's and the slot free.
+                frames_NHWC = ring.copy(message["slot"], (len(times_N), *shape))
+                last = message["last"]
+                if not last:
+                    self._send(path, do="free")
+                yield FrameChunk(frames_NHWC, times_N)
+                self._check_current(job, path, over=last)
+        finally:
+            if not last and self._child is not None and job == self._job:
+                with contextlib.suppress(VideoError):
+                    self._send(path, do="stop")
+
+    def _check_current(self, job: int, path: Path, *, over: bool = False) -> None:
+        if not over and (job != self._job or self._child is None):
+            raise VideoError(
+                path,
+                f"{path} is no longer being read, as its decoder was closed or given another "
+                "video; use one decoder for each video read at the same time.",
+            )
+
+    def _send(self, path: Path, **message: Any) -> None:
+        assert self._child is not None
+        try:
+            self._child.send({"job": self._job, **message})
+        except OSError:
+            raise self._crashed(path) from None
+
+    def _receive(self, job: int, path: Path) -> dict[str, Any]:
+        """The next message of this job that matters; a failure ends the child."""
+        while True:
+            assert self._child is not None
+            try:
+                message = self._child.messages.get(timeout=self._stall_seconds)
+            except queue.Empty:
+                self._child.end()
+                self._child = None
+                raise VideoError(
+                    path,
+                    f"{path} was given up because its decoder delivered nothing for "
+                    f"{self._stall_seconds:g} seconds; the file may be damaged.",
+                ) from None
+            if message is None:
+                raise self._crashed(path)
+            if message["job"] != job or "alive" in message:
+                continue
+            if "error" in message:
+                raise VideoError(path, message["error"])
+            return message
+
+    def _crashed(self, path: Path) -> VideoError:
+        assert self._child is not None
+        how = self._child.end()
+        self._child = None
+        return VideoError(path, f"{path} made its decoder crash ({how}); the file may be damaged.")
+
+
+def write_video(
+    path: Path,
+    frames: Iterable[NDArray[np.uint8]],
+    *,
+    fps: float,
+    crf: int = 23,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write frames [H, W, C] uint8 RGB as an H.264 (yuv420p) MP4, whole or not at all.
+
+    The file is made under a temporary name in the same folder, synced and renamed. One encoder
+    thread, so that equal frames give equal files whatever the machine. `crf` is x264's constant
+    rate factor (lower is better). Any `metadata` key is kept in the container.
+
+    Raises:
+        MmdistError: no frames, odd sides, sides that change, a bad fps, or an unwritable path.
+    """
+    import av  # lazily: most processes that import this module never write
+
+    path = Path(path)
+    if not (np.isfinite(fps) and 0 < fps <= 1000):
+        raise MmdistError(f"A video's fps must be between 0 and 1000; got {fps} for {path}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with av.open(
+            str(temporary.absolute()),
+            "w",
+            format="mp4",
+            container_options={"movflags": "use_metadata_tags", "fflags": "+bitexact"},
+        ) as container:
+            container.metadata.update(metadata or {})
+            stream = None
+            shape: tuple[int, ...] = ()
+            for frame_HWC in frames:
+                if stream is None:
+                    shape = frame_HWC.shape
+                    if len(shape) != 3 or shape[2] != 3 or shape[0] % 2 or shape[1] % 2:
+                        raise MmdistError(
+                            f"Frames for {path} must be [height, width, 3] with even sides "
+                            f"(H.264 halves the colour); got {list(shape)}."
+                        )
+                    rate = Fraction(fps).limit_denominator(10_000)
+                    stream = container.add_stream("libx264", rate=rate)
+                    stream.height, stream.width = shape[:2]
+                    stream.pix_fmt = "yuv420p"
+                    stream.options = {"crf": str(crf), "threads": "1"}
+                if frame_HWC.shape != shape or frame_HWC.dtype != np.uint8:
+                    raise MmdistError(
+                        f"Every frame of {path} must be uint8 {list(shape)}; got "
+                        f"{frame_HWC.dtype} {list(frame_HWC.shape)}."
+                    )
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+                container.mux(stream.encode(frame))
+            if stream is None:
+                raise MmdistError(f"{path} cannot be written without frames; give at least one.")
+            container.mux(stream.encode(None))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, av.FFmpegError) as error:
+        cause = getattr(error, "strerror", None) or str(error)
+        raise MmdistError(f"{path} cannot be written: {cause}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,212 @@
+"""A checkpoint is a folder: config.json, model.safetensors, vocabulary.json and a model card.
+
+Word vectors that are not the shipped ones lie beside them in words.safetensors, so that a folder
+answers on any machine. Never a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from mmdist_e2e.grounding.datasets import FeatureTable, collate
+from mmdist_e2e.grounding.inference import predict_batch, rank
+from mmdist_e2e.grounding.models import GlobalBranch
+from mmdist_e2e.grounding.recipes import Recipe
+from mmdist_e2e.grounding.text import Sentence, Vocabulary
+from mmdist_e2e.store import write_atomically, write_json
+from mmdist_e2e.structures import Features, MmdistError, Moment, differences
+from mmdist_e2e.weights.words import (
+    SHIPPED_NAME,
+    WordVectors,
+    read_safetensors,
+    shipped_word_vectors,
+)
+
+FORMAT = 1
+CONFIG, MODEL, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
+WORDS = "words.safetensors"
+
+
+@dataclass
+class GroundingModel:
+    """A trained network with all it needs to answer.
+
+    config: the checkpoint's config.json (recipe, seed, what it was trained on and chosen by).
+    """
+
+    model: GlobalBranch
+    recipe: Recipe
+    vocabulary: Vocabulary
+    config: Mapping[str, Any]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that `answer` needs."""
+        return tuple(self.config["features"])
+
+    @property
+    def matters(self) -> Mapping[str, Mapping[str, Any]]:
+        """By modality, the provenance that features must have."""
+        matters: Mapping[str, Mapping[str, Any]] = self.config["features"]
+        return matters
+
+    @property
+    def card_line(self) -> str:
+        """Which model this is and what it was trained on, in one line."""
+        return (
+            f"{self.recipe.name} (seed {self.config['seed']}, {', '.join(self.modalities)}, "
+            f"{self.recipe.model.hidden} channels), trained on {self.config['trained_on']}"
+        )
+
+    def check_features(self, modality: str, matters: Mapping[str, Any]) -> None:
+        """Raises MmdistError when features were made unlike those of training, saying how."""
+        unlike = differences(self.matters[modality], matters)
+        if unlike:
+            raise MmdistError(
+                f"These {modality} features were not made as this model needs them: "
+                f"{'; '.join(unlike)}; extract them again with the model's extractor and settings."
+            )
+
+    def check_query(self, query: str) -> Sentence:
+        """The query as the network reads it.
+
+        Raises MmdistError when it is empty, has no known word, or no word this model can rank by.
+        """
+        sentence = self.vocabulary.encode(query)
+        if not (sentence.ids_W > 0).any():
+            raise MmdistError(
+                f"None of the words of the query '{query}' occurs in the sentences that this model "
+                f"was trained on, so it cannot rank moments for it; use words like "
+                f"{', '.join(self.vocabulary.words[:8])}."
+            )
+        return sentence
+
+    def answer(self, features: Mapping[str, Features], query: str) -> list[Moment]:
+        """All K proposals as moments in seconds, best first; a score is minus the loss.
+
+        features: by modality, as extracted. Raises MmdistError for features of another kind and
+        as `check_query`. The answer depends on no seed.
+        """
+        sentence = self.check_query(query)
+        (modality,) = self.modalities
+        if modality not in features:
+            raise MmdistError(
+                f"This model needs {modality} features; these are "
+                f"{', '.join(sorted(features)) or 'none'}."
+            )
+        given = features[modality]
+        self.check_features(modality, given.provenance.matters)
+        data_LF = given.resample(self.recipe.model.length).data
+        frames_BLF = torch.from_numpy(data_LF)[None].to(self.model.mask_vec.device)
+        self.model.eval()
+        ranked = rank(*predict_batch(self.model, collate([sentence], frames_BLF)))
+        spans = zip(ranked.starts[0], ranked.ends[0], ranked.scores[0], strict=True)
+        length = given.duration_seconds
+        return [Moment(float(s) * length, float(e) * length, float(score)) for s, e, score in spans]
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model: GlobalBranch,
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    table: FeatureTable,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint folder; config.json last, so that a folder with one is whole.
+
+    facts: seed, trained_on, selected_by, and whatever else the config shall remember.
+    """
+    vectors = vocabulary.vectors
+    is_shipped = vectors.name == SHIPPED_NAME and vectors.digest == shipped_word_vectors().digest
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
+    write_atomically(folder / MODEL, lambda stream: _write(stream, weights))
+    if not is_shipped:
+        packed = vectors.to_bytes()
+        write_atomically(folder / WORDS, lambda stream: _write(stream, packed))
+    write_json(folder / VOCABULARY, {"words": list(vocabulary.words)})
+    config = {
+        "format": FORMAT,
+        "kind": "grounding",
+        **recipe.to_json(),
+        "features": {table.modality: dict(table.matters)},
+        "word_vectors": {"name": vectors.name, "dim": vectors.dim, "digest": vectors.digest},
+        **facts,
+    }
+    card = _card(config).encode()
+    write_atomically(folder / CARD, lambda stream: _write(stream, card))
+    write_json(folder / CONFIG, config)
+
+
+def _write(stream: Any, data: bytes) -> None:
+    stream.write(data)
+
+
+def load_checkpoint(folder: Path) -> GroundingModel:
+    """Load a checkpoint folder, strictly. Raises MmdistError saying which file is wrong."""
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise MmdistError(
+            f"'{folder}' is not a checkpoint (it has no {CONFIG}); give the folder that "
+            f"mmdist train wrote."
+        )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        words = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))["words"]
+        recipe = Recipe.from_json(config)
+        vectors = _vectors_of(folder, config["word_vectors"])
+        weights = load_file(folder / MODEL)
+        model = GlobalBranch(recipe.model)
+        model.load_state_dict(weights, strict=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, MmdistError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise MmdistError(
+            f"The checkpoint '{folder}' cannot be loaded ({type(error).__name__}: {reason}); "
+            f"restore the folder or train it again."
+        ) from error
+    return GroundingModel(model.eval(), recipe, Vocabulary(words, vectors), config)
+
+
+def _vectors_of(folder: Path, expected: Mapping[str, Any]) -> WordVectors:
+    own = folder / WORDS
+    vectors = read_safetensors(own) if own.is_file() else shipped_word_vectors()
+    if vectors.digest != expected["digest"]:
+        raise MmdistError(
+            f"The checkpoint '{folder}' was trained with the word vectors '{expected['name']}', "
+            f"and '{vectors.name}' is not the same; restore its {WORDS}."
+        )
+    return vectors
+
+
+def _card(config: Mapping[str, Any]) -> str:
+    """The model card: what it is, where from, how good, and what it cannot do."""
+    validation = config.get("validation") or {}
+    figures = ", ".join(f"{k} {v:.1f}" for k, v in validation.items()) or "none"
+    model = config["model"]
+    reads = ", ".join(
+        f"{modality} features of {matters.get('extractor', '?')}"
+        for modality, matters in config["features"].items()
+    )
+    return f"""# {config["name"]}: moments of a video from a sentence
+
+- **Trained on**: {config["trained_on"]}; sentences and videos only, no timestamps.
+- **Command**: `{config.get("command", "mmdist train " + config["name"])}`, seed {config["seed"]}.
+- **Reads**: {reads}, {model["feature_dim"]} channels at {model["length"]} positions;
+  sentences of at most 20 words by {config["word_vectors"]["name"]}.
+- **Chosen**: {config["selected_by"]}.
+- **Validation** (percent, chosen on the same data): {figures}.
+- **Limits**: it knows what its training videos show and {model["vocabulary_size"]} words; its
+  moments are about as long as its diversity prior asks for; on other videos it guesses.
+"""

@@ -1,0 +1,69 @@
+"""Tiny stand-ins: a random extractor in a checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_extractor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a random I3D of 128 features that reads 32² frames."""
+    import torch
+    from safetensors.torch import save_file
+
+    from mmdist_e2e.extractors.i3d import InceptionI3d
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("extractor") / "tiny"
+    folder.mkdir()
+    network = InceptionI3d(4, 3, 0.125)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    config = {
+        "name": "tiny",
+        "network": "i3d",
+        "in_channels": 3,
+        "width": 0.125,
+        "num_classes": 4,
+        "modality": "rgb",
+        "fps": 12.0,
+        "window": 16,
+        "stride": 8,
+        "preprocessing": {"size": 32},
+        "trained_on": "nothing: random weights for tests",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_extractor: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with six clips, their features, annotations, and a tiny model trained on them."""
+    from click.testing import CliRunner
+    from make_videos import make_video
+
+    from mmdist_e2e.cli.main import main
+
+    root = tmp_path_factory.mktemp("run")
+    (root / "videos").mkdir()
+    lines = []
+    for i in range(6):
+        make_video(root / "videos" / f"v{i}.mp4", 40 + 10 * i)
+        lines.append(f"v{i} 0.2 1.0##person opens the {'door' if i % 2 else 'box'}.")
+    (root / "train.txt").write_text("\n".join(lines[:4]) + "\n")
+    (root / "test.txt").write_text("\n".join(lines[4:]) + "\n")
+    common = ["--out", str(root / "features"), "--extractor", str(tiny_extractor)]
+    extracted = CliRunner().invoke(main, ["extract", str(root / "videos"), *common])
+    assert extracted.exit_code == 0, extracted.output
+    small = ("hidden=16", "heads=2", "layers=1", "feed_forward=32", "proposals=3", "epochs=2")
+    sets = [part for setting in small for part in ("--set", setting)]
+    trained = CliRunner().invoke(
+        main,
+        ["train", "cpl", "--features", str(root / "features"), "--length", "48", *sets]
+        + ["--train", str(root / "train.txt"), "--val", str(root / "test.txt")]
+        + ["--out", str(root / "model")],
+    )
+    assert trained.exit_code == 0, trained.output
+    return root

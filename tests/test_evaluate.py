@@ -1,0 +1,111 @@
+"""Metrics and controls against brute force."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmdist_e2e.grounding.evaluate import (
+    best_constant_span,
+    iou,
+    random_proposal_metrics,
+    recall_metrics,
+    shuffled_order,
+    write_predictions,
+)
+from mmdist_e2e.grounding.inference import Predictions
+
+
+def slow_iou(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """On a fine grid of instants."""
+    grid = (np.arange(20_000) + 0.5) / 1000
+    in_a = (grid >= a[0]) & (grid < a[1])
+    in_b = (grid >= b[0]) & (grid < b[1])
+    union = (in_a | in_b).sum()
+    return float((in_a & in_b).sum() / union) if union else 0.0
+
+
+def random_spans(count: int, rng: np.random.Generator) -> np.ndarray:
+    return np.sort(rng.uniform(0, 20, (count, 2)), axis=1)
+
+
+def test_iou_against_counting_instants() -> None:
+    rng = np.random.default_rng(0)
+    a, b = random_spans(50, rng), random_spans(50, rng)
+    expected = [slow_iou(tuple(x), tuple(y)) for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(iou(a, b), expected, atol=2e-3)
+
+
+def test_iou_at_its_edges() -> None:
+    spans = np.array([[0.0, 5.0], [5.0, 9.0], [3.0, 3.0]])
+    assert iou(spans[0], spans[1]) == 0  # they touch
+    assert iou(spans[0], spans[0]) == 1
+    assert iou(spans[2], spans[2]) == 0  # empty both: no division by zero
+    assert iou(spans[0], spans[2]) == 0
+
+
+def test_recall_against_counting() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.uniform(0, 1, (40, 8))
+    values[0, 0] = 0.5  # a hit is IoU >= m
+    metrics = recall_metrics(values)
+    for n in (1, 5):
+        for m in (0.3, 0.5, 0.7):
+            hits = sum(any(v >= m for v in row[:n]) for row in values.tolist())
+            assert metrics[f"R@{n},IoU={m}"] == pytest.approx(100 * hits / 40)
+    assert metrics["mIoU"] == pytest.approx(100 * sum(row[0] for row in values.tolist()) / 40)
+    assert "R@5,IoU=0.5" not in recall_metrics(values[:, :3])
+
+
+def test_best_constant_span_against_all_of_them() -> None:
+    rng = np.random.default_rng(2)
+    durations = rng.uniform(15, 20, 30)
+    truth = random_spans(30, rng)
+    (start, end), values = best_constant_span(truth, durations)
+    hits = {}
+    for i in range(20):
+        for j in range(i + 1, 21):
+            spans = [(i / 20 * d, j / 20 * d) for d in durations]
+            each = [
+                iou(np.array(s), np.array(t)) for s, t in zip(spans, truth.tolist(), strict=True)
+            ]
+            hits[i / 20, j / 20] = sum(v >= 0.5 for v in each)
+    assert hits[start, end] == max(hits.values())
+    assert (values >= 0.5).sum() == max(hits.values())
+
+
+def test_a_random_proposal_is_an_expectation() -> None:
+    values = np.random.default_rng(3).uniform(0, 1, (25, 8))
+    metrics = random_proposal_metrics(values)
+    assert metrics["R@1,IoU=0.5"] == pytest.approx(100 * (values >= 0.5).mean())
+    assert metrics["mIoU"] == pytest.approx(100 * values.mean())
+
+
+@pytest.mark.parametrize("groups", [[1] * 10, [3, 3, 3, 2], [5, 1, 1, 1, 1, 1], [2, 2]])
+def test_shuffling_gives_every_query_a_sentence_of_another_video(groups: list[int]) -> None:
+    videos = [f"v{i}" for i, size in enumerate(groups) for _ in range(size)]
+    np.random.default_rng(0).shuffle(videos)
+    order = shuffled_order(videos)
+    assert sorted(order) == list(range(len(videos)))
+    assert all(videos[i] != videos[j] for i, j in enumerate(order))
+    assert order == shuffled_order(videos)
+
+
+def test_predictions_are_one_line_a_query(tmp_path: Path) -> None:
+    from mmdist_e2e.grounding.datasets import Annotation, Item
+    from mmdist_e2e.grounding.text import Vocabulary
+    from mmdist_e2e.weights.words import shipped_word_vectors
+
+    vocabulary = Vocabulary(["person"], shipped_word_vectors())
+    annotation = Annotation("v", 10.0, 2.0, 6.0, "person “opens” door")
+    item = Item(annotation, 10.0, vocabulary.encode("person"), 0)
+    spans = Predictions(np.array([[0.2, 0.0]]), np.array([[0.6, 0.5]]), np.array([[-1.0, -2.0]]))
+    write_predictions(tmp_path / "p.jsonl", [item], spans)
+    (row,) = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert row["video"] == "v"
+    assert row["sentence"] == annotation.sentence
+    assert row["moments"] == [[2.0, 6.0, -1.0], [0.0, 5.0, -2.0]]
+    assert row["iou"] == 1.0

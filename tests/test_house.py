@@ -1,0 +1,125 @@
+"""Imports flow one way, and light things stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "mmdist_e2e"
+ROOMS = (
+    "structures",
+    "store",
+    "weights",
+    "extractors",
+    "grounding",
+    "synthetic",
+    "pipeline",
+    "cli",
+)
+MAY_IMPORT = {
+    "structures": set(),
+    "store": {"structures"},
+    "weights": {"structures", "store"},
+    "extractors": {"structures", "store", "weights"},
+    "grounding": {"structures", "store", "weights"},
+    "synthetic": {"structures", "store", "weights", "extractors"},
+    "pipeline": {"structures", "store", "weights", "extractors", "grounding"},
+    "cli": {*ROOMS},
+}
+ONLY_HERE = {  # library -> the files that may know it
+    "click": {"cli"},
+    "rich": {"cli"},
+    "decord": {"extractors/decoder.py"},
+    "av": {"extractors/video.py", "extractors/container.py"},
+    "cv2": {"extractors/flow.py", "synthetic"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, lazily or not."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_flow_one_way(path):
+    room = room_of(path)
+    if room in ("__init__", "__main__"):
+        return
+    used = {name.split(".")[1] for name in imports_of(path) if name.startswith("mmdist_e2e.")}
+    strangers = {name for name in used if name in ROOMS} - MAY_IMPORT[room] - {room}
+    assert not strangers, f"{room} must not import {strangers}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_libraries_stay_in_their_rooms(path):
+    place = path.relative_to(ROOT).as_posix()
+    for name in imports_of(path):
+        library = name.split(".")[0]
+        homes = ONLY_HERE.get(library)
+        assert homes is None or any(place.startswith(home) for home in homes), (
+            f"{place} imports {library}, which only {homes} may know"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 330
+
+
+def modules_after(code: str) -> set[str]:
+    probe = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import mmdist_e2e",
+        "import mmdist_e2e.cli.main",
+        "from mmdist_e2e import Features, Moment, FeatureStore",
+        "import mmdist_e2e.extractors.decoder",
+        "import mmdist_e2e.extractors.video, mmdist_e2e.extractors.batch",
+    ],
+)
+def test_light_things_never_import_torch(code):
+    loaded = modules_after(code)
+    assert "torch" not in loaded
+    assert "numpy" in loaded or code == "import mmdist_e2e"
+
+
+def test_help_never_imports_torch():
+    code = (
+        "from mmdist_e2e.cli.main import main\n"
+        "import contextlib, io\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main(['--help'], standalone_mode=False)"
+    )
+    assert "torch" not in modules_after(code)
+
+
+def test_public_names_all_load():
+    import mmdist_e2e as mm
+
+    assert {"load", "extract", "Features", "Moment"} <= set(dir(mm))
+    for name in dir(mm):
+        assert getattr(mm, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = mm.nonsense

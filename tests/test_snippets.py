@@ -1,0 +1,60 @@
+"""Windows and tails against a brute-force reading of the rule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mmdist_e2e.extractors.snippets import Windows, row_count, row_times
+
+
+def brute_force(frames: int, window: int, stride: int, tail: str) -> list[list[int]]:
+    rows = []
+    for start in range(0, frames, stride):
+        wanted = list(range(start, start + window))
+        whole = wanted[-1] < frames
+        if tail == "repeat_last" or whole or not rows:
+            if tail == "drop" and not whole and start > 0:
+                continue
+            rows.append([min(i, frames - 1) for i in wanted])
+    return rows
+
+
+@pytest.mark.parametrize("tail", ["repeat_last", "drop"])
+@pytest.mark.parametrize(("window", "stride"), [(4, 2), (16, 8), (3, 3), (2, 5), (1, 1)])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_windows_cover_every_frame_by_the_rule(window, stride, tail, chunk):
+    for frames in range(1, 40):
+        cutter = Windows(window=window, stride=stride, tail=tail)
+        video = np.arange(frames)
+        got = []
+        for first in range(0, frames, chunk):
+            got += [w.tolist() for w in cutter.push(video[first : first + chunk])]
+        got += [w.tolist() for w in cutter.finish()]
+        assert got == brute_force(frames, window, stride, tail)
+        assert len(got) == row_count(frames, window=window, stride=stride, tail=tail) >= 1
+
+
+def test_memory_does_not_grow_with_length():
+    cutter = Windows(window=16, stride=8)
+    for _ in range(500):
+        for _ in cutter.push(np.zeros((5, 2, 2))):
+            pass
+        assert cutter._held is not None
+        assert len(cutter._held) <= 16 + 5
+
+
+def test_times_start_at_zero_and_end_at_the_duration():
+    times = row_times(5, window=16, stride=8, fps=12.0, duration_seconds=3.3)
+    assert times[0, 0] == 0.0
+    assert times[-1, 1] == 3.3
+    assert (times[:, 1] > times[:, 0]).all()
+    np.testing.assert_allclose(np.diff(times[:, 0]), 8 / 12)
+    assert row_times(1, window=16, stride=8, fps=12, duration_seconds=0.2).tolist() == [[0.0, 0.2]]
+
+
+def test_no_frame_gives_no_row_and_bad_settings_are_refused():
+    assert row_count(0, window=4, stride=2) == 0
+    assert list(Windows(window=4, stride=2).finish()) == []
+    with pytest.raises(ValueError, match="window and stride"):
+        Windows(window=0, stride=2)
