@@ -6,6 +6,7 @@ Shape suffixes: S snippets, D channels, L resampled positions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -125,7 +126,7 @@ class Features:
         edges = np.round(np.arange(length + 1, dtype=np.float64) / length * count).astype(np.int64)
         edges = np.minimum(edges, count - 1)
         data = np.empty((length, self.data.shape[1]), dtype=np.float32)
-        for i, (left, right) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for i, (left, right) in enumerate(itertools.pairwise(edges)):
             data[i] = self.data[left:right].mean(axis=0) if left < right else self.data[left]
         bounds = np.linspace(0.0, self.duration_seconds, length + 1)
         times = np.stack([bounds[:-1], bounds[1:]], axis=1)

@@ -57,13 +57,11 @@ def tiny_run(tiny_extractor: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     common = ["--out", str(root / "features"), "--extractor", str(tiny_extractor)]
     extracted = CliRunner().invoke(main, ["extract", str(root / "videos"), *common])
     assert extracted.exit_code == 0, extracted.output
-    small = ("hidden=16", "heads=2", "layers=1", "feed_forward=32", "proposals=3", "epochs=2")
-    sets = [part for setting in small for part in ("--set", setting)]
-    trained = CliRunner().invoke(
-        main,
-        ["train", "cpl", "--features", str(root / "features"), "--length", "48", *sets]
-        + ["--train", str(root / "train.txt"), "--val", str(root / "test.txt")]
-        + ["--out", str(root / "model")],
-    )
+    model = ["--out", str(root / "model"), "--features", str(root / "features")]
+    model += ["--train", str(root / "train.txt"), "--val", str(root / "test.txt")]
+    model += ["--length", "48"]
+    for small in ("hidden=16", "heads=2", "layers=1", "feed_forward=32", "proposals=3", "epochs=2"):
+        model += ["--set", small]
+    trained = CliRunner().invoke(main, ["train", "cpl", *model])
     assert trained.exit_code == 0, trained.output
     return root

@@ -21,8 +21,8 @@ def tf_pads(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def patches(volume: Volume, kernel: tuple[int, ...], stride: tuple[int, ...]):  # noqa: ANN201
-    """Yield (offset, the strided view at that kernel offset) of the SAME-padded volume [C,T,H,W]."""
+def patches(volume: Volume, kernel: tuple[int, ...], stride: tuple[int, ...]):
+    """Yield each kernel offset and the strided view of the SAME-padded volume [C,T,H,W] there."""
     pads = [tf_pads(n, k, s) for n, k, s in zip(volume.shape[1:], kernel, stride, strict=True)]
     padded = np.pad(volume, [(0, 0), *pads])
     outs = [-(-n // s) for n, s in zip(volume.shape[1:], stride, strict=True)]
@@ -153,5 +153,5 @@ def test_logits_are_averaged_over_time():
 def test_wrong_channels_and_widths_are_named():
     with pytest.raises(ValueError, match=r"batch, 3, time"):
         InceptionI3d(5, 3, 0.125).features(torch.zeros(1, 2, 16, 32, 32))
-    with pytest.raises(ValueError, match="width 0.1"):
+    with pytest.raises(ValueError, match=r"width 0\.1"):
         InceptionI3d(5, 3, 0.1)

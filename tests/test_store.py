@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from fractions import Fraction
 
@@ -97,7 +98,7 @@ def exact_resample(data: np.ndarray, length: int) -> np.ndarray:
     """The rule in integers: round(i·S/L) with halves to even, by fractions."""
     count = len(data)
     edges = [min(round(Fraction(i * count, length)), count - 1) for i in range(length + 1)]
-    pairs = zip(edges[:-1], edges[1:], strict=True)
+    pairs = itertools.pairwise(edges)
     return np.array([data[a:b].mean(axis=0) if a < b else data[a] for a, b in pairs])
 
 

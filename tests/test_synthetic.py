@@ -130,10 +130,19 @@ def test_queries_tell_what_happens_then() -> None:
     for script in scripts():
         spans = {(s.start, s.end) for s in script.segments if s.action != "idle"}
         assert len(set(script.queries)) == len(script.queries) >= 1
+        meant = {query.sentence: query[:2] for query in script.queries}
+        assert all(meant[query.sentence] == query[:2] for query in script.queries)
         for query in script.queries:
             assert (query.start, query.end) in spans
             assert 0.0 <= query.start < query.end <= script.duration_seconds
             assert (round(query.start, 1), round(query.end, 1)) == query[:2]
+
+
+def test_standing_up_says_from_where_when_it_happens_twice() -> None:
+    for script in scripts():
+        if [action for action, _ in performed(script)].count("stands up") > 1:
+            for query in script.queries:
+                assert not query.sentence.endswith(("stands up.", "standing up."))
 
 
 def test_novel_combinations_are_in_test_alone_and_their_words_in_training() -> None:

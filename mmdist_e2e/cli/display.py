@@ -1,4 +1,4 @@
-"""What the commands draw: consoles, progress bars, tables. Results go to stdout, all else to stderr."""
+"""What the commands draw. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 

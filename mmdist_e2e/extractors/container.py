@@ -38,6 +38,7 @@ class Index:
     times_N: float64 seconds at which each frame is displayed, the first at 0, ascending.
     claimed: frames that the container claims, or None; Matroska claims seconds, from which the
     frames follow only where the rate is regular.
+    frame_bytes: of one frame, RGB.
     """
 
     codec: str
@@ -46,6 +47,7 @@ class Index:
     duration_seconds: float
     claimed: int | None
     claimed_seconds: float | None
+    frame_bytes: int
 
     @property
     def average_fps(self) -> float:
@@ -123,6 +125,7 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
             pass  # what follows cannot be read: the frames before it are what there is
         rate = float(stream.average_rate or stream.guessed_rate or 25)
         codec = stream.codec_context.codec.canonical_name
+        frame_bytes = 3 * stream.width * stream.height
         claimed = int(stream.frames) or None
         claimed_seconds = _tagged_seconds(stream.metadata.get("DURATION", ""))
         if claimed_seconds is None and container.duration and len(container.streams) == 1:
@@ -140,7 +143,7 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
     regular = np.mean(np.abs(np.diff(times_N) - gap) < 0.1 * gap + 0.002) > 0.9
     if claimed is None and claimed_seconds is not None and regular:
         claimed = round(claimed_seconds / gap)
-    return Index(codec, kind, times_N, end, claimed, claimed_seconds)
+    return Index(codec, kind, times_N, end, claimed, claimed_seconds, frame_bytes)
 
 
 def _tagged_seconds(tag: str) -> float | None:

@@ -16,6 +16,9 @@ decord2 (3.4) as measured, and what is done about it:
   padding is taken for channels and `get_batch` fails; `next()` is as fast: see `unpad`.
 - In MPEG-TS and its like the rewind to the start lands on a later key frame and the beginning is
   lost: PyAV decodes those containers (REWINDABLE names the others).
+- `next()` pushes a packet each time it polls, and the thread behind it decodes whatever was pushed:
+  while the parent computes, frames pile up, at worst the whole video. So decord decodes what fits
+  DECORD_BYTES, and PyAV, which decodes on demand and is as fast once its scaler is reused, the rest.
 
 Shape suffixes: N displayed frames of the file, M sampled frames, H height, W width, C channels.
 """
@@ -36,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from mmdist_e2e.extractors.container import (
@@ -52,6 +56,7 @@ from mmdist_e2e.extractors.container import (
 SLOTS = 2
 FAULT_TOLERANCE = 1e-9  # share of repeated frames above which decord raises: any
 REWINDABLE = ("mov", "matroska", "webm", "avi")
+DECORD_BYTES = 2**30  # frames of a video that decord may pile up
 ROUNDING_SECONDS = 1e-3  # Matroska's tick: times in a file are this coarse
 RATE_TOLERANCE = 1e-3  # relative; 25.01 fps is 25 fps
 ALIVE_SECONDS = 1.0
@@ -123,8 +128,10 @@ class Channel:
 
 def decode_av(path: Path) -> Iterator[Frame]:
     """PyAV's good frames [H, W, 3] until the first that is not, upright like a player's."""
+    scaler = VideoReformatter()  # one for all frames: to_ndarray alone makes one a frame
     for frame in good_frames(path):
-        yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+        raw_HWC = scaler.reformat(frame, format="rgb24").to_ndarray()
+        yield np.rot90(raw_HWC, frame.rotation // 90)
 
 
 def decode_decord(path: Path) -> Iterator[Frame]:
@@ -174,14 +181,19 @@ def plan(
     return fps, source_M, times_M
 
 
+def uses_decord(index: Index) -> bool:
+    """Whether decord reads this file right, and in bounded memory (see the top of the file)."""
+    rewindable = any(kind in index.container.split(",") for kind in REWINDABLE)
+    return rewindable and index.frame_bytes * len(index.times_N) <= DECORD_BYTES
+
+
 def checked(path: Path, name: str, index: Index, channel: Channel) -> Iterator[Frame]:
     """All frames of the index in order; Unreadable as soon as it is known that some are bad."""
     if is_cut(path):
         good = count_good(path, channel.alive)
         if incomplete(index, good):
             raise damaged(name, index, good)
-    rewindable = any(kind in index.container.split(",") for kind in REWINDABLE)
-    frames = decode_decord(path) if rewindable else decode_av(path)
+    frames = decode_decord(path) if uses_decord(index) else decode_av(path)
     count = 0
     cause = "it stops early"
     try:
@@ -212,6 +224,7 @@ def serve(request: dict[str, Any], channel: Channel) -> None:
         "duration_seconds": index.duration_seconds,
         "frame_count": len(index.times_N),
         "codec": index.codec,
+        "decoder": "decord" if uses_decord(index) else "pyav",
     }
     channel.send(info=info, fps=fps, samples=len(source_M))
     if request["do"] == "frames":

@@ -76,7 +76,7 @@ def _opencv(
     try:
         import cv2
 
-        create = cv2.optflow.DualTVL1OpticalFlow_create
+        create = cv2.optflow.DualTVL1OpticalFlow_create  # type: ignore[attr-defined]
     except (ImportError, AttributeError) as error:
         raise MmdistError(
             "The flow backend 'opencv' needs OpenCV's contrib modules; install "

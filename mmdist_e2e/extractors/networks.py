@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.registry import checkpoint_folder, read_config, weights_digest
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MODE = "windows"
-FPS_POLICY = "ceiling"
-TAIL = "repeat_last"
+FPS_POLICY: Literal["ceiling"] = "ceiling"
+TAIL: Literal["repeat_last"] = "repeat_last"
 # The worst row of a reduced-precision run against fp32 that is still taken as right.
 MINIMUM_COSINE = 0.999
 
@@ -84,7 +84,8 @@ def describe(name_or_folder: str) -> ExtractorSpec:
         )
     except KeyError as error:
         raise MmdistError(
-            f"{folder / 'config.json'} has no {error.args[0]!r}: it is not an extractor's checkpoint."
+            f"{folder / 'config.json'} has no {error.args[0]!r}: it is "
+            f"not an extractor's checkpoint."
         ) from error
 
 
@@ -132,7 +133,8 @@ class SnippetNetwork:
         import torch
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return self.network.features(windows_BCTHW).float().mean(dim=1)
+            rows_BTD: torch.Tensor = self.network.features(windows_BCTHW)
+        return rows_BTD.float().mean(dim=1)
 
     def _bf16_agrees(self) -> bool:
         """Compare bf16 with fp32 once: some releases of cuDNN are silently wrong in bf16."""
@@ -189,7 +191,7 @@ def _fast_bf16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Without these instructions bf16 is emulated and slower than fp32.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)

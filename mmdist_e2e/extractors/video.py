@@ -46,6 +46,7 @@ class VideoInfo:
     width, height: pixels as displayed (a rotated video upright).
     fps: average frames a second. duration_seconds: the end of the last frame, the first being
     displayed at 0. frame_count: as the file claims; decoding tells whether it is so.
+    decoder: the library that decodes this video, "decord" or "pyav".
     """
 
     width: int
@@ -54,6 +55,7 @@ class VideoInfo:
     duration_seconds: float
     frame_count: int
     codec: str
+    decoder: str
 
 
 @dataclass(frozen=True)

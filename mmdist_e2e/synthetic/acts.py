@@ -301,7 +301,7 @@ class Actor(Mover):
         hip, lean = self._hip(scene, scene.x)
         facing = scene.facing
         carry = self._carry("broom", hip, lean, facing)
-        edge = 0.2 if from_floor else 0.08
+        edge = 0.25 if from_floor else 0.08
         on = share(u, edge * 0.8, edge * 1.4) * (1.0 - share(u, 1 - edge * 1.2, 1 - edge * 0.7))
         stroke = sin(seconds * 2 * pi * 0.65)
         angle = -facing * (0.3 + 0.42 * stroke)
@@ -311,14 +311,14 @@ class Actor(Mover):
         reach = 1.0
         if from_floor:
             home = self._home("broom", scene)
-            out = share(u, 0.1, edge) * (1.0 - share(u, 1 - edge, 0.9))
+            out = share(u, 0.13, edge) * (1.0 - share(u, 1 - edge, 0.87))
             lying = lying_angle(self.room)
             held, held_angle = lerp(home, carry, out), lying + (held_angle - lying) * out
-            reach = share(u, 0.0, 0.1) * (1.0 - share(u, 0.9, 1.0))
+            reach = share(u, 0.0, 0.13) * (1.0 - share(u, 0.87, 1.0))
         place = lerp(held, grip, on)
         tilt = held_angle + (angle - held_angle) * on
-        low = (place[0] - sin(tilt) * 11.0, place[1] + cos(tilt) * 11.0)
-        hands = {"near": (place, reach), "far": (low, on)}
+        high = (place[0] + sin(tilt) * 11.0, place[1] - cos(tilt) * 11.0)
+        hands = {"near": (place, reach), "far": (high, on)}
         moment = self._moment(
             scene, hip, lean + 0.3 * on, facing, hands, 0.0, x=scene.x, nod=0.5 * on,
             walk=6.0 * on * sin(seconds * 0.8),

@@ -97,12 +97,15 @@ def framed(
     canvas: NDArray[np.uint8], matrix: NDArray[np.float64], width: int, height: int
 ) -> NDArray[np.uint8]:
     """Move the canvas by the affine `matrix` [2, 3] and average it down to [height, width, 3]."""
-    size = (canvas.shape[1], canvas.shape[0])
+    averaged = cv2.blur(canvas, (FINENESS, FINENESS))
     moved = cv2.warpAffine(
-        canvas, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        averaged,
+        matrix / FINENESS,
+        (width, height),
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
     )
-    small = cv2.resize(moved, (width, height), interpolation=cv2.INTER_AREA)
-    return np.asarray(small, np.uint8)
+    return np.asarray(moved, np.uint8)
 
 
 def write_text(picture: NDArray[np.uint8], words: str, left: int, baseline: int) -> None:

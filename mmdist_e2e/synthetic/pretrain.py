@@ -9,8 +9,10 @@ Shapes: B clips, T frames, H height, W width, C channels.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -122,7 +124,7 @@ def augment(clips_BTHWC: Tensor, size: int, generator: torch.Generator) -> Tenso
 
 def group_losses(logits_BK: Tensor, labels_B2: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy of the action group plus that of the object group."""
-    actions, items = logits_BK.split([len(ACTION_NAMES), len(OBJECT_NAMES)], dim=1)
+    actions, items = logits_BK[:, : len(ACTION_NAMES)], logits_BK[:, len(ACTION_NAMES) :]
     return F.cross_entropy(actions, labels_B2[:, 0], label_smoothing=smoothing) + F.cross_entropy(
         items, labels_B2[:, 1], label_smoothing=smoothing
     )
@@ -147,7 +149,7 @@ def accuracy(
             small = preprocessing(block.reshape(-1, *block.shape[2:]))
             windows = torch.from_numpy(small.reshape(*block.shape[:2], *small.shape[1:]))
             logits = network(to_network(windows)).float()
-            actions, items = logits.split([len(ACTION_NAMES), len(OBJECT_NAMES)], dim=1)
+            actions, items = logits[:, : len(ACTION_NAMES)], logits[:, len(ACTION_NAMES) :]
             predicted.append(torch.stack([actions.argmax(1), items.argmax(1)], dim=1).numpy())
     network.train()
     hits = np.concatenate(predicted)
@@ -276,11 +278,12 @@ Settings: `{json.dumps(asdict(settings))}`
 """
 
 
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
 def main() -> None:
     """Command line of this module; see `--help`."""
-    import argparse
-    import sys
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     defaults = PretrainSettings()
     parser.add_argument("--out", type=Path, required=True)
@@ -306,7 +309,7 @@ def main() -> None:
         settings,
         cache=cache,
         workers=args.workers,
-        progress=lambda line: sys.stderr.write(line + "\n"),
+        progress=_say,
     )
 
 

@@ -170,7 +170,7 @@ class Film:
         vignette = 1.0 - float(rng.uniform(0.0, 0.22)) * radius**2
         slope = 1.0 + float(rng.uniform(-0.12, 0.12)) * (x / WIDTH - 0.5)
         has_lamp = "lamp" in self._room.at
-        level = float(rng.uniform(0.7, 0.9) if has_lamp else rng.uniform(0.75, 1.08))
+        level = float(rng.uniform(0.66, 0.86) if has_lamp else rng.uniform(0.75, 1.08))
         cast = 1.0 + rng.uniform(-0.09, 0.09, 3)
         self._ambient = (level * (vignette * slope)[..., None] * cast).astype(np.float32)
         self._xs, self._ys = x, y
@@ -218,7 +218,7 @@ class Film:
         small = framed(self._canvas, shift, WIDTH, HEIGHT)
         swing, pace = self._drift
         light = self._ambient * (1.0 + swing * np.sin(index / self.script.fps * pace * 6.28))
-        for thing, strength, spread in (("lamp", 0.46, 2600.0), ("television", 0.16, 900.0)):
+        for thing, strength, spread in (("lamp", 0.56, 2600.0), ("television", 0.16, 900.0)):
             level = moment.lit.get(thing, 0.0)
             if level > 0.0:
                 px = (moment.at[thing] - x) * zoom * WIDTH / ROOM_WIDTH + WIDTH / 2

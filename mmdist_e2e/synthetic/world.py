@@ -193,6 +193,9 @@ def _sample_queries(
         asked.append(which)
         sentence = sample_sentence(rng, *story[which], seat=seats[which])
         query = Query(*spans[which], sentence)
-        if query not in queries:
+        # "person stands up." would not say from where, should both happen.
+        twice = sum(action == story[which][0] for action, _ in story) > 1
+        vague = twice and sentence.endswith(("stands up.", "standing up."))
+        if query not in queries and not vague:
             queries.append(query)
     return tuple(queries)

@@ -38,7 +38,7 @@ I3D_PUBLIC_CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One set of weights of a video network.
+    r"""One set of weights of a video network.
 
     Attributes:
         kind: "shipped" (a folder in the wheel) or "public" (fetched).

@@ -1,0 +1,249 @@
+"""Training end to end on a toy world of coloured segments: it learns, resumes, and repeats."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmdist_e2e.grounding import train
+from mmdist_e2e.grounding.checkpoint import load_checkpoint
+from mmdist_e2e.grounding.evaluate import evaluate_run
+from mmdist_e2e.grounding.recipes import cpl, get_recipe
+from mmdist_e2e.store import FeatureStore
+from mmdist_e2e.structures import Features, MmdistError, Provenance
+from mmdist_e2e.weights.words import WordVectors, shipped_word_vectors
+
+ACTIONS = ("opens", "sits", "reads", "eats", "waves", "sleeps")
+SMALL: dict[str, Any] = {
+    "hidden": 32, "heads": 2, "layers": 1, "feed_forward": 48, "length": 16, "dropout": 0.0,
+    "frame_divisor": 1.0, "diversity_prior": 0.146 * 49 / 15, "diversity_weight": 5 * (15 / 49) ** 2,
+    "precision": "fp32", "epochs": 2, "batch_size": 16,
+}  # fmt: skip
+
+
+def make_world(root: Path, videos: int = 24, *, window: int = 16) -> None:
+    """Three actions a video one after the other, each with a direction of its own."""
+    directions = np.random.default_rng(0).normal(size=(len(ACTIONS), 8)) * 2
+    store = FeatureStore(root / "features")
+    lines: dict[str, list[str]] = {"train": [], "val": []}
+    for i in range(videos):
+        rng = np.random.default_rng(i + 1)
+        shown = rng.choice(len(ACTIONS), 3, replace=False)
+        data = np.repeat(directions[shown], 8, axis=0) + rng.normal(size=(24, 8)) * 0.3
+        edges = np.linspace(0, 24.0, 25)
+        provenance = Provenance({"extractor": "toy", "window": window})
+        times = np.stack([edges[:-1], edges[1:]], axis=1)
+        store.save(f"v{i}", Features(data.astype(np.float32), times, 24.0, "rgb", provenance))
+        for k, action in enumerate(shown):
+            line = f"v{i} {8 * k} {8 * k + 8}##a person {ACTIONS[action]}."
+            lines["val" if i % 6 == 5 else "train"].append(line)
+    for split, written in lines.items():
+        (root / f"{split}.txt").write_text("\n".join(written))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("toy")
+    make_world(root)
+    return root
+
+
+def run(world: Path, out: Path, *, seed: int = 0, **overrides: Any) -> dict[str, Any]:
+    settings = {**SMALL, **overrides}
+    return train.train_run(
+        recipe_name="cpl", features_path=world / "features", train_path=world / "train.txt",
+        val_path=settings.pop("val", world / "val.txt"), out=out, seed=seed,
+        word_vectors=settings.pop("vectors", shipped_word_vectors()), overrides=settings,
+    )  # fmt: skip
+
+
+def test_it_learns_and_answers(world: Path, tmp_path: Path) -> None:
+    summary = run(world, tmp_path / "run", epochs=40, learning_rate=3e-3)
+    first, last = summary["history"][0]["losses"], summary["history"][-1]["losses"]
+    assert last["loss"] < 0.7 * first["loss"]
+    result = evaluate_run(
+        tmp_path / "run", features_path=world / "features", annotations_path=world / "train.txt"
+    )
+    ours, controls = result["metrics"]["R@1,IoU=0.5"], result["controls"]
+    assert ours > controls["random own proposal"]["R@1,IoU=0.5"] + 20
+    assert ours > controls["shuffled queries"]["R@1,IoU=0.5"] + 20
+    assert ours > controls["untrained network"]["R@1,IoU=0.5"]
+    written = tmp_path / "run" / "evaluations" / "train"
+    assert json.loads((written / "metrics.json").read_text()) == result
+    assert len((written / "predictions.jsonl").read_text().splitlines()) == result["queries"]
+
+    model = load_checkpoint(tmp_path / "run")
+    features = FeatureStore(world / "features").load("v0", "rgb")
+    row = json.loads((written / "predictions.jsonl").read_text().splitlines()[0])
+    moments = model.answer({"rgb": features}, row["sentence"])
+    assert len(moments) == 8
+    assert [m.score for m in moments] == sorted((m.score for m in moments), reverse=True)
+    assert all(0 <= m.start <= m.end <= 24 for m in moments)
+    # One alone answers as the evaluation did in a batch.
+    flat = [[m.start, m.end, m.score] for m in moments]
+    np.testing.assert_allclose(flat, row["moments"], atol=2e-3)
+
+
+def bits(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_the_same_call_gives_the_same_bits(world: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        torch.manual_seed(hash(name) % 1000)  # the caller's random state must not matter
+        run(world, tmp_path / name, dropout=0.2, precision="bf16")
+    run(world, tmp_path / "c", dropout=0.2, precision="bf16", seed=1)
+    assert bits(tmp_path / "a" / "last") == bits(tmp_path / "b" / "last")
+    assert bits(tmp_path / "a" / "last") != bits(tmp_path / "c" / "last")
+
+
+class Killed(Exception):  # noqa: N818
+    pass
+
+
+def test_resumed_equals_uninterrupted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(world, tmp_path / "whole", epochs=4, dropout=0.2)
+
+    original = train.Trainer.run_epoch
+
+    def killed(self: train.Trainer, progress: Any = None) -> dict[str, float]:
+        if self.state.epoch == 2:
+            original(self, progress)  # killed after its work, before it is saved
+            raise Killed
+        return original(self, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "run_epoch", killed)
+        with pytest.raises(Killed):
+            run(world, tmp_path / "parts", epochs=4, dropout=0.2)
+    assert len(json.loads((tmp_path / "parts" / "history.json").read_text())) == 2
+    parts = run(world, tmp_path / "parts", epochs=4, dropout=0.2)
+    assert bits(tmp_path / "parts" / "last") == bits(tmp_path / "whole" / "last")
+    assert bits(tmp_path / "parts") == bits(tmp_path / "whole")
+    assert parts["history"] == whole["history"]
+
+    again = run(world, tmp_path / "parts", epochs=4, dropout=0.2)  # finished: nothing to do
+    assert again == parts
+    with pytest.raises(MmdistError, match="differs in seed"):
+        run(world, tmp_path / "parts", epochs=4, dropout=0.2, seed=5)
+
+
+def test_annotated_times_do_not_reach_training(world: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(world, moved)
+    lines = (moved / "train.txt").read_text().splitlines()
+    (moved / "train.txt").write_text(
+        "\n".join(f"{line.split()[0]} 0 1##{line.split('##')[1]}" for line in lines)
+    )
+    run(world, tmp_path / "a")
+    run(moved, tmp_path / "b")
+    assert bits(tmp_path / "a" / "last") == bits(tmp_path / "b" / "last")
+
+
+def test_without_validation_the_last_epoch_is_the_checkpoint(world: Path, tmp_path: Path) -> None:
+    summary = run(world, tmp_path / "run", val=None)
+    assert summary["best_epoch"] == 2
+    assert "no validation" in summary["selected_by"]
+    assert bits(tmp_path / "run") == bits(tmp_path / "run" / "last")
+
+
+def test_a_checkpoint_carries_word_vectors_that_are_not_shipped(
+    world: Path, tmp_path: Path
+) -> None:
+    words = ("a", "person", ".", *ACTIONS, "unseen")
+    rows = np.random.default_rng(0).normal(size=(len(words), 6)).astype(np.float32)
+    run(world, tmp_path / "run", epochs=1, vectors=WordVectors("mine", words, rows))
+    model = load_checkpoint(tmp_path / "run")
+    assert model.recipe.model.word_dim == 6
+    np.testing.assert_array_equal(model.vocabulary.vectors.vectors_VE, rows)
+    assert model.vocabulary.encode("unseen person").ids_W[0] == 0
+    with pytest.raises(MmdistError, match="was trained on"):
+        model.check_query("unseen")
+    (tmp_path / "run" / "words.safetensors").unlink()
+    with pytest.raises(MmdistError, match=r"words\.safetensors"):
+        load_checkpoint(tmp_path / "run")
+
+
+def test_checkpoints_refuse_what_does_not_fit(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "run", epochs=1)
+    model = load_checkpoint(tmp_path / "run")
+    assert "seed 0" in model.card_line
+    assert "train.txt" in model.card_line
+    make_world(tmp_path / "other", 6, window=32)
+    with pytest.raises(MmdistError, match="window is 32 where the model needs 16"):
+        evaluate_run(
+            tmp_path / "run", features_path=tmp_path / "other" / "features",
+            annotations_path=tmp_path / "other" / "val.txt",
+        )  # fmt: skip
+    with pytest.raises(MmdistError, match="needs rgb"):
+        model.answer({}, "person opens")
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(MmdistError, match="cannot be loaded"):
+        load_checkpoint(tmp_path / "run")
+    with pytest.raises(MmdistError, match="not a checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_video_in_both_splits_is_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(MmdistError, match="both the training and the validation"):
+        run(world, tmp_path / "run", val=world / "train.txt")
+
+
+def test_learning_rate_and_negatives() -> None:
+    rates = [train.learning_rate(n, peak=4e-4, warmup=400) for n in range(2000)]
+    assert rates[0] == 1e-7
+    assert rates[200] == pytest.approx(1e-7 + 0.5 * (4e-4 - 1e-7))
+    assert rates[400] == pytest.approx(4e-4)
+    assert rates[1600] == pytest.approx(2e-4)
+    assert [train.negative_ratio(e, 4, 0.5) for e in (1, 4, 9)] == [0.5, 1.0, 1.0]
+    assert train.negative_ratio(1, 30, 0.0) == 1.0
+
+
+def test_recipe_cpl() -> None:
+    sizes = {"feature_dim": 1024, "word_dim": 300, "vocabulary_size": 1111}
+    published = cpl(**sizes, length=200)
+    assert (published.model.frame_divisor, published.model.kept_frames) == (4.0, 50)
+    assert published.loss.diversity_prior == pytest.approx(0.146)
+    assert published.loss.diversity_weight == pytest.approx(5.0)
+    here = cpl(**sizes, length=64)
+    assert here.model.kept_frames == 42
+    # The length it asks for is the same, whatever N.
+    assert here.loss.diversity_prior * 41 == pytest.approx(0.146 * 49)
+    assert type(here).from_json(json.loads(json.dumps(here.to_json()))) == here
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"droput": 0.2}, "no setting 'droput'"),
+        ({"negatives": "maybe"}, "switch"),
+        ({"epochs": "ten"}, "epochs"),
+        ({"precision": "fp8"}, "precision"),
+        ({"epochs": 0}, "at least 1"),
+    ],
+)
+def test_bad_settings(values: dict[str, Any], reason: str) -> None:
+    recipe = cpl(feature_dim=4, word_dim=3, vocabulary_size=5)
+    with pytest.raises(MmdistError, match=reason):
+        recipe.overridden(values)
+
+
+def test_good_settings_take_their_kind() -> None:
+    recipe = cpl(feature_dim=4, word_dim=3, vocabulary_size=5)
+    changed = recipe.overridden({"dropout": 0, "negatives": "false", "warmup_updates": 10})
+    assert (changed.model.dropout, changed.loss.negatives) == (0.0, False)
+    assert changed.training.warmup_updates == 10
+    assert recipe.loss.negatives
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(MmdistError, match="valid: cpl"):
+        get_recipe("clp")
