@@ -127,9 +127,7 @@ def forward(
 
     def rebuild(mask: Array | None) -> float:
         memory = stack(w, "trans.decoder1", frames_kept, heads=heads, layers=layers, own=mask)
-        out = stack(
-            w, "trans.decoder2", fed, heads=heads, layers=layers, memory=memory, over=mask
-        )
+        out = stack(w, "trans.decoder2", fed, heads=heads, layers=layers, memory=memory, over=mask)
         return sentence_loss(linear(w, "fc_comp", out), ids)
 
     masks = [gaussian(c, d, kept, 9.0) for c, d in zip(centers, widths, strict=True)]

@@ -1,9 +1,9 @@
 """What a video file says of itself: times of its frames, claims, and whether bytes are missing.
 
-Part of the decoder process (decoder.py): uses PyAV, never torch. Nothing is decoded here but to
-count the good frames of a damaged file.
+Part of the decoder process (decoder.py): uses PyAV, never torch. `scan` demuxes without decoding;
+PyAV decodes only what decord cannot be trusted with, and counts the good frames of a bad file.
 
-Shape suffix: N displayed frames of the file.
+Shape suffixes: N displayed frames of the file, H height, W width, C channels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 NOT_VIDEO = ("tty", "image2", "txt")  # what FFmpeg makes of a text or a picture
@@ -112,6 +113,7 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
             raise Unreadable(CUT_OFF.format(name=name))
         if stream is None or "attached_pic" in str(stream.disposition):
             raise Unreadable(f"{name} has no video stream, only sound; give a file with pictures.")
+        assert isinstance(stream, av.VideoStream)
         unit = float(stream.time_base or 1)
         shown: list[tuple[float, float]] = []
         try:
@@ -171,6 +173,14 @@ def good_frames(path: Path) -> Iterator[av.VideoFrame]:
             yield from (f for f in stream.decode(None) if not f.is_corrupt)
         except (av.FFmpegError, EOFError):
             return
+
+
+def decode_av(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """PyAV's good frames [H, W, 3] until the first that is not, upright like a player's."""
+    scaler = VideoReformatter()  # one for all frames: to_ndarray alone makes one a frame
+    for frame in good_frames(path):
+        raw_HWC = scaler.reformat(frame, format="rgb24").to_ndarray()
+        yield np.rot90(raw_HWC, frame.rotation // 90)
 
 
 def count_good(path: Path, alive: Callable[[], None]) -> int:

@@ -16,9 +16,9 @@ decord2 (3.4) as measured, and what is done about it:
   padding is taken for channels and `get_batch` fails; `next()` is as fast: see `unpad`.
 - In MPEG-TS and its like the rewind to the start lands on a later key frame and the beginning is
   lost: PyAV decodes those containers (REWINDABLE names the others).
-- `next()` pushes a packet each time it polls, and the thread behind it decodes whatever was pushed:
-  while the parent computes, frames pile up, at worst the whole video. So decord decodes what fits
-  DECORD_BYTES, and PyAV, which decodes on demand and is as fast once its scaler is reused, the rest.
+- `next()` pushes a packet each time it polls, and the thread behind it decodes all that was
+  pushed: while the parent computes, frames pile up, at worst the whole video. So decord decodes
+  what fits DECORD_BYTES, and PyAV the rest: on demand, and as fast once its scaler is reused.
 
 Shape suffixes: N displayed frames of the file, M sampled frames, H height, W width, C channels.
 """
@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from mmdist_e2e.extractors.container import (
@@ -47,7 +46,7 @@ from mmdist_e2e.extractors.container import (
     Unreadable,
     count_good,
     damaged,
-    good_frames,
+    decode_av,
     incomplete,
     is_cut,
     scan,
@@ -124,14 +123,6 @@ class Channel:
             self._waiting = request if request["job"] != self.job else None
             raise Superseded
         return request
-
-
-def decode_av(path: Path) -> Iterator[Frame]:
-    """PyAV's good frames [H, W, 3] until the first that is not, upright like a player's."""
-    scaler = VideoReformatter()  # one for all frames: to_ndarray alone makes one a frame
-    for frame in good_frames(path):
-        raw_HWC = scaler.reformat(frame, format="rgb24").to_ndarray()
-        yield np.rot90(raw_HWC, frame.rotation // 90)
 
 
 def decode_decord(path: Path) -> Iterator[Frame]:
