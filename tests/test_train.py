@@ -103,6 +103,23 @@ def test_it_learns_and_answers(world: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(flat, row["moments"], atol=2e-3)
 
 
+def test_a_long_video_is_read_in_windows(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "run", epochs=1)
+    model = load_checkpoint(tmp_path / "run")
+    store = FeatureStore(world / "features")
+    parts = [store.load(f"v{i}", "rgb") for i in range(3)]
+    data = np.concatenate([part.data for part in parts])
+    times = np.concatenate([part.times + 24 * i for i, part in enumerate(parts)])
+    long = Features(data, times, 72.0, "rgb", parts[0].provenance)
+    moments = model.answer({"rgb": long}, "a person sits")
+    assert max(m.end for m in moments) > 48
+    assert all(0 <= m.start <= m.end <= 72 for m in moments)
+    assert max(m.end - m.start for m in moments) <= 24
+    # Windows 0, 2 and 4 are the three videos: none of their answers may be lost to a worse one.
+    alone = [model.answer({"rgb": part}, "a person sits")[0].score for part in parts]
+    assert moments[0].score >= max(alone) - 1e-5
+
+
 def bits(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 

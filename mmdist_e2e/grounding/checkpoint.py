@@ -7,20 +7,22 @@ answers on any machine. Never a pickle.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from mmdist_e2e.grounding.datasets import FeatureTable, collate
-from mmdist_e2e.grounding.inference import predict_batch, rank
+from mmdist_e2e.grounding.inference import INFERENCE_BATCH, predict_batch, rank
 from mmdist_e2e.grounding.models import GlobalBranch
 from mmdist_e2e.grounding.recipes import Recipe
 from mmdist_e2e.grounding.text import Sentence, Vocabulary
+from mmdist_e2e.grounding.windows import cut, merge, window_starts
 from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.structures import Features, MmdistError, Moment, differences
 from mmdist_e2e.weights.words import (
@@ -92,8 +94,9 @@ class GroundingModel:
     def answer(self, features: Mapping[str, Features], query: str) -> list[Moment]:
         """All K proposals as moments in seconds, best first; a score is minus the loss.
 
-        features: by modality, as extracted. Raises MmdistError for features of another kind and
-        as `check_query`. The answer depends on no seed.
+        features: by modality, as extracted. A video longer than 1.25 × the longest of training is
+        read in windows, whose moments are merged: scores compare across them. Raises MmdistError
+        for features of another kind and as `check_query`. The answer depends on no seed.
         """
         sentence = self.check_query(query)
         (modality,) = self.modalities
@@ -104,13 +107,39 @@ class GroundingModel:
             )
         given = features[modality]
         self.check_features(modality, given.provenance.matters)
-        data_LF = given.resample(self.recipe.model.length).data
-        frames_BLF = torch.from_numpy(data_LF)[None].to(self.model.mask_vec.device)
+        longest = float(self.config["longest_duration_seconds"])
+        starts = window_starts(given.duration_seconds, longest)
+        if len(starts) == 1:
+            return self._read([given], sentence)[0]
+        windows = [cut(given, start, longest) for start in starts]
+        return merge(
+            [
+                Moment(moment.start + start, moment.end + start, moment.score)
+                for start, moments in zip(starts, self._read(windows, sentence), strict=True)
+                for moment in moments
+            ]
+        )
+
+    def _read(self, videos: Sequence[Features], sentence: Sentence) -> list[list[Moment]]:
+        """K moments of each video, best first."""
         self.model.eval()
-        ranked = rank(*predict_batch(self.model, collate([sentence], frames_BLF)))
-        spans = zip(ranked.starts[0], ranked.ends[0], ranked.scores[0], strict=True)
-        length = given.duration_seconds
-        return [Moment(float(s) * length, float(e) * length, float(score)) for s, e, score in spans]
+        answers = []
+        for begin in range(0, len(videos), INFERENCE_BATCH):
+            some = videos[begin : begin + INFERENCE_BATCH]
+            data_BLF = np.stack([v.resample(self.recipe.model.length).data for v in some])
+            frames_BLF = torch.from_numpy(data_BLF).to(self.model.mask_vec.device)
+            ranked = rank(*predict_batch(self.model, collate([sentence] * len(some), frames_BLF)))
+            for video, starts, ends, scores in zip(
+                some, ranked.starts, ranked.ends, ranked.scores, strict=True
+            ):
+                seconds = video.duration_seconds
+                answers.append(
+                    [
+                        Moment(float(s) * seconds, float(e) * seconds, float(score))
+                        for s, e, score in zip(starts, ends, scores, strict=True)
+                    ]
+                )
+        return answers
 
 
 def save_checkpoint(
