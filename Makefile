@@ -3,9 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 WORK ?= runs/world1
-VIDEOS ?= 1200
-CLIPS ?= 8000
-EPOCHS ?= 6
+VIDEOS ?= 1000
+CLIPS ?= 10000
 SEEDS ?= 0 1 2
 
 .PHONY: help install demo test lint types bench world clean
@@ -44,7 +43,7 @@ bench: $(STAMP)
 
 # Every step goes on where it was; delete $(WORK) to begin anew.
 world: $(STAMP)
-	WORK=$(WORK) VIDEOS=$(VIDEOS) CLIPS=$(CLIPS) EPOCHS=$(EPOCHS) SEEDS="$(SEEDS)" \
+	WORK=$(WORK) VIDEOS=$(VIDEOS) CLIPS=$(CLIPS) SEEDS="$(SEEDS)" \
 	  BIN=$(BIN) bash examples/chain.sh
 
 clean:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain of the synthetic world: render, pretrain, extract, train, evaluate.
-# Called by `make world`, which sets WORK, VIDEOS, CLIPS, EPOCHS, SEEDS and BIN.
+# Called by `make world`, which sets WORK, VIDEOS, CLIPS, SEEDS and BIN.
 # Every step goes on where a killed run left it.
 set -euo pipefail
 world="$WORK/videos"
@@ -13,17 +13,18 @@ step "render $VIDEOS videos"
 step "pretrain the small network"
 if [ ! -f "$extractor/config.json" ]; then
   "$BIN/python" -m mmdist_e2e.synthetic.pretrain --out "$extractor" --cache "$WORK/clips" \
-    --clips "$CLIPS" --epochs "$EPOCHS" --seed 0
+    --clips "$CLIPS" --seed 0
 fi
 step "extract features"
 "$BIN/mmdist" extract "$world/videos" --modality rgb --extractor "$extractor" --out "$features"
 step "linear probe"
 "$BIN/python" -m mmdist_e2e.synthetic.probe --world "$world" --extractor "$extractor" \
-  --json "$WORK/probe.json"
+  --features "$features" --json "$WORK/probe.json"
 for seed in $SEEDS; do
   step "train cpl, seed $seed"
   "$BIN/mmdist" train cpl --features "$features" --train "$world/world_sta_train.txt" \
-    --val "$world/world_sta_val.txt" --out "$WORK/cpl-$seed" --seed "$seed"
+    --val "$world/world_sta_val.txt" --out "$WORK/cpl-$seed" --seed "$seed" \
+    --set hidden=128 --set feed_forward=256 --epochs 12
   step "evaluate cpl, seed $seed"
   "$BIN/mmdist" evaluate "$WORK/cpl-$seed" --features "$features" \
     --annotations "$world/world_sta_test.txt"

@@ -62,11 +62,16 @@ def _umask() -> int:
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """Write indented JSON atomically, with a stable key order. Raises as write_atomically."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda stream: _write_bytes(stream, text.encode()))
+    write_atomically(path, write_bytes(text.encode()))
 
 
-def _write_bytes(stream: IO[bytes], data: bytes) -> None:
-    stream.write(data)
+def write_bytes(data: bytes) -> Callable[[IO[bytes]], None]:
+    """What `write_atomically` calls to write `data` as it is."""
+
+    def write(stream: IO[bytes]) -> None:
+        stream.write(data)
+
+    return write
 
 
 def fast_digest(path: Path) -> dict[str, Any]:

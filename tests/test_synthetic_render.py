@@ -141,7 +141,7 @@ def test_a_middle_joint_keeps_both_bones_lengths() -> None:
 
 
 def test_snippets_are_repeatable_balanced_and_show_their_action() -> None:
-    frames, action, thing = sample_clip(0, 3, frames=8)
+    frames, action, thing, _ = sample_clip(0, 3, frames=8)
     again = sample_clip(0, 3, frames=8)
     assert frames.shape == (8, HEIGHT, WIDTH, 3)
     assert (again[0] == frames).all()

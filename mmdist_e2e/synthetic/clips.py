@@ -5,6 +5,8 @@ Rooms and scripts come from seeds of their own: no snippet is part of any ground
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,13 +28,24 @@ OBJECT_NAMES = ("none", *OBJECTS)
 _DOMAIN = 0xC11B5  # keeps these seeds apart from those of the grounding videos
 
 
-def sample_clip(seed: int, index: int, *, frames: int = 16) -> tuple[NDArray[np.uint8], int, int]:
-    """Render snippet `index` of `seed`.
+class Clip(NamedTuple):
+    """A snippet and what it shows.
 
-    Returns frames_THWC (uint8 RGB, `frames` consecutive ones at the world's rate), the index of
-    the action in ACTION_NAMES and of its object in OBJECT_NAMES. Actions take turns, so any run
-    of len(ACTION_NAMES) indices holds each of them once. The snippet lies inside its action but
-    for a fifth of its length at the most.
+    frames_THWC: uint8 RGB at the world's rate. action, object: indices into ACTION_NAMES and
+    OBJECT_NAMES. poses_TP: where the joints are in each frame, as `Film.pose` gives them.
+    """
+
+    frames_THWC: NDArray[np.uint8]  # noqa: N815 - shape suffix
+    action: int
+    object: int
+    poses_TP: NDArray[np.float32]  # noqa: N815 - shape suffix
+
+
+def sample_clip(seed: int, index: int, *, frames: int = 16) -> Clip:
+    """Render snippet `index` of `seed`: `frames` consecutive frames.
+
+    Actions take turns, so any run of len(ACTION_NAMES) indices holds each of them once. The
+    snippet lies inside its action but for a fifth of its length at the most.
     """
     assert frames >= 1, "a snippet has a frame"
     script, which = sample_clip_script(seed, index)
@@ -44,11 +57,12 @@ def sample_clip(seed: int, index: int, *, frames: int = 16) -> tuple[NDArray[np.
     high = min(float(script.frames), segment.end * FPS + over) - frames
     first = round(rng.uniform(low, max(low, high)))
     film = Film(script)
-    shown = [film.frame(min(i, script.frames - 1)) for i in range(first, first + frames)]
-    return (
-        np.stack(shown),
+    shown = [min(i, script.frames - 1) for i in range(first, first + frames)]
+    return Clip(
+        np.stack([film.frame(i) for i in shown]),
         ACTION_NAMES.index(segment.action),
         OBJECT_NAMES.index(segment.object or "none"),
+        np.stack([film.pose(i) for i in shown]),
     )
 
 

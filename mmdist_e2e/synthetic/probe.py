@@ -99,9 +99,15 @@ def untrained_copy(spec: ExtractorSpec, folder: Path) -> ExtractorSpec:
 
 
 def probe(
-    world: Path, extractor: str, *, say: Callable[[str], None]
+    world: Path,
+    extractor: str,
+    *,
+    features: Path | None = None,
+    say: Callable[[str], None],
 ) -> dict[str, dict[str, float]]:
     """Probe an extractor and its untrained copy on one world.
+
+    features: store where the extractor's rows are looked for first, and kept.
 
     Raises MmdistError when the world is of another version or a video cannot be extracted.
     """
@@ -126,7 +132,8 @@ def probe(
             ("trained", trained),
             ("untrained", untrained_copy(trained, Path(scratch) / "untrained")),
         ):
-            store = FeatureStore(Path(scratch) / f"{name}-features")
+            kept = features if name == "trained" else None
+            store = FeatureStore(kept or Path(scratch) / f"{name}-features")
             report = extract_many(videos, spec, store)
             if report.failed:
                 raise MmdistError(f"The probe stopped: {report.failed[0].cause}")
@@ -145,10 +152,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Linear probe of an extractor on the world.")
     parser.add_argument("--world", type=Path, required=True)
     parser.add_argument("--extractor", default="world1-rgb")
+    parser.add_argument("--features", type=Path, help="store of the extractor, to reuse")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     try:
-        results: dict[str, Any] = probe(args.world, args.extractor, say=_say)
+        results: dict[str, Any] = probe(
+            args.world, args.extractor, features=args.features, say=_say
+        )
     except MmdistError as error:
         sys.exit(str(error))
     if args.json:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdist_e2e.synthetic.acts import Actor
-from mmdist_e2e.synthetic.figure import draw_hat, draw_person, sample_body
+from mmdist_e2e.synthetic.figure import draw_hat, draw_person, head_of, sample_body
 from mmdist_e2e.synthetic.furniture import draw_before, draw_behind, draw_broom, draw_carried
 from mmdist_e2e.synthetic.pen import FINENESS, ROOM_HEIGHT, Pen, framed, turned
 from mmdist_e2e.synthetic.rooms import grain, paint_background, sample_room
@@ -69,6 +69,26 @@ class Film:
         np.copyto(self._canvas, self._background)
         self._draw(moment, seconds)
         return self._expose(index, moment)
+
+    def pose(self, index: int) -> NDArray[np.float32]:
+        """Where the person's joints and the thing in use are in frame `index`.
+
+        Returns hip, head, near hand, far hand and what is carried (the near hand if nothing is)
+        as x, y in shares of the picture's width and height, from its top left; then how far
+        anything is open, and lit: [12].
+        """
+        moment = self._moment_at(index / self.script.fps)
+        pose = moment.pose
+        thing = moment.carried[0][1] if moment.carried else pose.near_hand
+        joints = (pose.hip, head_of(self._body, pose), pose.near_hand, pose.far_hand, thing)
+        middle, zoom = (self._camera_x[index], self._camera_y[index]), self._zoom[index]
+        values = []
+        for x, y in joints:
+            across = (x - middle[0]) * zoom / ROOM_WIDTH + 0.5
+            values += [1.0 - across if self._mirrored else across]
+            values += [(y - middle[1]) * zoom / ROOM_HEIGHT + 0.5]
+        levels = (sum(moment.opened.values()), sum(moment.lit.values()))
+        return np.array([*values, *levels], dtype=np.float32)
 
     def _plan(self, rng: np.random.Generator) -> list[_Beat]:
         """Say where the person is: each idle segment ends where the next action begins."""
@@ -186,10 +206,10 @@ class Film:
         smooth = np.convolve(padded, np.hanning(2 * reach + 3)[1:-1], mode="valid")
         smooth /= np.hanning(2 * reach + 3)[1:-1].sum()
         seconds = np.arange(frames) / self.script.fps
-        zoom = rng.uniform(1.04, 1.28) + rng.uniform(0, 0.04) * np.sin(
+        zoom = rng.uniform(1.25, 1.45) + rng.uniform(0, 0.04) * np.sin(
             seconds * rng.uniform(0.1, 0.5) + rng.uniform(0, 6)
         )
-        follow = rng.uniform(0.5, 1.0)
+        follow = rng.uniform(0.85, 1.0)
         shake = rng.uniform(0.0, 0.7)
         wobble = [
             shake * (np.sin(seconds * rng.uniform(1, 3) + rng.uniform(0, 6))
