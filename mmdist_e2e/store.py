@@ -23,9 +23,10 @@ from mmdist_e2e.structures import Features, MmdistError, Provenance
 DIGEST_BLOCK_BYTES = 1 << 20
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Call `write` on a temporary file beside `path`, fsync it and rename it onto `path`.
+def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
+    """Write a temporary file beside `path`, fsync it and rename it onto `path`.
 
+    content: the bytes, or what writes them to an open file.
     A killed run or a full disk leaves the whole old file or none, never a part.
     Raises MmdistError when the disk is full or the folder cannot be made or written.
     """
@@ -35,7 +36,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         temporary = Path(name)
         with os.fdopen(handle, "wb") as stream:
-            write(stream)
+            if isinstance(content, bytes):
+                stream.write(content)
+            else:
+                content(stream)
             stream.flush()
             os.fsync(stream.fileno())
         # mkstemp makes private files; a feature file is as readable as any other output.
@@ -62,16 +66,7 @@ def _umask() -> int:
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """Write indented JSON atomically, with a stable key order. Raises as write_atomically."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_atomically(path, write_bytes(text.encode()))
-
-
-def write_bytes(data: bytes) -> Callable[[IO[bytes]], None]:
-    """What `write_atomically` calls to write `data` as it is."""
-
-    def write(stream: IO[bytes]) -> None:
-        stream.write(data)
-
-    return write
+    write_atomically(path, text.encode())
 
 
 def fast_digest(path: Path) -> dict[str, Any]:

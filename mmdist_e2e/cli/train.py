@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def cpl_command(
             durations=durations,
             length=length,
             overrides=overrides,
+            trained_on=training_source(train_path),
             progress=display,
         )
     validation = ", ".join(f"{name} {value:.2f}" for name, value in summary["validation"].items())
@@ -77,6 +79,18 @@ def cpl_command(
         f"best epoch {summary['best_epoch']} of {summary['epochs']} "
         f"(chosen by {summary['selected_by']}): {validation}",
         markup=False,
+    )
+
+
+def training_source(train_path: Path) -> str | None:
+    """What the model card says of annotations of a synthetic world; None for any others."""
+    facts_path = train_path.parent / "world.json"
+    if not facts_path.is_file():
+        return None
+    facts = json.loads(facts_path.read_text())
+    return (
+        f"our own synthetic world, version {facts['world_version']} (seed {facts['seed']}, "
+        f"{train_path.name})"
     )
 
 

@@ -12,9 +12,8 @@ from mmdist_e2e.store import FeatureStore, fast_digest
 from mmdist_e2e.structures import MmdistError
 
 VIDEO_SUFFIXES = frozenset(
-    (".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv")
-    + (".ts", ".webm", ".wmv", ".3gp")
-)
+    [".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"]
+).union([".ts", ".webm", ".wmv", ".3gp"])
 
 
 @dataclass(frozen=True)

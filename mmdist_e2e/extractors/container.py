@@ -44,7 +44,7 @@ class Index:
 
     codec: str
     container: str
-    times_N: NDArray[np.float64]  # noqa: N815 - shape suffix
+    times_N: NDArray[np.float64]
     duration_seconds: float
     claimed: int | None
     claimed_seconds: float | None

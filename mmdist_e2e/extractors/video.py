@@ -66,8 +66,8 @@ class FrameChunk:
     times_N: [N] float64 seconds at which each is sampled; the first displayed frame is at 0.
     """
 
-    frames_NHWC: NDArray[np.uint8]  # noqa: N815 - shape suffix
-    times_N: NDArray[np.float64]  # noqa: N815 - shape suffix
+    frames_NHWC: NDArray[np.uint8]
+    times_N: NDArray[np.float64]
 
 
 class FrameStream:

@@ -159,10 +159,9 @@ def save_checkpoint(
     is_shipped = vectors.name == SHIPPED_NAME and vectors.digest == shipped_word_vectors().digest
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
-    write_atomically(folder / MODEL, lambda stream: _write(stream, weights))
+    write_atomically(folder / MODEL, weights)
     if not is_shipped:
-        packed = vectors.to_bytes()
-        write_atomically(folder / WORDS, lambda stream: _write(stream, packed))
+        write_atomically(folder / WORDS, vectors.to_bytes())
     write_json(folder / VOCABULARY, {"words": list(vocabulary.words)})
     config = {
         "format": FORMAT,
@@ -172,13 +171,8 @@ def save_checkpoint(
         "word_vectors": {"name": vectors.name, "dim": vectors.dim, "digest": vectors.digest},
         **facts,
     }
-    card = _card(config).encode()
-    write_atomically(folder / CARD, lambda stream: _write(stream, card))
+    write_atomically(folder / CARD, _card(config).encode())
     write_json(folder / CONFIG, config)
-
-
-def _write(stream: Any, data: bytes) -> None:
-    stream.write(data)
 
 
 def load_checkpoint(folder: Path) -> GroundingModel:

@@ -141,7 +141,7 @@ class Trainer:
             "progress": json.dumps(vars(self.state)),
         }
         data = save(tensors, metadata=meta)
-        write_atomically(path, lambda stream: _write(stream, data))
+        write_atomically(path, data)
 
     def load_state(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Continue from `path`. Raises MmdistError when it is of another run."""
@@ -169,10 +169,6 @@ class Trainer:
                 "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
                 "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
             }
-
-
-def _write(stream: Any, data: bytes) -> None:
-    stream.write(data)
 
 
 def validate(trainer: Trainer, items: Sequence[Item], table: FeatureTable) -> dict[str, float]:

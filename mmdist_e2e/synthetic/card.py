@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 
 from mmdist_e2e.extractors.i3d import InceptionI3d
-from mmdist_e2e.store import write_atomically, write_bytes, write_json
+from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.synthetic.clips import ACTION_NAMES, OBJECT_NAMES
 from mmdist_e2e.synthetic.clipset import WINDOW
 from mmdist_e2e.synthetic.world import FPS, WORLD_VERSION
@@ -46,8 +46,8 @@ def write_extractor(
         "pretraining": {**asdict(settings), **figures},
     }
     card = model_card(settings, figures, sum(p.numel() for p in network.parameters()))
-    write_atomically(out / "model.safetensors", write_bytes(save(state)))
-    write_atomically(out / "README.md", write_bytes(card.encode()))
+    write_atomically(out / "model.safetensors", save(state))
+    write_atomically(out / "README.md", card.encode())
     write_json(out / "config.json", config)
 
 

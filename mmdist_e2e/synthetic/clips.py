@@ -35,10 +35,10 @@ class Clip(NamedTuple):
     OBJECT_NAMES. poses_TP: where the joints are in each frame, as `Film.pose` gives them.
     """
 
-    frames_THWC: NDArray[np.uint8]  # noqa: N815 - shape suffix
+    frames_THWC: NDArray[np.uint8]
     action: int
     object: int
-    poses_TP: NDArray[np.float32]  # noqa: N815 - shape suffix
+    poses_TP: NDArray[np.float32]
 
 
 def sample_clip(seed: int, index: int, *, frames: int = 16) -> Clip:

@@ -36,9 +36,9 @@ Progress = Callable[[str], None]
 class ClipSet:
     """clips_NTHWC uint8, labels_N2 (action, object), poses_NTP: what the person does in each."""
 
-    clips_NTHWC: NDArray[np.uint8]  # noqa: N815 - shape suffix
-    labels_N2: NDArray[np.int64]  # noqa: N815 - shape suffix
-    poses_NTP: NDArray[np.float32]  # noqa: N815 - shape suffix
+    clips_NTHWC: NDArray[np.uint8]
+    labels_N2: NDArray[np.int64]
+    poses_NTP: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.labels_N2)

@@ -42,9 +42,4 @@ def contact_sheet(path: Path, seed: int) -> None:
             picture = np.concatenate(frames, axis=1)
             place = sheet[top + _CAPTION : top + row, left : left + picture.shape[1]]
             place[...] = (picture & 0xF8) | 0x04
-    data = png_bytes(sheet)
-    write_atomically(path, lambda stream: _write(stream.write(data)))
-
-
-def _write(_: int) -> None:
-    """Swallow the number of bytes written."""
+    write_atomically(path, png_bytes(sheet))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,9 @@ def make_world(
         progress(ready)
     for split in SPLITS:
         lines = annotation_lines([s for s in scripts if s.split == split])
-        write_atomically(annotation_path(out, split), partial(_write_lines, lines))
+        write_atomically(
+            annotation_path(out, split), "".join(f"{line}\n" for line in lines).encode()
+        )
     write_json(out / "durations.json", {s.id: round(s.duration_seconds, 3) for s in scripts})
     summary = {
         "world_version": WORLD_VERSION,
@@ -145,7 +146,3 @@ def _not_whole(folder: Path, scripts: list[Script]) -> list[int]:
             except VideoError:
                 missing.append(index)
     return missing
-
-
-def _write_lines(lines: list[str], stream: Any) -> None:
-    stream.write("".join(f"{line}\n" for line in lines).encode())

@@ -207,9 +207,8 @@ def pretrain(
         means = ", ".join(f"{name} {value / steps:.3f}" for name, value in sums.items())
         if not all(math.isfinite(value) for value in sums.values()):
             raise MmdistError("Pretraining diverged; lower --learning-rate and run again.")
-        progress(
-            f"epoch {epoch} of {len(epochs)} at {size}²: {means}; {time.monotonic() - started:.0f} s"
-        )
+        seconds = time.monotonic() - started
+        progress(f"epoch {epoch} of {len(epochs)} at {size}²: {means}; {seconds:.0f} s")
     action, item, confusion = accuracy(model.network, validation)
     figures = {
         "validation_action_accuracy": round(action, 2),

@@ -112,9 +112,9 @@ def probe(
     Raises MmdistError when the world is of another version or a video cannot be extracted.
     """
     facts = json.loads((world / "world.json").read_text())
-    if facts["version"] != WORLD_VERSION:
+    if facts["world_version"] != WORLD_VERSION:
         raise MmdistError(
-            f"{world} is version {facts['version']} of the world; this probe knows "
+            f"{world} is version {facts['world_version']} of the world; this probe knows "
             f"{WORLD_VERSION}: render it again."
         )
     scripts = [sample_script(facts["seed"], i) for i in range(facts["videos"])]

@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import logging
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -51,12 +50,8 @@ def build(out: Path) -> None:
         SHIPPED_NAME, everything.words[:FREQUENT_WORDS], everything.vectors_VE[:FREQUENT_WORDS]
     )
     data = shipped.to_bytes(np.float16)
-    write_atomically(out, lambda stream: _write(stream, data))
+    write_atomically(out, data)
     LOGGER.info("%s: %d words, %d bytes", out, len(shipped.words), out.stat().st_size)
-
-
-def _write(stream: IO[bytes], data: bytes) -> None:
-    stream.write(data)
 
 
 def main() -> None:

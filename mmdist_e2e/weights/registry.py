@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from mmdist_e2e.store import write_atomically, write_bytes, write_json
+from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 
 SHIPPED_ROOT = Path(__file__).parent / "data"
@@ -138,7 +138,7 @@ def _install(entry: Entry, folder: Path) -> None:
     # Only after the digest has been checked, and never as a free pickle.
     state = torch.load(raw, map_location="cpu", weights_only=True)
     encoded = save({key: value.contiguous() for key, value in state.items()})
-    write_atomically(folder / "model.safetensors", write_bytes(encoded))
+    write_atomically(folder / "model.safetensors", encoded)
     facts = f"public weights, fetched from {entry.url}: {entry.facts}"
     write_json(folder / "config.json", {**entry.config, "trained_on": facts})
     raw.unlink()
