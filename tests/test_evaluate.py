@@ -14,9 +14,11 @@ from mmdist_e2e.grounding.evaluate import (
     random_proposal_metrics,
     recall_metrics,
     shuffled_order,
+    spread_over_runs,
     write_predictions,
 )
 from mmdist_e2e.grounding.inference import Predictions
+from mmdist_e2e.structures import MmdistError
 
 
 def slow_iou(a: tuple[float, float], b: tuple[float, float]) -> float:
@@ -109,3 +111,18 @@ def test_predictions_are_one_line_a_query(tmp_path: Path) -> None:
     assert row["sentence"] == annotation.sentence
     assert row["moments"] == [[2.0, 6.0, -1.0], [0.0, 5.0, -2.0]]
     assert row["iou"] == 1.0
+
+
+def test_runs_of_one_recipe_are_averaged_and_of_two_refused() -> None:
+    def result(value: float, recipe: str = "cpl") -> dict[str, object]:
+        metrics = {"mIoU": value}
+        return {"recipe": recipe, "metrics": metrics, "controls": {"random": {"mIoU": 1.0}}}
+
+    lines = dict(spread_over_runs([result(1.0), result(2.0), result(6.0)]))
+    mean, deviation = lines["model"]["mIoU"]
+    assert mean == 3.0
+    assert deviation == pytest.approx((((-2) ** 2 + (-1) ** 2 + 3**2) / 2) ** 0.5)
+    assert lines["random"]["mIoU"] == (1.0, 0.0)
+    assert dict(spread_over_runs([result(5.0)]))["model"]["mIoU"] == (5.0, 0.0)
+    with pytest.raises(MmdistError, match="one recipe"):
+        spread_over_runs([result(1.0), result(1.0, "other")])

@@ -9,53 +9,69 @@ import click
 from rich.table import Table
 
 from mmdist_e2e.cli.display import StepDisplay, results, say
+from mmdist_e2e.structures import MmdistError
 
 
 @click.command("evaluate")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--features", required=True, type=click.Path(path_type=Path))
 @click.option("--annotations", required=True, type=click.Path(path_type=Path))
 @click.option("--durations", type=click.Path(path_type=Path), help="JSON: video id to seconds.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of metrics and predictions.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: in the run's folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def evaluate_command(
-    run: Path,
+    runs: tuple[Path, ...],
     features: Path,
     annotations: Path,
     durations: Path | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Evaluate RUN: R@n at IoU m and mIoU, in percent, beside the four controls.
+    """Evaluate RUNS: R@n at IoU m and mIoU, in percent, beside the four controls.
+
+    Of several runs (seeds of one recipe) the table shows mean ± standard deviation.
 
     The controls: the best constant span (fitted on the evaluated split itself), a random one of
     the model's own proposals, an untrained network, and queries shuffled among videos.
     """
-    from mmdist_e2e.grounding.evaluate import evaluate_run, summary_lines
+    from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
 
+    if out is not None and len(runs) > 1:
+        raise MmdistError("--out takes the results of one run; leave it out for several.")
     with StepDisplay() as progress:
-        result = evaluate_run(
-            run,
-            features_path=features,
-            annotations_path=annotations,
-            durations=durations,
-            out=out,
-            progress=progress,
-        )
+        evaluated = [
+            evaluate_run(
+                run,
+                features_path=features,
+                annotations_path=annotations,
+                durations=durations,
+                out=out,
+                progress=progress,
+            )
+            for run in runs
+        ]
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        click.echo(json.dumps(evaluated[0] if len(runs) == 1 else evaluated, indent=2))
         return
-    lines = summary_lines(result)
+    lines = spread_over_runs(evaluated)
     table = Table(show_edge=False)
     table.add_column("percent")
     columns = list(lines[0][1])
     for column in columns:
         table.add_column(column, justify="right")
     for name, metrics in lines:
-        cells = [f"{metrics[c]:.2f}" if c in metrics else "–" for c in columns]
+        cells = [_cell(metrics.get(column), len(runs)) for column in columns]
         table.add_row(name.replace("_", " "), *cells)
     results.print(table)
+    result = evaluated[0]
+    seeds = ", ".join(str(each["seed"]) for each in evaluated)
     say(
-        f"{result['annotations']}, protocol {result['protocol']}, recipe {result['recipe']}, "
-        f"seed {result['seed']}, checkpoint chosen by {result['selected_by']}."
+        f"{result['annotations']} ({result['queries']} queries), protocol {result['protocol']}, "
+        f"recipe {result['recipe']}, seeds {seeds}, checkpoint chosen by {result['selected_by']}."
     )
+
+
+def _cell(spread: tuple[float, float] | None, runs: int) -> str:
+    if spread is None:
+        return "–"
+    return f"{spread[0]:.2f}" + (f" ± {spread[1]:.2f}" if runs > 1 else "")

@@ -210,6 +210,31 @@ def evaluate_run(
     return result
 
 
-def summary_lines(result: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """Rows for a table of `evaluate_run`'s result: the model first, then its four controls."""
-    return [("model", result["metrics"]), *result["controls"].items()]
+def spread_over_runs(
+    results: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, dict[str, tuple[float, float]]]]:
+    """Rows of a table, the model first, then its controls: mean and deviation over runs.
+
+    results: what `evaluate_run` gave for each run on the same annotations. The deviation is that
+    of a sample (0 for one run). Raises MmdistError when the runs are of different recipes.
+    """
+    recipes = sorted({str(result["recipe"]) for result in results})
+    if len(recipes) > 1:
+        raise MmdistError(
+            f"Only runs of one recipe can be averaged; these are of {', '.join(recipes)}."
+        )
+    rows = [{"model": result["metrics"], **result["controls"]} for result in results]
+    return [
+        (
+            name,
+            {
+                metric: _mean_and_deviation([row[name][metric] for row in rows])
+                for metric in rows[0][name]
+            },
+        )
+        for name in rows[0]
+    ]
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

@@ -1,0 +1,87 @@
+"""Put what `make world` made into the wheel's folder, its measured figures into the cards.
+
+    python examples/ship.py runs/world1
+
+Of the runs the one that is best on validation ships; the card shows the spread over all seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmdist_e2e.grounding.evaluate import spread_over_runs
+from mmdist_e2e.store import write_atomically
+from mmdist_e2e.weights.registry import DEFAULT_RGB_EXTRACTOR, SHIPPED_MODEL, SHIPPED_ROOT
+
+EXTRACTOR_FILES = ("config.json", "model.safetensors", "README.md")
+MODEL_FILES = (*EXTRACTOR_FILES, "vocabulary.json")
+COLUMNS = ("R@1,IoU=0.3", "R@1,IoU=0.5", "R@1,IoU=0.7", "mIoU")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def copy(source: Path, target: Path, files: tuple[str, ...], addition: str) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in files:
+        shutil.copy(source / name, target / name)
+    card = (target / "README.md").read_text().rstrip() + "\n\n" + addition
+    write_atomically(target / "README.md", card.encode())
+
+
+def probe_section(probe: dict[str, dict[str, float]]) -> str:
+    trained, untrained = probe["trained"], probe["untrained"]
+    return (
+        "## Linear probe\n\n"
+        f"Actions of the grounding videos at the middle of each row, fitted on "
+        f"{trained['train_rows']:,.0f} rows of train videos, scored on "
+        f"{trained['test_rows']:,.0f} rows of test videos (percent):\n\n"
+        "| | accuracy | balanced accuracy |\n|---|---|---|\n"
+        f"| these weights | {trained['accuracy']} | {trained['balanced_accuracy']} |\n"
+        f"| the same network untrained | {untrained['accuracy']} | "
+        f"{untrained['balanced_accuracy']} |\n"
+        f"| chance (most frequent; uniform) | {trained['majority_chance']} | "
+        f"{trained['uniform_chance']} |\n"
+    )
+
+
+def test_section(results: list[dict[str, Any]], shipped_seed: int) -> str:
+    lines = [
+        "## Test split of the world\n",
+        f"{results[0]['queries']} queries of {results[0]['videos']} videos, seeds and rooms unseen "
+        f"in training; percent, mean ± standard deviation over seeds "
+        f"{', '.join(str(r['seed']) for r in results)}. This is seed {shipped_seed}, the best on "
+        f"validation.\n",
+        "| | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for name, metrics in spread_over_runs(results):
+        cells = (f"{metrics[c][0]:.2f} ± {metrics[c][1]:.2f}" for c in COLUMNS)
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    work = Path(sys.argv[1])
+    copy(
+        work / DEFAULT_RGB_EXTRACTOR,
+        SHIPPED_ROOT / DEFAULT_RGB_EXTRACTOR,
+        EXTRACTOR_FILES,
+        probe_section(read(work / "probe.json")),
+    )
+    runs = sorted(path.parent for path in work.glob("cpl-*/config.json"))
+    results = [read(run / "evaluations" / "world_sta_test" / "metrics.json") for run in runs]
+    best = max(runs, key=lambda run: read(run / "config.json")["validation"]["R@1,IoU=0.5"])
+    seed = read(best / "config.json")["seed"]
+    copy(best, SHIPPED_MODEL, MODEL_FILES, test_section(results, seed))
+    print(test_section(results, seed))
+
+
+if __name__ == "__main__":
+    main()
