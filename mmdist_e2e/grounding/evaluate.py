@@ -25,6 +25,7 @@ from mmdist_e2e.grounding.datasets import (
 from mmdist_e2e.grounding.inference import Predictions, Progress, predict
 from mmdist_e2e.grounding.models import GlobalBranch
 from mmdist_e2e.store import write_atomically, write_json
+from mmdist_e2e.structures import MmdistError
 
 Array = NDArray[np.float64]
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
