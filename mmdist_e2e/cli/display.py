@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -21,7 +22,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.batch import Outcome, Report, Video
 
-results = Console(highlight=False, soft_wrap=True)
+# A file or a pipe has no width: tables keep their lines whole there.
+PIPE_WIDTH = 200
+results = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 notes = Console(stderr=True, highlight=False)
 
 

@@ -66,8 +66,8 @@ def evaluate_command(
     result = evaluated[0]
     seeds = ", ".join(str(each["seed"]) for each in evaluated)
     say(
-        f"{result['annotations']} ({result['queries']} queries), protocol {result['protocol']}, "
-        f"recipe {result['recipe']}, seeds {seeds}, checkpoint chosen by {result['selected_by']}."
+        f"Protocol {result['protocol']}, recipe {result['recipe']}, seeds {seeds}, checkpoints "
+        f"chosen by {result['selected_by']}."
     )
 
 

@@ -31,4 +31,4 @@ def synth_command(videos: int, seed: int, out: Path, workers: int | None) -> Non
             progress=progress,
         )
     for key, value in summary.items():
-        results.print(f"{key}: {value}", markup=False)
+        results.print(f"{key}: {value}", markup=False, soft_wrap=True)

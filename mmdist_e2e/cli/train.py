@@ -79,6 +79,7 @@ def cpl_command(
         f"best epoch {summary['best_epoch']} of {summary['epochs']} "
         f"(chosen by {summary['selected_by']}): {validation}",
         markup=False,
+        soft_wrap=True,
     )
 
 
