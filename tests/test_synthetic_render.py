@@ -141,11 +141,13 @@ def test_a_middle_joint_keeps_both_bones_lengths() -> None:
 
 
 def test_snippets_are_repeatable_balanced_and_show_their_action() -> None:
-    frames, action, thing, _ = sample_clip(0, 3, frames=8)
+    frames, action, thing, poses = sample_clip(0, 3, frames=8)
     again = sample_clip(0, 3, frames=8)
     assert frames.shape == (8, HEIGHT, WIDTH, 3)
     assert (again[0] == frames).all()
-    assert again[1:] == (action, thing)
+    assert again[1:3] == (action, thing)
+    assert (again.poses_TP == poses).all()
+    assert poses.shape[0] == 8
     assert not (sample_clip(1, 3, frames=8)[0] == frames).all()
     drawn = []
     for index in range(len(ACTION_NAMES)):
