@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +68,28 @@ def test_the_example_is_answered(tmp_path):
     moments = mm.load(cache=tmp_path).ground(EXAMPLES / example["clip"], example["query"], top_k=8)
     assert len(moments) == 8
     assert all(0 <= m.start < m.end <= example["duration_seconds"] + 0.1 for m in moments)
+
+
+@pytest.mark.slow
+def test_the_readmes_example_runs_as_it_stands(tmp_path):
+    """As a script without a main guard, in a folder that holds a clip of that name."""
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    shutil.copy(EXAMPLES / "example.mp4", tmp_path / "clip.mp4")
+    run = subprocess.run(
+        [sys.executable, "mine.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "MMDIST_CACHE": str(tmp_path / "cache")},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 6
+    assert all(" s  " in line for line in lines[:5])
+    assert lines[5].startswith("(40, 256)")
 
 
 @needs_data

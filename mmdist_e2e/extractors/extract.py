@@ -88,7 +88,12 @@ def extract_video(
         modality=spec.modality,
         provenance=Provenance(
             matters=spec.matters,
-            info={**network.info, "effective_fps": stream.fps, "trained_on": spec.trained_on},
+            info={
+                **network.info,
+                "decoder": info.decoder,
+                "effective_fps": stream.fps,
+                "trained_on": spec.trained_on,
+            },
             source=source,
         ),
     )

@@ -21,7 +21,7 @@ from mmdist_e2e.grounding.datasets import FeatureTable, collate
 from mmdist_e2e.grounding.inference import INFERENCE_BATCH, predict_batch, rank
 from mmdist_e2e.grounding.models import GlobalBranch
 from mmdist_e2e.grounding.recipes import Recipe
-from mmdist_e2e.grounding.text import Sentence, Vocabulary
+from mmdist_e2e.grounding.text import Sentence, Vocabulary, is_content_word
 from mmdist_e2e.grounding.windows import cut, merge, window_starts
 from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.structures import Features, MmdistError, Moment, differences
@@ -84,10 +84,11 @@ class GroundingModel:
         """
         sentence = self.vocabulary.encode(query)
         if not (sentence.ids_W > 0).any():
+            telling = [word for word in self.vocabulary.words if is_content_word(word)]
             raise MmdistError(
                 f"None of the words of the query '{query}' occurs in the sentences that this model "
                 f"was trained on, so it cannot rank moments for it; use words like "
-                f"{', '.join(self.vocabulary.words[:8])}."
+                f"{', '.join(telling[:8])}."
             )
         return sentence
 
