@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mmdist_e2e.grounding.checkpoint import model_card
 from mmdist_e2e.grounding.evaluate import spread_over_runs
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.weights.registry import DEFAULT_RGB_EXTRACTOR, SHIPPED_MODEL, SHIPPED_ROOT
 
-EXTRACTOR_FILES = ("config.json", "model.safetensors", "README.md")
+EXTRACTOR_FILES = ("config.json", "model.safetensors")
 MODEL_FILES = (*EXTRACTOR_FILES, "vocabulary.json")
 COLUMNS = ("R@1,IoU=0.3", "R@1,IoU=0.5", "R@1,IoU=0.7", "mIoU")
 
@@ -26,13 +27,12 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def copy(source: Path, target: Path, files: tuple[str, ...], addition: str) -> None:
+def copy(source: Path, target: Path, files: tuple[str, ...], card: str, addition: str) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for name in files:
         shutil.copy(source / name, target / name)
-    card = (target / "README.md").read_text().rstrip() + "\n\n" + addition
-    write_atomically(target / "README.md", card.encode())
+    write_atomically(target / "README.md", f"{card.rstrip()}\n\n{addition}".encode())
 
 
 def probe_section(probe: dict[str, dict[str, float]]) -> str:
@@ -73,13 +73,15 @@ def main() -> None:
         work / DEFAULT_RGB_EXTRACTOR,
         SHIPPED_ROOT / DEFAULT_RGB_EXTRACTOR,
         EXTRACTOR_FILES,
+        (work / DEFAULT_RGB_EXTRACTOR / "README.md").read_text(),
         probe_section(read(work / "probe.json")),
     )
     runs = sorted(path.parent for path in work.glob("cpl-*/config.json"))
     results = [read(run / "evaluations" / "world_sta_test" / "metrics.json") for run in runs]
     best = max(runs, key=lambda run: read(run / "config.json")["validation"]["R@1,IoU=0.5"])
-    seed = read(best / "config.json")["seed"]
-    copy(best, SHIPPED_MODEL, MODEL_FILES, test_section(results, seed))
+    config = read(best / "config.json")
+    seed = config["seed"]
+    copy(best, SHIPPED_MODEL, MODEL_FILES, model_card(config), test_section(results, seed))
     print(test_section(results, seed))
 
 

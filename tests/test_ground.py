@@ -15,7 +15,10 @@ from make_videos import make_video
 
 import mmdist_e2e as mm
 from mmdist_e2e.cli.main import main
+from mmdist_e2e.cli.train import parse_settings
 from mmdist_e2e.extractors import extract as extract_module
+from mmdist_e2e.grounding.checkpoint import command_of
+from mmdist_e2e.grounding.recipes import get_recipe
 from mmdist_e2e.store import FeatureStore
 
 
@@ -139,3 +142,21 @@ def test_evaluate_prints_the_model_and_four_controls(tiny_run, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     hits = np.mean([row["iou"] >= 0.5 for row in rows]) * 100
     assert hits == pytest.approx(result["metrics"]["R@1,IoU=0.5"])
+
+
+def test_the_cards_command_gives_the_same_recipe_again(tiny_run):
+    config = json.loads((tiny_run / "model" / "config.json").read_text())
+    command = command_of(config).split()
+    assert f"`{' '.join(command)}`" in (tiny_run / "model" / "README.md").read_text()
+    options = dict(zip(command[3::2], command[4::2], strict=True))
+    assert options["--seed"] == "0"
+    settings = [command[i + 1] for i, word in enumerate(command) if word == "--set"]
+    model = config["model"]
+    shape = {key: model[key] for key in ("feature_dim", "word_dim", "vocabulary_size")}
+    recipe = get_recipe(command[2])(**shape, length=int(options["--length"]))
+    again = recipe.overridden(
+        {**parse_settings(settings), "epochs": int(options["--epochs"])}
+    ).to_json()
+    for part in ("model", "loss", "training"):
+        given = {k: v for k, v in again[part].items() if k != "warmup_updates"}
+        assert given.items() <= config[part].items()

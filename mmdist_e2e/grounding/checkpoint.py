@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from mmdist_e2e.grounding.datasets import FeatureTable, collate
 from mmdist_e2e.grounding.inference import INFERENCE_BATCH, predict_batch, rank
 from mmdist_e2e.grounding.models import GlobalBranch
-from mmdist_e2e.grounding.recipes import Recipe
+from mmdist_e2e.grounding.recipes import Recipe, get_recipe
 from mmdist_e2e.grounding.text import Sentence, Vocabulary, is_content_word
 from mmdist_e2e.grounding.windows import cut, merge, window_starts
 from mmdist_e2e.store import write_atomically, write_json
@@ -172,7 +172,7 @@ def save_checkpoint(
         "word_vectors": {"name": vectors.name, "dim": vectors.dim, "digest": vectors.digest},
         **facts,
     }
-    write_atomically(folder / CARD, _card(config).encode())
+    write_atomically(folder / CARD, model_card(config).encode())
     write_json(folder / CONFIG, config)
 
 
@@ -214,7 +214,24 @@ def _vectors_of(folder: Path, expected: Mapping[str, Any]) -> WordVectors:
     return vectors
 
 
-def _card(config: Mapping[str, Any]) -> str:
+def command_of(config: Mapping[str, Any]) -> str:
+    """The command that trains such a model, with every setting that is not the recipe's own."""
+    model, training = config["model"], config["training"]
+    shape = {key: model[key] for key in ("feature_dim", "word_dim", "vocabulary_size", "length")}
+    standard = get_recipe(config["name"])(**shape).to_json()
+    changed = {
+        key: value
+        for part in ("model", "loss", "training")
+        for key, value in config[part].items()
+        if value != standard[part][key] and standard[part][key] is not None
+    }
+    epochs = changed.pop("epochs", training["epochs"])
+    words = ["mmdist train", config["name"], f"--length {model['length']}", f"--epochs {epochs}"]
+    words += [f"--set {key}={value}" for key, value in sorted(changed.items())]
+    return " ".join([*words, f"--seed {config['seed']}"])
+
+
+def model_card(config: Mapping[str, Any]) -> str:
     """The model card: what it is, where from, how good, and what it cannot do."""
     validation = config.get("validation") or {}
     figures = ", ".join(f"{k} {v:.1f}" for k, v in validation.items()) or "none"
@@ -226,7 +243,7 @@ def _card(config: Mapping[str, Any]) -> str:
     return f"""# {config["name"]}: moments of a video from a sentence
 
 - **Trained on**: {config["trained_on"]}; sentences and videos only, no timestamps.
-- **Command**: `{config.get("command", "mmdist train " + config["name"])}`, seed {config["seed"]}.
+- **Command**: `{command_of(config)}`
 - **Reads**: {reads}, {model["feature_dim"]} channels at {model["length"]} positions;
   sentences of at most 20 words by {config["word_vectors"]["name"]}.
 - **Chosen**: {config["selected_by"]}.
