@@ -71,11 +71,11 @@ class Grounder:
 
         path = Path(video)
         features: dict[str, Features] = {}
+        source = fast_digest(path) if path.is_file() else {}
+        # The digest in the id keeps apart clips of one name from different folders.
+        video_id = f"{path.stem}-{source.get('digest', 'none')}"
         for modality in self.model.modalities:
             spec = self._spec(modality)
-            source = fast_digest(path) if path.is_file() else {}
-            # The digest in the id keeps apart clips of one name from different folders.
-            video_id = f"{path.stem}-{source.get('digest', 'none')}"
             if self._store is not None and self._store.up_to_date(
                 video_id, modality, matters=spec.matters, source=source
             ):
@@ -86,7 +86,9 @@ class Grounder:
                 network = SnippetNetwork(spec, device=self._device, precision=self._precision)
                 self._networks[modality] = network
             with Decoder() as decoder:
-                features[modality] = extract_video(path, network, decoder, progress=progress)
+                features[modality] = extract_video(
+                    path, network, decoder, source=source, progress=progress
+                )
             if self._store is not None:
                 self._store.save(video_id, features[modality])
         return features

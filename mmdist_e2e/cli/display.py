@@ -13,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -33,18 +34,22 @@ def say(line: str) -> None:
     notes.print(line, markup=False, soft_wrap=True)
 
 
-@contextmanager
-def bar(description: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
-    """A progress bar from 0 to `total`; yields a setter. Nothing is drawn without a terminal."""
-    with Progress(
+def _bars(*columns: ProgressColumn) -> Progress:
+    """Bars with a description first, then `columns`; nothing is drawn without a terminal."""
+    return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        *columns,
         console=notes,
         transient=True,
         disable=not notes.is_terminal,
-    ) as progress:
+    )
+
+
+@contextmanager
+def bar(description: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
+    """A progress bar from 0 to `total`; yields a setter. Nothing is drawn without a terminal."""
+    with _bars(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task(description, total=total)
         yield lambda done: progress.update(task, completed=done)
 
@@ -53,16 +58,7 @@ class ExtractionProgress:
     """Draws a batch: one bar over videos, one inside the running video."""
 
     def __init__(self, total: int) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=notes,
-            transient=True,
-            disable=not notes.is_terminal,
-        )
+        self._progress = _bars(MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._all = self._progress.add_task("videos", total=total)
         self._one = self._progress.add_task("", total=100)
 
@@ -89,15 +85,7 @@ class StepDisplay:
     """A bar that restarts with each step; called with (what, done, of how many)."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=notes,
-            transient=True,
-            disable=not notes.is_terminal,
-        )
+        self._progress = _bars(MofNCompleteColumn(), TimeElapsedColumn())
         self._task = self._progress.add_task("loading")
         self._said = ""
 

@@ -121,8 +121,9 @@ def extract_many(
             if progress is not None:
                 progress.started(video, index, len(videos))
             try:
+                source = fast_digest(video.path)
                 if not overwrite and store.up_to_date(
-                    video.id, spec.modality, matters=spec.matters, source=fast_digest(video.path)
+                    video.id, spec.modality, matters=spec.matters, source=source
                 ):
                     outcome = Outcome(video, "skipped")
                 else:
@@ -131,6 +132,7 @@ def extract_many(
                         video.path,
                         network,
                         decoder,
+                        source=source,
                         progress=progress.advanced if progress is not None else None,
                     )
                     store.save(video.id, features)

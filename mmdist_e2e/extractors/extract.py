@@ -5,9 +5,9 @@ Shapes: N frames of a chunk, T frames of a window, S rows, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,18 +32,21 @@ def extract_video(
     network: SnippetNetwork,
     decoder: Decoder,
     *,
+    source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Features:
     """Decode one video and run the network over it.
 
     Args:
+        source: the file's `fast_digest`, where the caller has it already.
         progress: called with the fraction done, 0 to 1.
 
     Returns Features with S = ⌈frames / stride⌉ rows; `times` from 0 to the duration.
     Raises VideoError when the file cannot be decoded whole or is smaller than 16 pixels a side.
     """
     spec = network.spec
-    source = fast_digest(path) if path.is_file() else {}
+    if source is None:
+        source = fast_digest(path) if path.is_file() else {}
     windows = Windows(window=spec.window, stride=spec.stride, tail=TAIL)
     rows: list[NDArray[np.float32]] = []
     pending: list[NDArray[np.generic]] = []

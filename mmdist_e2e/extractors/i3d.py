@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BATCH_NORM_EPS = 1e-3
-FEATURE_CHANNELS = 1024
 POOL_FRAMES = 2
 DEFAULT_DROPOUT = 0.5
 
