@@ -88,11 +88,12 @@ def training_source(train_path: Path) -> str | None:
     facts_path = train_path.parent / "world.json"
     if not facts_path.is_file():
         return None
-    facts = json.loads(facts_path.read_text())
-    return (
-        f"our own synthetic world, version {facts['world_version']} (seed {facts['seed']}, "
-        f"{train_path.name})"
-    )
+    try:
+        facts = json.loads(facts_path.read_text())
+        version, seed = facts["world_version"], facts["seed"]
+    except (ValueError, KeyError, TypeError):
+        return None  # somebody's own file of that name
+    return f"our own synthetic world, version {version} (seed {seed}, {train_path.name})"
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
