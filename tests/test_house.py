@@ -36,6 +36,9 @@ ONLY_HERE = {  # library -> the files that may know it
     "decord": {"extractors/decoder.py"},
     "av": {"extractors/video.py", "extractors/container.py"},
     "cv2": {"extractors/flow.py", "synthetic"},
+    "numba": {"extractors/tvl1_cpu.py"},
+    "triton": {"extractors/tvl1_gpu.py"},
+    "pytorchvideo": {"extractors/hub.py"},
 }
 
 

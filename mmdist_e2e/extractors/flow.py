@@ -8,14 +8,18 @@ runs this one. Shapes: N pairs, H height, W width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmdist_e2e.structures import MmdistError
 
-BACKENDS = ("auto", "opencv")
+BACKENDS = ("auto", "native", "opencv", "opencv-cuda")
 MINIMUM_SIDE_PIXELS = 16
+# Where OpenCV stops a pair when its updates have become small, the native solver runs this many
+# iterations a warp: measured on real videos (docs/flow.md), it ends nearer the converged flow.
+NATIVE_ITERATIONS = 36
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,9 @@ class TVL1Settings:
     """Parameters of the solver, for intensities 0–255.
 
     tau: time step. lambda_: weight of the data term. theta: coupling. scales, scale_step:
-    the pyramid. warps and iterations per scale. epsilon: stop when the mean squared update of
-    the flow falls below its square (0: never).
+    the pyramid. warps and iterations per scale. epsilon: above 0 a solver may stop before all
+    iterations are done: OpenCV when the mean squared update of the flow falls below ε², the
+    native one after `NATIVE_ITERATIONS`; 0 runs them all.
     """
 
     tau: float = 0.25
@@ -36,6 +41,19 @@ class TVL1Settings:
     iterations: int = 300
     epsilon: float = 0.01
 
+    def __post_init__(self) -> None:
+        positive = (self.tau, self.lambda_, self.theta, self.scales, self.warps, self.iterations)
+        if min(positive) <= 0 or not 0 < self.scale_step < 1 or self.epsilon < 0:
+            raise MmdistError(
+                f"TV-L1 needs positive settings, a scale step between 0 and 1, and an epsilon of "
+                f"at least 0; got {self}."
+            )
+
+    @property
+    def native_iterations(self) -> int:
+        """Iterations a warp that the native solver runs."""
+        return min(self.iterations, NATIVE_ITERATIONS) if self.epsilon > 0 else self.iterations
+
 
 def tvl1(
     first_NHW: NDArray[np.uint8],
@@ -43,15 +61,19 @@ def tvl1(
     *,
     backend: str = "auto",
     settings: TVL1Settings | None = None,
+    device: str = "cpu",
 ) -> NDArray[np.float32]:
     """Flow from each first image to its second.
 
     Args:
         first_NHW, second_NHW: grey images, uint8.
-        backend: "opencv" (the CPU class of the PyPI OpenCV); "auto" is the same for now.
+        backend: "native" (ours: Numba on a CPU, Triton on a GPU), "opencv" (the CPU class of the
+            PyPI OpenCV), "opencv-cuda" (an OpenCV that you built with CUDA); "auto" is native.
+        device: where the native solver runs: "cpu", "cuda", "cuda:1", …
 
     Returns [N, 2, H, W] float32: horizontal and vertical displacement in pixels.
-    Raises MmdistError for an unknown backend, images that do not match, or sides below 16.
+    Raises MmdistError for an unknown backend or one that is not there, images that do not match,
+    or sides below 16.
     """
     if backend not in BACKENDS:
         raise MmdistError(f"The flow backend {backend!r} is unknown; valid: {', '.join(BACKENDS)}.")
@@ -67,7 +89,34 @@ def tvl1(
         raise MmdistError(
             f"Flow needs at least {MINIMUM_SIDE_PIXELS} pixels a side; got {width}×{height}."
         )
-    return _opencv(first_NHW, second_NHW, settings or TVL1Settings())
+    settings = settings or TVL1Settings()
+    if backend == "opencv":
+        return _opencv(first_NHW, second_NHW, settings)
+    if backend == "opencv-cuda":
+        return _opencv_cuda(first_NHW, second_NHW, settings)
+    _, height, width = first_NHW.shape
+    sizes = pyramid(height, width, settings)
+    if device.startswith("cuda"):
+        from mmdist_e2e.extractors import tvl1_gpu
+
+        return tvl1_gpu.solve_arrays(first_NHW, second_NHW, sizes, settings, device)
+    from mmdist_e2e.extractors import tvl1_cpu
+
+    return tvl1_cpu.solve(first_NHW, second_NHW, sizes, settings.native_iterations, settings)
+
+
+def pyramid(height: int, width: int, settings: TVL1Settings) -> list[tuple[int, int]]:
+    """Height and width of each level, finest first; none has a side below 16 but the first."""
+    sizes = [(height, width)]
+    while len(sizes) < settings.scales:
+        size = (
+            round(sizes[-1][0] * settings.scale_step),
+            round(sizes[-1][1] * settings.scale_step),
+        )
+        if min(size) < MINIMUM_SIDE_PIXELS:
+            break
+        sizes.append(size)
+    return sizes
 
 
 def _opencv(
@@ -98,3 +147,49 @@ def _opencv(
     for index, (first, second) in enumerate(zip(first_NHW, second_NHW, strict=True)):
         flow_N2HW[index] = solver.calc(first, second, None).transpose(2, 0, 1)
     return flow_N2HW
+
+
+def _opencv_cuda(
+    first_NHW: NDArray[np.uint8], second_NHW: NDArray[np.uint8], settings: TVL1Settings
+) -> NDArray[np.float32]:
+    cuda = _cuda_module()
+    solver = cuda.OpticalFlowDual_TVL1_create(
+        tau=settings.tau,
+        lambda_=settings.lambda_,
+        theta=settings.theta,
+        nscales=settings.scales,
+        warps=settings.warps,
+        epsilon=settings.epsilon,
+        iterations=settings.iterations,
+        scaleStep=settings.scale_step,
+    )
+    flow_N2HW = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
+    first, second = cuda.GpuMat(), cuda.GpuMat()
+    for index in range(len(first_NHW)):
+        first.upload(first_NHW[index])
+        second.upload(second_NHW[index])
+        flow_N2HW[index] = solver.calc(first, second, None).download().transpose(2, 0, 1)
+    return flow_N2HW
+
+
+def _cuda_module() -> Any:
+    """The module cv2.cuda of an OpenCV that can solve TV-L1 on a GPU, or MmdistError."""
+    try:
+        import cv2
+
+        cuda = cv2.cuda
+        devices = int(cuda.getCudaEnabledDeviceCount())
+    except (ImportError, AttributeError):
+        devices = 0
+    if devices < 1:
+        raise MmdistError(
+            "The flow backend 'opencv-cuda' needs an OpenCV that was built with CUDA, and a GPU: "
+            "the OpenCV installed here has no CUDA device (the packages on PyPI never have one); "
+            "use native, which needs neither, or see docs/flow.md."
+        )
+    if not hasattr(cuda, "OpticalFlowDual_TVL1_create"):
+        raise MmdistError(
+            "The OpenCV installed here has CUDA but not its module cudaoptflow; build it with the "
+            "contrib modules, or use the flow backend native."
+        )
+    return cuda

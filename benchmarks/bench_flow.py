@@ -1,0 +1,69 @@
+"""TV-L1: our CPU solver beside OpenCV's CPU class of the same settings, and how near each comes.
+
+    python benchmarks/bench_flow.py [VIDEO ...]
+
+Ten pairs of consecutive frames of each video at shorter side 256 (without a video: the example
+clip). OpenCV stops early at ε 0.01; the converged solution is OpenCV's with every iteration. Both
+solvers may use every core. The ratio is the whole time of OpenCV over ours; `--error` adds the
+converged solution, which takes OpenCV some ten seconds a pair.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mmdist_e2e.extractors.flow import TVL1Settings, tvl1
+from mmdist_e2e.extractors.flow_frames import FlowPreprocessing
+from mmdist_e2e.extractors.video import Decoder
+
+PAIRS, SHORTER_SIDE, RUNS = 10, 256, 3
+EXAMPLE = Path(__file__).parent.parent / "examples" / "example.mp4"
+
+
+def pairs_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with Decoder() as decoder:
+        chunks = [chunk.frames_NHWC for chunk in decoder.frames(path, fps=25)]
+    frames = np.concatenate(chunks)
+    first = np.linspace(0, len(frames) - 2, PAIRS).round().astype(int)
+    preprocessing = FlowPreprocessing(shorter_side=SHORTER_SIDE, size=224, crop=224)
+    grey = [preprocessing.greys(frames[i : i + 2]) for i in first]
+    return np.stack([pair[0] for pair in grey]), np.stack([pair[1] for pair in grey])
+
+
+def timed(first: np.ndarray, second: np.ndarray, backend: str, runs: int) -> tuple[float, ...]:
+    tvl1(first[:1], second[:1], backend=backend)  # compiled and warm
+    spans = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        flow = tvl1(first, second, backend=backend)
+        spans.append(time.perf_counter() - begin)
+    return min(spans), flow
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.hypot(*(a - b).swapaxes(0, 1)).mean())
+
+
+def main() -> None:
+    videos = [Path(x) for x in sys.argv[1:] if x != "--error"] or [EXAMPLE]
+    totals = {"native": 0.0, "opencv": 0.0}
+    for video in videos:
+        first, second = pairs_of(video)
+        flows = {}
+        for backend in totals:
+            seconds, flows[backend] = timed(first, second, backend, RUNS)
+            totals[backend] += seconds
+            print(f"{video.name} {first.shape[1:]} {backend}: {100 * seconds:.1f} ms a pair")
+        if "--error" in sys.argv:
+            exact = tvl1(first, second, backend="opencv", settings=TVL1Settings(epsilon=0.0))
+            for backend, flow in flows.items():
+                print(f"  {backend}: {distance(flow, exact):.4f} px from the converged solution")
+    print(f"flow: ratio {totals['opencv'] / totals['native']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""TV-L1 on a GPU: right first, then pairs a second at 256×341 over the ways to run it.
+
+    python benchmarks/gpu_flow.py
+
+Correctness is against the plain float64 solver of the tests, on small images. Then the tile and
+the iterations a launch are swept; the fastest is the last line, beside the tile that ships.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gpu_limits import seconds
+
+from mmdist_e2e.extractors import tvl1_gpu
+from mmdist_e2e.extractors.flow import TVL1Settings, pyramid
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import flow_reference
+
+HEIGHT, WIDTH = 256, 341
+TILES = ((32, 32, 4), (32, 64, 8), (32, 64, 16), (64, 64, 8), (64, 64, 16), (64, 128, 16))
+LAUNCHES = (4, 6, 9, 12)
+PAIRS = (32, 64, 128)
+
+
+def images(count: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smooth textures and the same moved by a smooth field of up to some four pixels."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand((count, 1, height // 6, width // 6), generator=generator) * 255
+    first = F.interpolate(noise, (height, width), mode="bicubic").clamp(0, 255)
+    field = torch.randn((count, 2, 4, 4), generator=generator) * 2
+    field = F.interpolate(field, (height, width), mode="bicubic").permute(0, 2, 3, 1)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    grid = torch.stack([x, y], dim=-1) - field
+    grid = (grid + 0.5) / torch.tensor([width, height]) * 2 - 1
+    second = F.grid_sample(first, grid, mode="bicubic", align_corners=False)
+    return tuple(side[:, 0].round().clamp(0, 255).byte().cuda() for side in (first, second))
+
+
+def check() -> None:
+    """The kernels against the plain solver; raises when they differ."""
+    settings = TVL1Settings(iterations=12, warps=3, epsilon=0.0)
+    for height, width in ((40, 61), (96, 128), (75, 200)):
+        first, second = images(2, height, width)
+        sizes = pyramid(height, width, settings)
+        got = tvl1_gpu.solve(first, second, sizes, settings).cpu().numpy()
+        for pair in range(2):
+            a, b = (side[pair].cpu().numpy() for side in (first, second))
+            expected = flow_reference.solve(a, b, sizes, settings)
+            worst = float(np.abs(got[pair] - expected).max())
+            print(f"{height}×{width}: at most {worst:.1e} px from float64")
+            assert worst < 0.01, "the GPU's flow is wrong; no speed is reported"
+
+
+def main() -> None:
+    check()
+    settings = TVL1Settings()
+    sizes = pyramid(HEIGHT, WIDTH, settings)
+    first, second = images(max(PAIRS), HEIGHT, WIDTH)
+    shipped = (tvl1_gpu.TILE_H, tvl1_gpu.TILE_W, tvl1_gpu.WARPS, tvl1_gpu.ITERATIONS_A_LAUNCH, 64)
+
+    def rate(height: int, width: int, warps: int, launch: int, pairs: int) -> float:
+        tvl1_gpu.TILE_H, tvl1_gpu.TILE_W, tvl1_gpu.WARPS = height, width, warps
+        tvl1_gpu.ITERATIONS_A_LAUNCH = launch
+        a, b = first[:pairs], second[:pairs]
+        return pairs / seconds(lambda: tvl1_gpu.solve(a, b, sizes, settings), runs=5)
+
+    found = {}
+    for tile, launch in itertools.product(TILES, LAUNCHES):
+        if min(tile[:2]) > 2 * launch:
+            found[*tile, launch, 64] = rate(*tile, launch, 64)
+            print(f"tile {tile}, {launch} iterations: {found[*tile, launch, 64]:.0f} pairs/s")
+    best = max(found, key=found.__getitem__)
+    for pairs in PAIRS:
+        found[*best[:4], pairs] = rate(*best[:4], pairs)
+        print(f"{best[:4]}, {pairs} pairs a call: {found[*best[:4], pairs]:.0f} pairs/s")
+    print(f"shipped {shipped}: {rate(*shipped):.0f} pairs/s")
+    best = max(found, key=found.__getitem__)
+    print(f"fastest {best}: {found[best]:.0f} pairs/s at {HEIGHT}×{WIDTH}, target 3000")
+
+
+if __name__ == "__main__":
+    main()
