@@ -9,11 +9,12 @@ one row behind iteration k − 1, so the rows in flight stay in the core's cache
     iteration 1 works on rows  … s − 1                p of row s − 1 needs u of rows s − 1 and s:
     iteration 2 works on rows  … s − 2                in this order each step is in place.
 
-Layout: u and the warped image's terms are [H + 1, S] with S > W; the dual variables are
-[H + 1, S] too, but row r lies in row r + 1 and column x in column x + 1, and their first row and
-column stay zero, which is the boundary of the divergence. Rows are worked on in whole blocks of
-BLOCK columns, because what a vector loop leaves over is done one by one; columns from W on hold
-numbers that nothing inside reads but u[W], which repeats u[W − 1] so that the gradient is zero.
+Layout: `fields` is [10, H + 1, S], S > W: u, v; the warped image's gradient, 1/|∇I|² and ρ's
+constant; p11, p12, p21, p22. Row r of a dual variable lies in row r + 1 and column x in column
+x + 1; their first row and column stay zero, which is the boundary of the divergence. Rows are
+worked on in whole blocks of BLOCK columns, because what a vector loop leaves over is done one by
+one; columns from W on hold numbers that nothing inside reads but u[W], which repeats u[W − 1] so
+that the gradient is zero there.
 """
 
 from __future__ import annotations
@@ -37,15 +38,16 @@ PAD = 4  # the bicubic's reach outside the image, after clamping to two pixels o
 # smallest float's; flat patches of 8-bit images have exactly zero).
 FLAT = np.float32(1e-6)
 
-Image = NDArray[np.float32]
-
-_inner = njit(fastmath=True, nogil=True, error_model="numpy", cache=True, inline="never")
-_outer = njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
+_compiled = njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
 
 
-@_inner
-def _primal_row(r, width, u, v, gx, gy, inverse, constant, p11, p12, p21, p22, bound, theta):
+@_compiled
+def _primal_row(r, width, fields, bound, theta):
     """Thresholding step of row r, then u ← u + θ div p."""
+    u, v, gx, gy, inverse, constant = (
+        fields[0], fields[1], fields[2], fields[3], fields[4], fields[5],
+    )  # fmt: skip
+    p11, p12, p21, p22 = fields[6], fields[7], fields[8], fields[9]
     for x in range(width):
         a, b, ix, iy = u[r, x], v[r, x], gx[r, x], gy[r, x]
         # ρ/|∇I|² clipped to ±λθ is the three-case threshold in one.
@@ -57,9 +59,11 @@ def _primal_row(r, width, u, v, gx, gy, inverse, constant, p11, p12, p21, p22, b
         v[r, x] = b - step * iy + theta * div2
 
 
-@_inner
-def _dual_row(r, below, width, u, v, p11, p12, p21, p22, taut):
-    """Dual step p ← (p + τ/θ ∇u) / (1 + τ/θ |∇u|) in row r; `below` is r itself in the last row."""
+@_compiled
+def _dual_row(r, below, width, fields, taut):
+    """Dual step p ← (p + τ/θ ∇u) / (1 + τ/θ |∇u|) in row r; `below` is r in the last row."""
+    u, v = fields[0], fields[1]
+    p11, p12, p21, p22 = fields[6], fields[7], fields[8], fields[9]
     one = np.float32(1)
     for x in range(width):
         a, b = u[r, x], v[r, x]
@@ -73,26 +77,22 @@ def _dual_row(r, below, width, u, v, p11, p12, p21, p22, taut):
         p22[r + 1, x + 1] = (p22[r + 1, x + 1] + taut * by) * shrink2
 
 
-@_outer
-def _iterate(
-    height, width, iterations, u, v, gx, gy, inverse, constant, p11, p12, p21, p22,
-    bound, theta, taut,
-):  # fmt: skip
+@_compiled
+def _iterate(height, width, iterations, fields, bound, theta, taut):
     """All iterations of one warp, as a wavefront over the rows."""
     whole = (width + BLOCK - 1) // BLOCK * BLOCK
     for s in range(height + iterations):
         for k in range(max(0, s - height), min(iterations, s + 1)):
             r = s - k
             if r < height:
-                _primal_row(
-                    r, whole, u, v, gx, gy, inverse, constant, p11, p12, p21, p22, bound, theta
-                )
-                u[r, width], v[r, width] = u[r, width - 1], v[r, width - 1]
+                _primal_row(r, whole, fields, bound, theta)
+                fields[0, r, width] = fields[0, r, width - 1]
+                fields[1, r, width] = fields[1, r, width - 1]
             if r > 0:
-                _dual_row(r - 1, min(r, height - 1), whole, u, v, p11, p12, p21, p22, taut)
+                _dual_row(r - 1, min(r, height - 1), whole, fields, taut)
 
 
-@_outer
+@_compiled
 def _resize(source, height, width, target_height, target_width, factor, out):
     """Bilinear, pixel centers at halves, borders repeated; values times `factor`."""
     for y in range(target_height):
@@ -110,7 +110,7 @@ def _resize(source, height, width, target_height, target_width, factor, out):
             out[y, x] = factor * (top + wy * (bottom - top))
 
 
-@_outer
+@_compiled
 def _with_gradients(image, height, width, out):
     """The image and its centered differences side by side: [H + 2·PAD, W + 2·PAD, 4].
 
@@ -193,9 +193,12 @@ def _sample(typing_context, flat, offset, stride, tx, ty):
     return signature, generate
 
 
-@_outer
-def _warp(first, second4, height, width, u, v, gx, gy, inverse, constant):
+@_compiled
+def _warp(first, second4, height, width, fields):
     """Second image and gradients at x + u; ρ's constant I₁(x + u) − ∇I·u − I₀ and 1/|∇I|²."""
+    u, v, gx, gy, inverse, constant = (
+        fields[0], fields[1], fields[2], fields[3], fields[4], fields[5],
+    )  # fmt: skip
     flat, stride = second4.reshape(-1), 4 * second4.shape[1]
     margin = np.float32(PAD - 1)
     low = np.float32(PAD - 3)  # two pixels outside the image, in the padded one less one
@@ -215,7 +218,7 @@ def _warp(first, second4, height, width, u, v, gx, gy, inverse, constant):
             constant[y, x] = i - ix * a - iy * b - first[y, x]
 
 
-@_outer
+@_compiled
 def _solve(first, second, heights, widths, warps, iterations, upscale, lambda_, theta, tau, out):
     """One pair, coarse to fine; the pyramid is the given sizes, finest first."""
     levels = len(heights)
@@ -228,30 +231,21 @@ def _solve(first, second, heights, widths, warps, iterations, upscale, lambda_, 
                 images[side, s - 1], heights[s - 1], widths[s - 1], heights[s], widths[s],
                 np.float32(1), images[side, s],
             )  # fmt: skip
-    fields = np.zeros((12, heights[0] + 1, stride), np.float32)
-    u, v, gx, gy, inverse, constant = (
-        fields[0], fields[1], fields[2], fields[3], fields[4], fields[5],
-    )  # fmt: skip
-    p11, p12, p21, p22 = fields[6], fields[7], fields[8], fields[9]
-    coarse = fields[10:12]
+    fields = np.zeros((10, heights[0] + 1, stride), np.float32)
     second4 = np.empty((heights[0] + 2 * PAD, widths[0] + 2 * PAD, 4), np.float32)
     for s in range(levels - 1, -1, -1):
         height, width = heights[s], widths[s]
         if s < levels - 1:
-            coarse[:] = fields[0:2]
+            coarse = fields[:2].copy()
             for c in range(2):
                 _resize(coarse[c], heights[s + 1], widths[s + 1], height, width, upscale, fields[c])
-        fields[2:10] = np.float32(0)  # dual variables, and what lies beyond the width
-        u[:, width:] = np.float32(0)
-        v[:, width:] = np.float32(0)
+        fields[2:] = np.float32(0)  # dual variables, and what lies beyond the width
+        fields[:2, :, width:] = np.float32(0)
         _with_gradients(images[1, s], height, width, second4)
         for _ in range(warps):
-            _warp(images[0, s], second4, height, width, u, v, gx, gy, inverse, constant)
-            _iterate(
-                height, width, iterations, u, v, gx, gy, inverse, constant, p11, p12, p21, p22,
-                lambda_ * theta, theta, tau / theta,
-            )  # fmt: skip
-    out[0], out[1] = u[: heights[0], : widths[0]], v[: heights[0], : widths[0]]
+            _warp(images[0, s], second4, height, width, fields)
+            _iterate(height, width, iterations, fields, lambda_ * theta, theta, tau / theta)
+    out[:] = fields[:2, : heights[0], : widths[0]]
 
 
 def solve(
