@@ -4,26 +4,30 @@
 # Every step goes on where a killed run left it.
 set -euo pipefail
 world="$WORK/videos"
-extractor="$WORK/world1-rgb"
 features="$WORK/features"
 step() { printf '\n== %s (%s s so far)\n' "$1" "$SECONDS"; }
 
 step "render $VIDEOS videos"
 "$BIN/mmdist" synth --videos "$VIDEOS" --seed 0 --out "$world"
-step "pretrain the small network"
-if [ ! -f "$extractor/config.json" ]; then
-  "$BIN/python" -m mmdist_e2e.synthetic.pretrain --out "$extractor" --cache "$WORK/clips" \
-    --clips "$CLIPS" --seed 0
-fi
+extractors=()
+for modality in rgb flow; do
+  step "pretrain the small $modality network"
+  extractor="$WORK/world1-$modality"
+  if [ ! -f "$extractor/config.json" ]; then
+    "$BIN/python" -m mmdist_e2e.synthetic.pretrain --modality "$modality" --out "$extractor" \
+      --cache "$WORK/clips" --clips "$CLIPS" --seed 0
+  fi
+  extractors+=(--extractor "$extractor")
+done
 step "extract features"
-"$BIN/mmdist" extract "$world/videos" --modality rgb --extractor "$extractor" --out "$features"
+"$BIN/mmdist" extract "$world/videos" --modality rgb,flow "${extractors[@]}" --out "$features"
 step "linear probe"
-"$BIN/python" -m mmdist_e2e.synthetic.probe --world "$world" --extractor "$extractor" \
+"$BIN/python" -m mmdist_e2e.synthetic.probe --world "$world" "${extractors[@]}" \
   --features "$features" --json "$WORK/probe.json"
 runs=()
 for seed in $SEEDS; do
   step "train cpl, seed $seed"
-  # 128 channels and 12 epochs, where CPL has 256 and 30, so that the chain stays under an hour.
+  # 128 channels and 12 epochs, where CPL has 256 and 30, so that the chain stays short.
   "$BIN/mmdist" train cpl --features "$features" --train "$world/world_sta_train.txt" \
     --val "$world/world_sta_val.txt" --out "$WORK/cpl-$seed" --seed "$seed" \
     --set hidden=128 --set feed_forward=256 --epochs 12

@@ -16,7 +16,9 @@ from typing import Any
 from mmdist_e2e.grounding.checkpoint import model_card
 from mmdist_e2e.grounding.evaluate import spread_over_runs
 from mmdist_e2e.store import write_atomically
-from mmdist_e2e.weights.registry import DEFAULT_RGB_EXTRACTOR, SHIPPED_MODEL, SHIPPED_ROOT
+from mmdist_e2e.synthetic.card import name_of
+from mmdist_e2e.synthetic.probe import table
+from mmdist_e2e.weights.registry import SHIPPED_MODEL, SHIPPED_ROOT
 
 EXTRACTOR_FILES = ("config.json", "model.safetensors")
 MODEL_FILES = (*EXTRACTOR_FILES, "vocabulary.json")
@@ -35,19 +37,15 @@ def copy(source: Path, target: Path, files: tuple[str, ...], card: str, addition
     write_atomically(target / "README.md", f"{card.rstrip()}\n\n{addition}".encode())
 
 
-def probe_section(probe: dict[str, dict[str, float]]) -> str:
-    trained, untrained = probe["trained"], probe["untrained"]
+def probe_section(probe: dict[str, Any]) -> str:
     return (
         "## Linear probe\n\n"
         f"Actions of the grounding videos at the middle of each row, fitted on "
-        f"{trained['train_rows']:,.0f} rows of train videos, scored on "
-        f"{trained['test_rows']:,.0f} rows of test videos (percent):\n\n"
-        "| | accuracy | balanced accuracy |\n|---|---|---|\n"
-        f"| these weights | {trained['accuracy']} | {trained['balanced_accuracy']} |\n"
-        f"| the same network untrained | {untrained['accuracy']} | "
-        f"{untrained['balanced_accuracy']} |\n"
-        f"| chance (most frequent; uniform) | {trained['majority_chance']} | "
-        f"{trained['uniform_chance']} |\n"
+        f"{probe['train_rows']:,} rows of train videos, scored on {probe['test_rows']:,} rows of "
+        f"test videos (percent); `both` is the RGB and the flow network's rows side by side. "
+        f'"Of two" chooses between two opposites alone, on their rows (guessing gives 50).\n\n'
+        + "\n".join(table(probe))
+        + "\n"
     )
 
 
@@ -69,13 +67,11 @@ def test_section(results: list[dict[str, Any]], shipped_seed: int) -> str:
 
 def main() -> None:
     work = Path(sys.argv[1])
-    copy(
-        work / DEFAULT_RGB_EXTRACTOR,
-        SHIPPED_ROOT / DEFAULT_RGB_EXTRACTOR,
-        EXTRACTOR_FILES,
-        (work / DEFAULT_RGB_EXTRACTOR / "README.md").read_text(),
-        probe_section(read(work / "probe.json")),
-    )
+    section = probe_section(read(work / "probe.json"))
+    for modality in ("rgb", "flow"):
+        name = name_of(modality)
+        card = (work / name / "README.md").read_text()
+        copy(work / name, SHIPPED_ROOT / name, EXTRACTOR_FILES, card, section)
     runs = sorted(path.parent for path in work.glob("cpl-*/config.json"))
     results = [read(run / "evaluations" / "world_sta_test" / "metrics.json") for run in runs]
     best = max(runs, key=lambda run: read(run / "config.json")["validation"]["R@1,IoU=0.5"])

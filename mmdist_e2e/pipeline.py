@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmdist_e2e.extractors.networks import ExtractorSpec, SnippetNetwork, describe
+from mmdist_e2e.extractors.networks import SnippetNetwork
+from mmdist_e2e.extractors.spec import ExtractorSpec, describe
 from mmdist_e2e.store import FeatureStore, fast_digest
 from mmdist_e2e.structures import Features, MmdistError, Moment
 from mmdist_e2e.weights.registry import (
@@ -17,6 +18,8 @@ from mmdist_e2e.weights.registry import (
     ENTRIES,
     SHIPPED_MODEL,
     cache_folder,
+    checkpoint_folder,
+    read_config,
 )
 
 if TYPE_CHECKING:
@@ -33,8 +36,10 @@ class Grounder:
         model: a loaded grounding checkpoint.
         device, precision: of the extractors; see SnippetNetwork.
         cache: folder of cached features; None computes them each time.
-        extractor: name or folder of the extractor, where the model's own record of it is not
-            enough (a folder of yours that is not in the registry).
+        extractor: name or folder of the extractor, or several, one a modality, where the model's
+            own record is not enough (a folder of yours that is not in the registry).
+
+    Raises MmdistError for an extractor of a modality that the model does not read.
     """
 
     def __init__(
@@ -44,33 +49,55 @@ class Grounder:
         device: str = "auto",
         precision: str = "auto",
         cache: Path | None = None,
-        extractor: str | None = None,
+        extractor: str | Sequence[str] | None = None,
     ) -> None:
         self.model = model
         self._device, self._precision = device, precision
         self._store = FeatureStore(cache) if cache is not None else None
-        self._extractor = extractor
+        self._given: dict[str, str] = {}
+        for name in [extractor] if isinstance(extractor, str) else extractor or ():
+            modality = str(read_config(checkpoint_folder(name)).get("modality"))
+            if modality not in model.modalities:
+                raise MmdistError(
+                    f"The extractor {name!r} gives {modality}, and this model reads "
+                    f"{', '.join(model.modalities)}."
+                )
+            self._given[modality] = name
         self._networks: dict[str, SnippetNetwork] = {}
 
     def _spec(self, modality: str) -> ExtractorSpec:
-        name = self._extractor or str(self.model.matters[modality].get("extractor"))
-        if self._extractor is None and name not in ENTRIES:
+        """The extractor of a modality, run as the model's features were."""
+        matters = self.model.matters[modality]
+        name = self._given.get(modality, str(matters.get("extractor")))
+        if modality not in self._given and name not in ENTRIES:
             raise MmdistError(
                 f"This model was trained on {name!r} features, which mmdist cannot extract by "
                 f"name; give the extractor's folder, or features instead of a video."
             )
-        return describe(name)
+        if "pca" in matters:
+            raise MmdistError(
+                f"This model reads {modality} features that a PCA reduced; make them with "
+                f"mmdist extract --pca, and give features instead of a video."
+            )
+        return describe(
+            name,
+            mode=matters.get("mode", "windows"),
+            fps_policy=matters.get("fps_policy", "ceiling"),
+            layer=matters.get("layer"),
+        )
 
     def encode(self, video: str | Path, *, progress: Progress | None = None) -> dict[str, Features]:
         """Features of every modality that the model reads, from the cache where it has them.
 
-        Raises MmdistError when the video cannot be decoded or the extractor cannot be had.
+        What is missing is extracted in one pass. Raises MmdistError when the video cannot be
+        decoded or an extractor cannot be had.
         """
         from mmdist_e2e.extractors.extract import extract_video
         from mmdist_e2e.extractors.video import Decoder
 
         path = Path(video)
         features: dict[str, Features] = {}
+        missing: list[SnippetNetwork] = []
         source = fast_digest(path) if path.is_file() else {}
         # The digest in the id keeps apart clips of one name from different folders.
         video_id = f"{path.stem}-{source.get('digest', 'none')}"
@@ -81,16 +108,18 @@ class Grounder:
             ):
                 features[modality] = self._store.load(video_id, modality)
                 continue
-            network = self._networks.get(modality)
-            if network is None:
-                network = SnippetNetwork(spec, device=self._device, precision=self._precision)
-                self._networks[modality] = network
-            with Decoder() as decoder:
-                features[modality] = extract_video(
-                    path, network, decoder, source=source, progress=progress
+            if modality not in self._networks:
+                self._networks[modality] = SnippetNetwork(
+                    spec, device=self._device, precision=self._precision
                 )
-            if self._store is not None:
-                self._store.save(video_id, features[modality])
+            missing.append(self._networks[modality])
+        if missing:
+            with Decoder() as decoder:
+                made = extract_video(path, missing, decoder, source=source, progress=progress)
+            for modality, extracted in made.items():
+                features[modality] = extracted
+                if self._store is not None:
+                    self._store.save(video_id, extracted)
         return features
 
     def ground(
@@ -129,13 +158,14 @@ def load(
     device: str = "auto",
     precision: str = "auto",
     cache: str | Path | None = None,
-    extractor: str | None = None,
+    extractor: str | Sequence[str] | None = None,
 ) -> Grounder:
     """Load a grounding model; without a name the one that ships in the wheel.
 
     Args:
         model: a run's folder or checkpoint folder.
         cache: folder of cached features; by default the user's cache.
+        device, precision, extractor: see Grounder.
 
     Raises MmdistError when the folder is no checkpoint.
     """
@@ -168,16 +198,24 @@ def extract(
 
     network = SnippetNetwork(describe(extractor), device=device, precision=precision)
     with Decoder() as decoder:
-        return extract_video(Path(video), network, decoder, progress=progress)
+        (features,) = extract_video(Path(video), [network], decoder, progress=progress).values()
+    return features
 
 
 def default_extractors(modalities: Sequence[str]) -> dict[str, str]:
-    """The shipped extractor of each modality. Raises MmdistError where none ships yet."""
-    names = {"rgb": DEFAULT_RGB_EXTRACTOR}
-    missing = [modality for modality in modalities if modality not in names]
+    """The shipped extractor of each modality, the first in the registry where there are several.
+
+    Raises MmdistError where none ships.
+    """
+    shipped: dict[str, str] = {}
+    for entry in ENTRIES.values():
+        if entry.kind == "shipped":
+            config = read_config(checkpoint_folder(entry.name))
+            shipped.setdefault(str(config["modality"]), entry.name)
+    missing = [modality for modality in modalities if modality not in shipped]
     if missing:
         raise MmdistError(
-            f"No extractor for {', '.join(missing)} ships with this version; valid: "
-            f"{', '.join(names)}."
+            f"No extractor of {', '.join(missing)} ships with this version; name one with "
+            f"--extractor, or take what ships: {', '.join(shipped)}."
         )
-    return {modality: names[modality] for modality in modalities}
+    return {modality: shipped[modality] for modality in modalities}

@@ -1,28 +1,23 @@
-"""Tiny stand-ins: a random extractor in a checkpoint folder."""
+"""Tiny stand-ins: random extractors in checkpoint folders."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
-@pytest.fixture(scope="session")
-def tiny_extractor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder of a random I3D of 128 features that reads 32² frames."""
+def make_extractor(folder: Path, **changes: Any) -> Path:
+    """A checkpoint folder of a random I3D of 128 features that reads 32² frames at 12 fps."""
     import torch
     from safetensors.torch import save_file
 
     from mmdist_e2e.extractors.i3d import InceptionI3d
 
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("extractor") / "tiny"
-    folder.mkdir()
-    network = InceptionI3d(4, 3, 0.125)
-    save_file(network.state_dict(), folder / "model.safetensors")
     config = {
-        "name": "tiny",
+        "name": folder.name,
         "network": "i3d",
         "in_channels": 3,
         "width": 0.125,
@@ -33,9 +28,37 @@ def tiny_extractor(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "stride": 8,
         "preprocessing": {"size": 32},
         "trained_on": "nothing: random weights for tests",
+        **changes,
     }
+    torch.manual_seed(0)
+    network = InceptionI3d(config["num_classes"], config["in_channels"], config["width"])
+    folder.mkdir(parents=True)
+    save_file(network.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change a checkpoint's config.json and nothing else."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope="session")
+def tiny_extractor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random I3D of `make_extractor`."""
+    return make_extractor(tmp_path_factory.mktemp("extractor") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_flow_extractor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its twin for flow, computed on frames of the shorter side 16 and read at 32²."""
+    return make_extractor(
+        tmp_path_factory.mktemp("extractor") / "tiny-flow",
+        in_channels=2,
+        modality="flow",
+        preprocessing={"shorter_side": 16, "size": 32},
+    )
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ import mmdist_e2e as mm
 from mmdist_e2e.cli.main import main
 from mmdist_e2e.cli.train import parse_settings, training_source
 from mmdist_e2e.extractors import extract as extract_module
+from mmdist_e2e.extractors.spec import describe
+from mmdist_e2e.extractors.video import Decoder
 from mmdist_e2e.grounding.checkpoint import command_of
 from mmdist_e2e.grounding.recipes import get_recipe
 from mmdist_e2e.store import FeatureStore
@@ -59,6 +62,59 @@ def test_a_second_question_is_answered_from_the_cache(grounder, tiny_run, monkey
     monkeypatch.setattr(extract_module, "extract_video", must_not_decode)
     assert grounder.ground(clip, "person opens door") == first
     assert grounder.ground(grounder.encode(clip), "person opens door") == first
+
+
+@pytest.fixture
+def two_modalities(tiny_extractor, tiny_flow_extractor, tmp_path, monkeypatch):
+    """A grounder whose model reads rgb and flow; passes of decoding are counted."""
+    passes: list[object] = []
+    frames = Decoder.frames
+
+    def counting(self, *arguments, **options):
+        passes.append(arguments)
+        return frames(self, *arguments, **options)
+
+    monkeypatch.setattr(Decoder, "frames", counting)
+    folders = {"rgb": str(tiny_extractor), "flow": str(tiny_flow_extractor)}
+    matters = {m: describe(f, mode="dense").matters for m, f in folders.items()}
+    model = SimpleNamespace(modalities=("rgb", "flow"), matters=matters)
+
+    def make(*modalities: str) -> mm.Grounder:
+        given = [folders[modality] for modality in modalities]
+        return mm.Grounder(model, extractor=given, cache=tmp_path / "cache")
+
+    return make, model, passes
+
+
+def test_every_modality_a_model_reads_comes_from_one_pass(two_modalities, tmp_path):
+    make, model, passes = two_modalities
+    clip = make_video(tmp_path / "a.mp4", 30, rate=12)
+    grounder = make("flow", "rgb")
+    features = grounder.encode(clip)
+    assert {m: dict(f.provenance.matters) for m, f in features.items()} == model.matters
+    assert [len(features[m].data) for m in ("rgb", "flow")] == [3, 3]
+    grounder.encode(clip)
+    assert len(passes) == 1
+    for path in (tmp_path / "cache").rglob("*.flow.npz"):
+        path.unlink()
+    again = grounder.encode(clip)
+    assert len(passes) == 2
+    np.testing.assert_array_equal(again["flow"].data, features["flow"].data)
+
+
+def test_extractors_that_a_model_does_not_read_or_cannot_name(
+    two_modalities, tiny_run, tiny_flow_extractor, tmp_path
+):
+    make, model, _ = two_modalities
+    with pytest.raises(mm.MmdistError, match="trained on 'tiny-flow' features"):
+        make("rgb").encode(tmp_path / "a.mp4")
+    model.matters["flow"]["pca"] = "0123456789abcdef"
+    with pytest.raises(mm.MmdistError, match="flow features that a PCA reduced"):
+        make("rgb", "flow").encode(tmp_path / "a.mp4")
+    clip = tiny_run / "videos" / "v0.mp4"
+    run = ground(tiny_run, tiny_flow_extractor, clip, "person opens door")
+    assert run.exit_code == 1
+    assert "gives flow, and this model reads rgb" in run.output
 
 
 def test_a_replaced_clip_is_read_again(grounder, tmp_path):

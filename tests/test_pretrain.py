@@ -1,8 +1,10 @@
-"""Clips, augmentation, helpers, a tiny pretraining from end to end, and the linear probe."""
+"""Clips and their flow, augmentation, helpers, resuming, and tiny pretrainings from end to end."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from mmdist_e2e.extractors.networks import SnippetNetwork, describe
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.synthetic import clipset
+from mmdist_e2e.synthetic import clipset, flowset
 from mmdist_e2e.synthetic.clips import ACTION_NAMES, OBJECT_NAMES
 from mmdist_e2e.synthetic.clipset import (
     JOINT_VALUES,
@@ -22,12 +24,12 @@ from mmdist_e2e.synthetic.clipset import (
     place_targets,
     render_clips,
 )
+from mmdist_e2e.synthetic.flowset import augment_flow, flow_clips, flow_of, flow_windows
 from mmdist_e2e.synthetic.pretrain import Pretrainer, PretrainSettings, losses, pretrain
-from mmdist_e2e.synthetic.probe import action_at, fit_and_score, probe
-from mmdist_e2e.synthetic.world import sample_script
+from mmdist_e2e.synthetic.resume import Run
 
 TINY = PretrainSettings(
-    clips=38, validation_clips=19, width=0.125, stages=((32, 1, 0.6), (48, 1, 0.85)), batch=19
+    clips=20, validation_clips=6, width=0.125, stages=((32, 1, 0.6), (48, 1, 0.85)), batch=10
 )
 
 
@@ -99,62 +101,179 @@ def test_clips_are_rendered_once(tmp_path, monkeypatch):
     assert said == ["rendered 3 of 3 clips"]
 
 
-def test_every_loss_term_reaches_the_stem():
+def test_flow_of_clips_points_to_the_next_frame_and_repeats_the_last():
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.uniform(0, 255, (1, 1, 14, 18)))
+    wall = torch.nn.functional.interpolate(coarse, (120, 160), mode="bicubic")[0, 0]
+    wall_HW = wall.clamp(0, 255).round().to(torch.uint8).numpy()
+    # The window goes up and to the left, so what it shows goes down and to the right.
+    shots = [wall_HW[10 - t : 106 - t, 20 - 2 * t : 148 - 2 * t] for t in range(3)]
+    clips_NTHWC = np.repeat(np.stack(shots)[None, ..., None], 3, axis=4)
+    flow = flow_of(clips_NTHWC)
+    assert flow.shape == (1, 3, 96, 128, 2)
+    assert flow.dtype == np.float16
+    inside = flow[0, :, 10:-10, 10:-10].astype(np.float32)
+    np.testing.assert_allclose(np.median(inside, axis=(1, 2)), [[2, 1]] * 3, atol=0.1)
+    np.testing.assert_array_equal(flow[:, 1], flow[:, 2])
+    assert not np.array_equal(flow[:, 0], flow[:, 1])
+
+
+def test_flow_that_was_killed_goes_on_after_its_last_whole_block(tmp_path, monkeypatch):
+    solved: list[int] = []
+
+    def stub(clips_NTHWC):
+        solved.append(len(clips_NTHWC))
+        if sum(solved) == 4 and len(solved) == 2:
+            raise KeyboardInterrupt
+        return clips_NTHWC[..., :2].astype(np.float16) / 16
+
+    monkeypatch.setattr(flowset, "flow_of", stub)
+    monkeypatch.setattr(flowset, "FLOW_BLOCK", 2)
+    options = {"seed": 5, "count": 5, "workers": 1, "progress": lambda line: None}
+    with pytest.raises(KeyboardInterrupt):
+        flow_clips(tmp_path, **options)
+    made = flow_clips(tmp_path, **options)
+    assert solved == [2, 2, 2, 1]  # the second block again, the first not
+    frames = render_clips(tmp_path, **options).clips_NTHWC
+    np.testing.assert_array_equal(made.clips_NTHWC, frames[..., :2].astype(np.float16) / 16)
+    again = flow_clips(tmp_path, **options)
+    assert len(solved) == 4
+    np.testing.assert_array_equal(again.clips_NTHWC, made.clips_NTHWC)
+    assert not list(tmp_path.glob("*.part.*"))
+
+
+def test_flow_in_the_mirror_goes_the_other_way_and_stays_in_pixels():
+    clips = torch.empty(24, 16, 96, 128, 2, dtype=torch.float16)
+    clips[..., 0], clips[..., 1] = 2.0, -1.0
+    marked, poses = marked_clips(24)
+    clips[..., 1] -= 39.0 * (marked[..., 0] > 0)  # where the person is, far out of bounds
+    generator = torch.Generator().manual_seed(1)
+    fields, moved = augment_flow(clips, poses, 64, generator, smallest_crop=0.5)
+    assert fields.shape == (24, 2, 16, 64, 64)
+    across, down = fields[:, 0, 0, 0, 0] * 8, fields[:, 1, 0, 0, 0] * 8
+    torch.testing.assert_close(across.abs(), -2 * down)
+    assert 0.8 <= down.abs().min() < 0.9 < 1.1 < down.abs().max() <= 1.2
+    assert 6 < int((across > 0).sum()) < 18
+    assert fields.min() == -1
+    for b in range(24):
+        rows, columns = torch.nonzero(fields[b, 1, 8] == -1, as_tuple=True)
+        assert (columns.float().mean() + 0.5) / 64 == pytest.approx(float(moved[b, 8, 0]), abs=0.04)
+        assert (rows.float().mean() + 0.5) / 64 == pytest.approx(float(moved[b, 8, 1]), abs=0.04)
+
+
+def test_flow_in_training_is_flow_in_extraction(monkeypatch):
+    """A whole clip at its own speed is what the extractor will give the network, or its mirror."""
+    monkeypatch.setattr(flowset, "GAIN", 0.0)
+    rng = np.random.default_rng(0)
+    clips = rng.normal(scale=4, size=(6, 16, 96, 128, 2)).astype(np.float16)
+    poses = torch.full((6, 16, 12), 0.5)
+    generator = torch.Generator().manual_seed(0)
+    seen, _ = augment_flow(torch.from_numpy(clips), poses, 112, generator, smallest_crop=1.0)
+    windows = flow_windows(clips)
+    mirrored = windows.flip(4) * torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1)
+    alike = [torch.allclose(a, b, atol=1e-3) for a, b in zip(seen, windows, strict=True)]
+    turned = [torch.allclose(a, b, atol=1e-3) for a, b in zip(seen, mirrored, strict=True)]
+    assert all(a != b for a, b in zip(alike, turned, strict=True))
+    assert any(alike)
+    assert any(turned)
+
+
+@pytest.mark.parametrize("modality", ["rgb", "flow"])
+def test_every_loss_term_reaches_the_stem(modality):
     torch.manual_seed(0)
-    model = Pretrainer(TINY)
+    settings = replace(TINY, modality=modality)
+    model = Pretrainer(settings)
+    frames = torch.rand(2, model.network.in_channels, 16, 32, 32)
     labels = torch.tensor([[1, 2], [3, 4]])
     # The logits begin at zero, which lets nothing through until their first step.
     torch.nn.init.normal_(model.network.logits.conv3d.weight)
     for name in ("action", "object", "place", "motion"):
         model.zero_grad()
-        terms = losses(model, torch.rand(2, 3, 16, 32, 32), torch.rand(2, 16, 12), labels, TINY)
+        terms = losses(model, frames, torch.rand(2, 16, 12), labels, settings)
         terms[name].backward()
         gradient = model.network.Conv3d_1a_7x7.conv3d.weight.grad
         assert gradient is not None
         assert gradient.abs().sum() > 0, name
 
 
+def tiny_run(seed: int) -> Run:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(
+        torch.nn.Conv3d(2, 4, 3), torch.nn.BatchNorm3d(4), torch.nn.Dropout(0.5), torch.nn.Flatten()
+    ).to(memory_format=torch.channels_last_3d)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=8)
+    return Run(model, optimizer, schedule, torch.Generator().manual_seed(seed))
+
+
+def steps(run: Run, count: int) -> None:
+    for _ in range(count):
+        clip = torch.rand(3, 2, 4, 5, 5, generator=run.generator)
+        run.optimizer.zero_grad()
+        run.model(clip).square().mean().backward()
+        run.optimizer.step()
+        run.schedule.step()
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
+    whole = tiny_run(0)
+    steps(whole, 8)
+    killed = tiny_run(0)
+    steps(killed, 5)
+    killed.save(tmp_path / "state", {"stages": ((64, 1, 0.5),)}, 5)
+    resumed = tiny_run(1)
+    assert resumed.load(tmp_path / "none", {}) == 0
+    assert resumed.load(tmp_path / "state", {"stages": ((64, 1, 0.5),)}) == 5
+    steps(resumed, 3)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path):
+    run = tiny_run(0)
+    steps(run, 1)
+    run.save(tmp_path / "state", {"seed": 0, "clips": 5}, 1)
+    with pytest.raises(MmdistError, match="differs in seed;"):
+        run.load(tmp_path / "state", {"seed": 1, "clips": 5})
+    (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:100])
+    with pytest.raises(MmdistError, match="damaged"):
+        run.load(tmp_path / "state", {"seed": 0, "clips": 5})
+
+
 @pytest.mark.slow
-def test_a_tiny_pretraining_gives_an_extractor(tmp_path):
+@pytest.mark.parametrize("modality", ["rgb", "flow"])
+def test_a_tiny_pretraining_gives_an_extractor(tmp_path, modality):
     said: list[str] = []
     out = tmp_path / "net"
-    figures = pretrain(out, TINY, cache=tmp_path / "clips", workers=2, progress=said.append)
+
+    def killed_after_the_first_epoch(line: str) -> None:
+        if line.startswith("epoch 1"):
+            raise KeyboardInterrupt
+
+    def run(out: Path, progress: clipset.Progress) -> dict[str, object]:
+        settings = replace(TINY, modality=modality)
+        return pretrain(out, settings, cache=tmp_path / "clips", workers=2, progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out, killed_after_the_first_epoch)
+    assert not (out / "config.json").exists()
+    figures = run(out, said.append)
+    assert said[0] == "going on after epoch 1 of 2"
     config = json.loads((out / "config.json").read_text())
-    assert (
-        config["pretraining"]["validation_action_accuracy"]
-        == (figures["validation_action_accuracy"])
-    )
+    accuracy = figures["validation_action_accuracy"]
+    assert config["pretraining"]["validation_action_accuracy"] == accuracy
     assert len(config["classes"]) == len(ACTION_NAMES) + len(OBJECT_NAMES)
-    assert str(figures["validation_action_accuracy"]) in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert str(accuracy) in card
+    assert f"# world1-{modality}\n" in card
+    assert ("TV-L1" in card) == (modality == "flow")
     spec = describe(str(out))
+    assert spec.modality == modality
     assert "synthetic world" in spec.trained_on
     network = SnippetNetwork(spec, device="cpu", precision="fp32")
-    rows = network.rows(np.zeros((2, 16, 112, 112, 3), dtype=np.uint8))
-    assert rows.shape == (2, 128)
+    stream = network.input_stream()
+    video = np.random.default_rng(0).integers(0, 256, (16, 96, 128, 3), dtype=np.uint8)
+    pieces = [*stream.push(video), *stream.finish()]
+    rows = network.rows(np.concatenate(pieces)[None])
+    assert rows.shape == (1, 128)
     assert np.isfinite(rows).all()
-
-
-def test_action_at_reads_the_script():
-    script = sample_script(0, 8)
-    for segment in script.segments:
-        assert action_at(script, (segment.start + segment.end) / 2) == segment.action
-    assert action_at(script, script.duration_seconds) == script.segments[-1].action
-
-
-def test_the_probe_finds_what_is_linear_and_nothing_in_noise():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, len(ACTION_NAMES), 1200)
-    codes = rng.normal(size=(len(ACTION_NAMES), 32))
-    clear = (codes[labels] + 0.1 * rng.normal(size=(1200, 32))).astype(np.float32)
-    noise = rng.normal(size=(1200, 32)).astype(np.float32)
-    split = (slice(0, 800), slice(800, None))
-    clear_score = fit_and_score(*((clear[s], labels[s]) for s in split))
-    noise_score = fit_and_score(*((noise[s], labels[s]) for s in split))
-    assert clear_score["accuracy"] > 95
-    assert noise_score["accuracy"] < 3 * noise_score["uniform_chance"]
-
-
-def test_the_probe_refuses_another_version_of_the_world(tmp_path):
-    (tmp_path / "world.json").write_text(json.dumps({"world_version": 99, "seed": 0, "videos": 1}))
-    with pytest.raises(MmdistError, match="version 99"):
-        probe(tmp_path, "world1-rgb", say=lambda line: None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,10 +15,20 @@ import pytest
 import torch
 
 from mmdist_e2e.extractors.i3d import InceptionI3d
-from mmdist_e2e.extractors.networks import SnippetNetwork, describe
+from mmdist_e2e.extractors.networks import describe, load_network
+from mmdist_e2e.extractors.preprocess import Preprocessing
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights import registry
-from mmdist_e2e.weights.registry import ENTRIES, checkpoint_folder, git_blob_sha1
+from mmdist_e2e.weights.public import PUBLIC, openmmlab_c3d_key
+from mmdist_e2e.weights.registry import (
+    ENTRIES,
+    check_digest,
+    checkpoint_folder,
+    file_sha256,
+    git_blob_sha1,
+    read_config,
+    read_state,
+)
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -59,16 +71,22 @@ def test_a_public_file_is_fetched_once_verified_and_converted(entry):
     (root / "net.pt").unlink()  # a second use needs no network
     spec = describe(narrow.name)
     assert "public weights" in spec.trained_on
-    network = SnippetNetwork(spec, device="cpu", precision="fp32")
+    loaded = load_network(spec).state_dict()
     for key, value in state.items():
-        torch.testing.assert_close(network.network.state_dict()[key], value)
+        assert torch.equal(loaded[key], value)
+    assert read_config(folder)["name"] == narrow.name
 
 
-def test_a_wrong_file_is_discarded(entry):
+@pytest.mark.parametrize("kind", ["git_sha1", "sha256"])
+def test_a_wrong_file_is_discarded(entry, kind, monkeypatch):
     narrow, root, _ = entry
+    if kind == "sha256":
+        sha256 = file_sha256(root / "net.pt")
+        narrow = replace(narrow, git_sha1=None, sha256=sha256)
+        monkeypatch.setitem(ENTRIES, narrow.name, narrow)
     with (root / "net.pt").open("ab") as stream:
         stream.write(b"x")
-    with pytest.raises(MmdistError, match="digest"):
+    with pytest.raises(MmdistError, match=f"not {getattr(narrow, kind)}"):
         checkpoint_folder(narrow.name)
     cache = registry.cache_folder()
     assert [p for p in cache.rglob("*") if p.is_file()] == []
@@ -87,7 +105,7 @@ def test_git_blob_digest_is_gits(tmp_path):
 
 
 def test_an_unknown_name_lists_the_valid_ones():
-    with pytest.raises(MmdistError, match=r"world1-rgb, i3d-rgb-imagenet"):
+    with pytest.raises(MmdistError, match=r"valid: world1-rgb, .*i3d-rgb-imagenet"):
         checkpoint_folder("i3d-rgb-imagnet")
 
 
@@ -96,3 +114,116 @@ def test_a_folder_that_is_no_extractor_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(MmdistError, match="not an extractor"):
         describe(str(tmp_path))
+
+
+def test_the_digests_are_those_of_git_and_of_sha256(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"hello\n" * 1000)
+    right = file_sha256(path)
+    assert right == hashlib.sha256(path.read_bytes()).hexdigest()
+    entry = replace(PUBLIC[0], git_sha1=git_blob_sha1(path), sha256=right)
+    check_digest(entry, path)
+    check_digest(replace(entry, git_sha1=None), path)
+    check_digest(replace(entry, git_sha1=None, sha256=None), path)
+    for wrong in ({"git_sha1": "0" * 40}, {"sha256": "0" * 64}):
+        with pytest.raises(MmdistError, match=r"not 0000.* fetch it again"):
+            check_digest(replace(entry, **wrong), path)
+
+
+def test_weights_without_a_digest_are_never_fetched(served, monkeypatch, tmp_path):
+    root, url = served
+    (root / "net.pt").write_bytes(b"whatever")
+    monkeypatch.setenv("MMDIST_CACHE", str(tmp_path / "my cache"))
+    entry = replace(ENTRIES["slow_r50"], url=f"{url}/net.pt")
+    monkeypatch.setitem(ENTRIES, entry.name, entry)
+    folder = tmp_path / "my cache" / "weights" / "slow_r50"
+    command = f"mmdist weights convert slow_r50 FILE --out '{folder}'"
+    with pytest.raises(MmdistError, match=re.escape(command)):
+        checkpoint_folder("slow_r50")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("entry", PUBLIC, ids=lambda entry: entry.name)
+def test_public_entries_are_whole(entry):
+    assert ENTRIES[entry.name] is entry
+    assert re.fullmatch("[0-9a-f]{40}", entry.git_sha1 or "0" * 40)
+    assert re.fullmatch("[0-9a-f]{64}", entry.sha256 or "0" * 64)
+    assert entry.url.startswith("https://") or not entry.has_digest
+    config = entry.config
+    assert config["modality"] in ("rgb", "flow")
+    assert config["fps"] > 0
+    assert 1 <= config["stride"] <= config["window"]
+    if config["modality"] == "rgb":
+        preprocessing = Preprocessing(**config["preprocessing"])
+        assert config["network"] != "c3d" or (preprocessing.size, config["window"]) == (112, 16)
+    if config["network"] == "pytorchvideo":
+        assert config["backbone"] == entry.name
+        assert preprocessing.mean == pytest.approx((114.75,) * 3)
+        assert preprocessing.std == pytest.approx((57.375,) * 3)
+
+
+def test_flow_networks_read_two_channels_of_bounded_flow():
+    from mmdist_e2e.extractors.flow_frames import FlowPreprocessing
+
+    flow = [entry for entry in PUBLIC if entry.config["modality"] == "flow"]
+    assert [entry.name for entry in flow] == ["i3d-flow-imagenet", "i3d-flow-charades"]
+    for entry in flow:
+        assert entry.config["in_channels"] == 2
+        assert entry.git_sha1 != ENTRIES[entry.name.replace("flow", "rgb")].git_sha1
+        assert entry.url.endswith(f"flow_{entry.name.rsplit('-', 1)[1]}.pt")
+        preprocessing = FlowPreprocessing(**entry.config["preprocessing"])
+        assert (preprocessing.shorter_side, preprocessing.size, preprocessing.crop) == (
+            256,
+            224,
+            224,
+        )
+        assert preprocessing.bound == 20.0
+
+
+def test_openmmlabs_names_become_ours():
+    from mmdist_e2e.extractors.c3d import C3D
+
+    with torch.device("meta"):
+        ours = list(C3D(0).state_dict())
+    stages = ("1a", "2a", "3a", "3b", "4a", "4b", "5a", "5b")
+    layers = [*(f"conv{stage}.conv" for stage in stages), "fc6", "fc7"]
+    theirs = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    assert [openmmlab_c3d_key(key) for key in theirs] == ours
+
+
+def test_wrappers_of_public_files_are_taken_off(tmp_path):
+    state = {"a.weight": torch.arange(6.0).reshape(2, 3).T}
+    for wrapped in (state, {"model_state": state, "cfg": "x"}, {"state_dict": state, "epoch": 3}):
+        torch.save(wrapped, tmp_path / "net.pt")
+        read = read_state(PUBLIC[0], tmp_path / "net.pt")
+        assert list(read) == ["a.weight"]
+        assert torch.equal(read["a.weight"], state["a.weight"])
+        assert read["a.weight"].is_contiguous()
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_files_that_hold_no_weights_are_one_sentence_and_run_nothing(tmp_path):
+    path = tmp_path / "net.pt"
+    torch.save({"a": torch.zeros(100)}, path)
+    whole = path.read_bytes()
+    for content in (b"text", b"", whole[: len(whole) // 2], bytes(range(256)) * 9, whole[40:]):
+        path.write_bytes(content)
+        with pytest.raises(MmdistError, match="without running its code"):
+            read_state(PUBLIC[0], path)
+    torch.save({"a": Evil(tmp_path / "touched")}, path)
+    with pytest.raises(MmdistError, match="without running its code"):
+        read_state(PUBLIC[0], path)
+    assert not (tmp_path / "touched").exists()
+    for content in ([1, 2], {"a": 1}, {1: torch.zeros(1)}):
+        torch.save(content, path)
+        with pytest.raises(MmdistError, match="table of named weights"):
+            read_state(PUBLIC[0], path)
+    with pytest.raises(MmdistError, match="cannot be read"):
+        read_state(PUBLIC[0], tmp_path / "missing.pt")

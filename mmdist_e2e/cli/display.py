@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -103,17 +103,22 @@ class StepDisplay:
         self._said = what
 
 
-def extraction_summary(report: Report) -> Table:
-    """The final table: done, skipped and failed with causes."""
+def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
+    """The final table: done, skipped and failed with causes; rows saved by modality."""
     table = Table(title="Extraction", title_justify="left", show_edge=False)
     table.add_column("result")
     table.add_column("videos", justify="right")
-    table.add_column("rows", justify="right")
+    for modality in modalities:
+        table.add_column(f"{modality} rows", justify="right")
     table.add_column("cause", overflow="fold")
-    rows = sum(outcome.rows for outcome in report.outcomes)
-    table.add_row("done", str(report.count("done")), str(rows), "")
-    table.add_row("skipped", str(report.count("skipped")), "", "up to date")
-    table.add_row("failed", str(report.count("failed")), "", "")
+    no_rows = [""] * len(modalities)
+    for status, cause in (("done", ""), ("skipped", "up to date"), ("failed", "")):
+        rows = [
+            sum(o.rows.get(modality, 0) for o in report.outcomes if o.status == status)
+            for modality in modalities
+        ]
+        counts = [str(n) if n or status == "done" else "" for n in rows]
+        table.add_row(status, str(report.count(status)), *counts, cause)
     for outcome in report.failed:
-        table.add_row("", "", "", escape(outcome.cause))
+        table.add_row("", "", *no_rows, escape(outcome.cause))
     return table

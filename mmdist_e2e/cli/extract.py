@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mmdist_e2e.cli.display import ExtractionProgress, extraction_summary, results, say
 from mmdist_e2e.structures import MODALITIES, MmdistError
 
+if TYPE_CHECKING:
+    from mmdist_e2e.extractors.spec import ExtractorSpec
+
 
 @click.command("extract")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--modality", default="rgb", show_default=True, help="Comma-separated: rgb.")
+@click.option(
+    "--modality",
+    help="Comma-separated: rgb, flow. Default: those of the extractors given, else rgb.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=True),
@@ -21,7 +29,40 @@ from mmdist_e2e.structures import MODALITIES, MmdistError
     show_default=True,
     help="Folder of the features.",
 )
-@click.option("--extractor", help="Name or checkpoint folder; by default the shipped network.")
+@click.option(
+    "--extractor",
+    "extractors",
+    multiple=True,
+    help="Name or checkpoint folder, once a modality; by default the shipped networks.",
+)
+@click.option(
+    "--mode",
+    default="windows",
+    show_default=True,
+    type=click.Choice(["windows", "dense"]),
+    help="dense: I3D over the whole video at once, faster than overlapping windows.",
+)
+@click.option("--layer", type=click.Choice(["fc6", "fc7"]), help="Of a C3D extractor.")
+@click.option(
+    "--pca",
+    type=click.Path(path_type=Path),
+    help="HDF5 or .npz file with x_mean and U: reduces the rows as ActivityNet's C3D were.",
+)
+@click.option(
+    "--fps-policy",
+    default="ceiling",
+    show_default=True,
+    type=click.Choice(["ceiling", "exact"]),
+    help="Of a video slower than the extractor's rate: keep its rate, or repeat its frames.",
+)
+@click.option(
+    "--flow",
+    "flow_backend",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "native", "opencv", "opencv-cuda"]),
+    help="What computes optical flow.",
+)
 @click.option("--overwrite", is_flag=True, help="Extract again what is already there.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
 @click.option(
@@ -37,9 +78,14 @@ from mmdist_e2e.structures import MODALITIES, MmdistError
 )
 def extract_command(
     paths: tuple[Path, ...],
-    modality: str,
+    modality: str | None,
     out: Path,
-    extractor: str | None,
+    extractors: tuple[str, ...],
+    mode: str,
+    layer: str | None,
+    pca: Path | None,
+    fps_policy: str,
+    flow_backend: str,
     overwrite: bool,
     device: str,
     precision: str,
@@ -47,44 +93,48 @@ def extract_command(
 ) -> None:
     """Extract per-snippet features of PATHS, video files or folders of them.
 
-    A second run does nothing; a killed one goes on where it was. The exit code is 1 when any
-    video failed; the table at the end says why.
+    Every modality of a video is extracted in one pass. A second run does nothing; a killed one
+    goes on where it was. The exit code is 1 when any video failed; the table at the end says why.
     """
     from mmdist_e2e.extractors.batch import Outcome, Report, extract_many, find_videos
-    from mmdist_e2e.extractors.networks import describe
-    from mmdist_e2e.pipeline import default_extractors
     from mmdist_e2e.store import FeatureStore
 
-    modalities = parse_modalities(modality)
-    names = dict.fromkeys(modalities, extractor) if extractor else default_extractors(modalities)
+    specs = choose_extractors(
+        parse_modalities(modality) if modality is not None else None,
+        extractors,
+        mode=mode,
+        layer=layer,
+        pca=pca,
+        fps_policy=fps_policy,
+    )
+    modalities = [spec.modality for spec in specs]
+    if flow_backend != "auto" and "flow" not in modalities:
+        raise MmdistError(
+            f"--flow {flow_backend} says what computes optical flow, and none is extracted; add "
+            f"--modality flow, or leave --flow out."
+        )
     if out.exists() and not out.is_dir():
         raise MmdistError(f"{out} is a file; --out needs a folder (a new one is made).")
     videos, problems = find_videos(paths)
     for problem in problems:
         say(f"failed: {problem.cause}")
-    outcomes: list[Outcome] = [*problems]
-    for name in names.values():
-        spec = describe(str(name))
-        if spec.modality not in modalities:
-            raise MmdistError(
-                f"The extractor {spec.name!r} gives {spec.modality}, not {modality}; choose one "
-                f"of that modality or change --modality."
-            )
+    for spec in specs:
         say(f"{spec.modality} by {spec.name}: trained on {spec.trained_on}.")
-        with ExtractionProgress(len(videos)) as progress:
-            report = extract_many(
-                videos,
-                spec,
-                FeatureStore(out),
-                overwrite=overwrite,
-                device=device,
-                precision=precision,
-                stall_seconds=stall_seconds,
-                progress=progress,
-            )
-        outcomes.extend(report.outcomes)
+    with ExtractionProgress(len(videos)) as progress:
+        report = extract_many(
+            videos,
+            specs,
+            FeatureStore(out),
+            overwrite=overwrite,
+            device=device,
+            precision=precision,
+            flow_backend=flow_backend,
+            stall_seconds=stall_seconds,
+            progress=progress,
+        )
+    outcomes: list[Outcome] = [*problems, *report.outcomes]
     whole = Report(outcomes)
-    results.print(extraction_summary(whole))
+    results.print(extraction_summary(whole, modalities))
     sys.exit(1 if whole.failed else 0)
 
 
@@ -97,3 +147,39 @@ def parse_modalities(text: str) -> list[str]:
             f"The modality {(unknown or [text])[0]!r} is unknown; valid: {', '.join(MODALITIES)}."
         )
     return list(dict.fromkeys(names))
+
+
+def choose_extractors(
+    modalities: Sequence[str] | None, extractors: Sequence[str], **options: Any
+) -> list[ExtractorSpec]:
+    """The extractor of each modality: one that was given, else the one that ships.
+
+    modalities: None means those of the given extractors, or RGB. options: see `describe`; they
+    hold for every extractor. Raises MmdistError as `describe` does, where two extractors or none
+    give a modality, and where an option can only fit one of several extractors.
+    """
+    from mmdist_e2e.extractors.spec import describe
+    from mmdist_e2e.pipeline import default_extractors
+
+    specs: dict[str, ExtractorSpec] = {}
+    for name in extractors:
+        spec = describe(name, **options)
+        if modalities is not None and spec.modality not in modalities:
+            raise MmdistError(
+                f"The extractor {spec.name!r} gives {spec.modality}, not {', '.join(modalities)}; "
+                f"choose one of that modality or change --modality."
+            )
+        other = specs.setdefault(spec.modality, spec)
+        if other is not spec:
+            raise MmdistError(
+                f"The extractors {other.name!r} and {spec.name!r} both give {spec.modality}; "
+                f"choose one a modality, or extract them into different folders."
+            )
+    wanted = modalities or list(specs) or ["rgb"]
+    for modality, name in default_extractors([m for m in wanted if m not in specs]).items():
+        specs[modality] = describe(name, **options)
+    if options.get("pca") is not None and len(specs) > 1:
+        raise MmdistError(
+            "--pca fits the rows of one extractor; extract the modalities one by one."
+        )
+    return [specs[modality] for modality in wanted]

@@ -15,7 +15,12 @@ from mmdist_e2e.cli.display import bar, results, say
 @click.argument("clip", type=click.Path(path_type=Path))
 @click.argument("query")
 @click.option("--model", type=click.Path(path_type=Path), help="A run's folder; default: shipped.")
-@click.option("--extractor", help="Folder of the extractor, if the model's is not in the registry.")
+@click.option(
+    "--extractor",
+    "extractors",
+    multiple=True,
+    help="Folder of an extractor that is not in the registry, once a modality.",
+)
 @click.option("--top-k", default=5, show_default=True, help="How many moments at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
@@ -24,7 +29,7 @@ def ground_command(
     clip: Path,
     query: str,
     model: Path | None,
-    extractor: str | None,
+    extractors: tuple[str, ...],
     top_k: int,
     as_json: bool,
     device: str,
@@ -33,7 +38,7 @@ def ground_command(
     """Say when in CLIP the sentence QUERY happens: start, end (seconds) and score, best first."""
     from mmdist_e2e.pipeline import load
 
-    grounder = load(model, device=device, cache=cache, extractor=extractor)
+    grounder = load(model, device=device, cache=cache, extractor=extractors)
     with bar(f"reading {clip.name}") as progress:
         moments = grounder.ground(clip, query, top_k=top_k, progress=progress)
     line = grounder.model.card_line

@@ -16,6 +16,7 @@ from mmdist_e2e.cli.extract import extract_command
 from mmdist_e2e.cli.ground import ground_command
 from mmdist_e2e.cli.synth import synth_command
 from mmdist_e2e.cli.train import train_group
+from mmdist_e2e.cli.weights import weights_group
 from mmdist_e2e.structures import MmdistError
 
 
@@ -41,7 +42,14 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     click.echo(f"Warning: {message}", err=True)
 
 
-for command in (ground_command, extract_command, train_group, evaluate_command, synth_command):
+for command in (
+    ground_command,
+    extract_command,
+    train_group,
+    evaluate_command,
+    synth_command,
+    weights_group,
+):
     main.add_command(command)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from mmdist_e2e.extractors.networks import ExtractorSpec, SnippetNetwork
+from mmdist_e2e.extractors.networks import SnippetNetwork
+from mmdist_e2e.extractors.spec import ExtractorSpec
 from mmdist_e2e.store import FeatureStore, fast_digest
 from mmdist_e2e.structures import MmdistError
+
+if TYPE_CHECKING:
+    from mmdist_e2e.extractors.video import Decoder
 
 VIDEO_SUFFIXES = frozenset(
     [".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"]
@@ -26,11 +30,11 @@ class Video:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one video; `cause` says why it failed."""
+    """What became of one video: rows saved by modality; `cause` says why it failed."""
 
     video: Video
     status: Literal["done", "skipped", "failed"]
-    rows: int = 0
+    rows: Mapping[str, int] = field(default_factory=dict)
     cause: str = ""
 
 
@@ -95,54 +99,90 @@ def find_videos(paths: Sequence[Path]) -> tuple[list[Video], list[Outcome]]:
 
 def extract_many(
     videos: Sequence[Video],
-    spec: ExtractorSpec,
+    specs: Sequence[ExtractorSpec],
     store: FeatureStore,
     *,
     overwrite: bool = False,
     device: str = "auto",
     precision: str = "auto",
+    flow_backend: str = "auto",
     stall_seconds: float = 60.0,
     progress: BatchProgress | None = None,
-    load: Callable[..., SnippetNetwork] = SnippetNetwork,
 ) -> Report:
-    """Extract every video that is not up to date; one failure never stops the others.
+    """Extract every modality of every video that is not up to date, in one pass a video.
 
-    A video is skipped when its stored features were made in the same way from the same file.
-    The network is loaded only when there is something to do. A failure to write (a full disk,
-    a file where the folder should be) fails each video with its cause.
+    specs: one a modality. Stored features are left alone when they were made in the same way
+    from the same file. One failure never stops the other videos; what another modality finished
+    is kept. A failure to write (a full disk, a file where the folder should be) fails each video
+    with its cause. Networks are loaded only when there is something for them to do.
+    Raises MmdistError when a network cannot be loaded: no video would go well.
     """
-    from mmdist_e2e.extractors.extract import extract_video
     from mmdist_e2e.extractors.video import Decoder
 
     report = Report()
-    network: SnippetNetwork | None = None
+    networks: dict[str, SnippetNetwork] = {}
+
+    def network_of(spec: ExtractorSpec) -> SnippetNetwork:
+        if spec.modality not in networks:
+            networks[spec.modality] = SnippetNetwork(
+                spec, device=device, precision=precision, flow_backend=flow_backend
+            )
+        return networks[spec.modality]
+
     with Decoder(stall_seconds=stall_seconds) as decoder:
         for index, video in enumerate(videos):
             if progress is not None:
                 progress.started(video, index, len(videos))
             try:
                 source = fast_digest(video.path)
-                if not overwrite and store.up_to_date(
-                    video.id, spec.modality, matters=spec.matters, source=source
-                ):
-                    outcome = Outcome(video, "skipped")
-                else:
-                    network = network or load(spec, device=device, precision=precision)
-                    features = extract_video(
-                        video.path,
-                        network,
-                        decoder,
-                        source=source,
-                        progress=progress.advanced if progress is not None else None,
-                    )
-                    store.save(video.id, features)
-                    outcome = Outcome(video, "done", rows=len(features.data))
-            except MmdistError as error:
-                outcome = Outcome(video, "failed", cause=str(error))
             except OSError as error:
-                cause = f"{video.path} could not be read ({error.strerror or error})."
-                outcome = Outcome(video, "failed", cause=cause)
+                outcome = Outcome(video, "failed", cause=_unreadable(video, error))
+            else:
+                stale = [
+                    network_of(spec)
+                    for spec in specs
+                    if overwrite
+                    or not store.up_to_date(
+                        video.id, spec.modality, matters=spec.matters, source=source
+                    )
+                ]
+                outcome = _extract_one(video, stale, store, decoder, source, progress)
             report.outcomes.append(outcome)
             if progress is not None:
                 progress.finished(outcome)
     return report
+
+
+def _extract_one(
+    video: Video,
+    networks: Sequence[SnippetNetwork],
+    store: FeatureStore,
+    decoder: Decoder,
+    source: Mapping[str, Any],
+    progress: BatchProgress | None,
+) -> Outcome:
+    """Run the networks over one video and save what is whole."""
+    from mmdist_e2e.extractors.extract import ExtractionError, extract_video
+
+    if not networks:
+        return Outcome(video, "skipped")
+    advanced = progress.advanced if progress is not None else None
+    rows: dict[str, int] = {}
+    cause = ""
+    try:
+        try:
+            made = extract_video(video.path, networks, decoder, source=source, progress=advanced)
+        except ExtractionError as error:
+            made, cause = dict(error.finished), str(error)
+        for modality, features in made.items():
+            store.save(video.id, features)
+            rows[modality] = len(features.data)
+    except MmdistError as error:
+        cause = str(error)
+    except OSError as error:
+        cause = _unreadable(video, error)
+    return Outcome(video, "failed" if cause else "done", rows=rows, cause=cause)
+
+
+def _unreadable(video: Video, error: OSError) -> str:
+    return f"{video.path} could not be read ({error.strerror or error})."

@@ -1,68 +1,103 @@
-"""One video to features: streaming, each frame decoded once, memory independent of length.
+"""One video to features of every modality: streaming, each frame decoded once.
 
-Shapes: N frames of a chunk, T frames of a window, S rows, D channels.
+Memory does not grow with length. Shapes: N frames of a chunk, S rows, D channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdist_e2e.extractors.networks import FPS_POLICY, TAIL, SnippetNetwork
+from mmdist_e2e.extractors.dense import Chunk, DenseChunks
+from mmdist_e2e.extractors.networks import WINDOWS_PER_CALL, SnippetNetwork
 from mmdist_e2e.extractors.snippets import Windows, row_times
+from mmdist_e2e.extractors.spec import TAIL
 from mmdist_e2e.extractors.video import VideoError
 from mmdist_e2e.store import fast_digest
-from mmdist_e2e.structures import Features, Provenance
+from mmdist_e2e.structures import Features, MmdistError, Provenance
 
 if TYPE_CHECKING:
-    from mmdist_e2e.extractors.video import Decoder
+    from mmdist_e2e.extractors.video import Decoder, FrameStream
 
-WINDOWS_PER_CALL = 8
 MINIMUM_SIDE_PIXELS = 16
 
 Progress = Callable[[float], None]
+T = TypeVar("T")
+
+
+class ExtractionError(MmdistError):
+    """A modality of a video failed; `finished` has the features of those that did not."""
+
+    def __init__(self, message: str, finished: Mapping[str, Features]) -> None:
+        super().__init__(message)
+        self.finished = finished
 
 
 def extract_video(
     path: Path,
-    network: SnippetNetwork,
+    networks: Sequence[SnippetNetwork],
     decoder: Decoder,
     *,
     source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> Features:
-    """Decode one video and run the network over it.
+) -> dict[str, Features]:
+    """Decode one video and run the networks over it, one network a modality.
+
+    Networks of one frame rate and policy share one pass of decoding.
 
     Args:
         source: the file's `fast_digest`, where the caller has it already.
         progress: called with the fraction done, 0 to 1.
 
-    Returns Features with S = ⌈frames / stride⌉ rows; `times` from 0 to the duration.
-    Raises VideoError when the file cannot be decoded whole or is smaller than 16 pixels a side.
+    Returns Features by modality, with times from 0 to the duration: in windows ⌈frames / stride⌉
+    rows, and at least one row in every mode.
+    Raises VideoError when the file cannot be decoded whole or is smaller than 16 pixels a side,
+    MmdistError when its flow cannot be had; ExtractionError for either where other modalities
+    are whole.
     """
-    spec = network.spec
+    assert len({network.spec.modality for network in networks}) == len(networks) > 0
     if source is None:
         source = fast_digest(path) if path.is_file() else {}
-    windows = Windows(window=spec.window, stride=spec.stride, tail=TAIL)
-    rows: list[NDArray[np.float32]] = []
-    pending: list[NDArray[np.generic]] = []
+    passes: dict[tuple[float, str], list[_Track]] = {}
+    for network in networks:
+        key = network.spec.fps, network.spec.fps_policy
+        passes.setdefault(key, []).append(_Track(path, network))
+    finished: dict[str, Features] = {}
+    failures: list[MmdistError] = []
+    for index, tracks in enumerate(passes.values()):
 
-    def take(batch: Iterator[NDArray[np.generic]]) -> None:
-        for window in batch:
-            pending.append(window)
-            if len(pending) == WINDOWS_PER_CALL:
-                flush()
+        def advanced(fraction: float, index: int = index) -> None:
+            if progress is not None:
+                progress((index + fraction) / len(passes))
 
-    def flush() -> None:
-        if pending:
-            rows.append(network.rows(np.stack(pending).astype(np.uint8, copy=False)))
-            pending.clear()
+        try:
+            stream = _decode(path, tracks, decoder, advanced)
+        except VideoError as error:
+            failures.append(error)
+            break  # another pass would meet the same file
+        for track in tracks:
+            features = track.finish(stream, source)
+            if features is not None:
+                finished[track.modality] = features
+            elif track.failure is not None:
+                failures.append(track.failure)
+    if failures and finished:
+        raise ExtractionError(str(failures[0]), finished) from failures[0]
+    if failures:
+        raise failures[0]
+    return finished
 
-    stream = decoder.frames(path, fps=spec.fps, fps_policy=FPS_POLICY)
+
+def _decode(
+    path: Path, tracks: Sequence[_Track], decoder: Decoder, advanced: Progress
+) -> FrameStream:
+    """Push every frame of the video to every track that has not failed."""
+    spec = tracks[0].network.spec
+    stream = decoder.frames(path, fps=spec.fps, fps_policy=spec.fps_policy)
     info = stream.info
     if min(info.width, info.height) < MINIMUM_SIDE_PIXELS:
         raise VideoError(
@@ -71,32 +106,92 @@ def extract_video(
             f"{MINIMUM_SIDE_PIXELS} pixels on each side.",
         )
     for chunk in stream:
-        take(windows.push(network.preprocessing(chunk.frames_NHWC)))
-        if progress is not None:
-            progress(min(float(chunk.times_N[-1]) / info.duration_seconds, 1.0))
-    take(windows.finish())
-    flush()
-    assert rows, "the decoder raises for a video without frames"
-    data_SD = np.concatenate(rows)
-    return Features(
-        data=data_SD,
-        times=row_times(
-            len(data_SD),
-            window=spec.window,
-            stride=spec.stride,
-            fps=stream.fps,
-            duration_seconds=stream.info.duration_seconds,
-        ),
-        duration_seconds=stream.info.duration_seconds,
-        modality=spec.modality,
-        provenance=Provenance(
-            matters=spec.matters,
-            info={
-                **network.info,
-                "decoder": info.decoder,
-                "effective_fps": stream.fps,
-                "trained_on": spec.trained_on,
-            },
-            source=source,
-        ),
-    )
+        for track in tracks:
+            track.push(chunk.frames_NHWC)
+        if all(track.failure is not None for track in tracks):
+            stream.close()
+            break
+        advanced(min(float(chunk.times_N[-1]) / info.duration_seconds, 1.0))
+    return stream
+
+
+class _Track:
+    """One network's way through one video. A person's mistake stops this track alone."""
+
+    def __init__(self, path: Path, network: SnippetNetwork) -> None:
+        spec = network.spec
+        self.path, self.network, self.modality = path, network, spec.modality
+        self.failure: MmdistError | None = None
+        self._inputs = network.input_stream()
+        self._cutter: Windows | DenseChunks = (
+            DenseChunks()
+            if spec.mode == "dense"
+            else Windows(window=spec.window, stride=spec.stride, tail=TAIL)
+        )
+        self._pending: list[NDArray[np.generic]] = []
+        self._rows: list[NDArray[np.float32]] = []
+
+    def push(self, frames_NHWC: NDArray[np.uint8]) -> None:
+        """Take frames, and run the network on what is whole."""
+        self._attempt(lambda: self._feed(self._inputs.push(frames_NHWC)))
+
+    def finish(self, stream: FrameStream, source: Mapping[str, Any]) -> Features | None:
+        """What became of the whole video; None where the track failed."""
+        return self._attempt(lambda: self._finish(stream, source))
+
+    def _attempt(self, do: Callable[[], T]) -> T | None:
+        if self.failure is None:
+            try:
+                return do()
+            except MmdistError as error:
+                self.failure = MmdistError(f"{self.path}: no {self.modality} features. {error}")
+                self.failure.__cause__ = error
+        return None
+
+    def _feed(self, inputs: Iterator[NDArray[np.generic]]) -> None:
+        for piece_NHWC in inputs:
+            self._run(self._cutter.push(piece_NHWC))
+
+    def _run(self, pieces: Iterator[NDArray[np.generic]] | Iterator[Chunk]) -> None:
+        for piece in pieces:
+            if isinstance(piece, Chunk):
+                self._rows.append(self.network.dense_rows(piece))
+                continue
+            self._pending.append(piece)
+            if len(self._pending) == WINDOWS_PER_CALL:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._rows.append(self.network.rows(np.stack(self._pending)))
+            self._pending.clear()
+
+    def _finish(self, stream: FrameStream, source: Mapping[str, Any]) -> Features:
+        self._feed(self._inputs.finish())
+        self._run(self._cutter.finish())
+        self._flush()
+        assert self._rows, "the decoder raises for a video without frames"
+        spec, data_SD = self.network.spec, np.concatenate(self._rows)
+        duration_seconds = stream.info.duration_seconds
+        return Features(
+            data=data_SD,
+            times=row_times(
+                len(data_SD),
+                window=spec.window,
+                stride=spec.stride,
+                fps=stream.fps,
+                duration_seconds=duration_seconds,
+            ),
+            duration_seconds=duration_seconds,
+            modality=spec.modality,
+            provenance=Provenance(
+                matters=spec.matters,
+                info={
+                    **self.network.info,
+                    "decoder": stream.info.decoder,
+                    "effective_fps": stream.fps,
+                    "trained_on": spec.trained_on,
+                },
+                source=source,
+            ),
+        )

@@ -65,19 +65,26 @@ def pad_same(volume_BCTHW: Tensor, kernel: Sequence[int], stride: Sequence[int])
 
 
 class SameMaxPool3d(nn.Module):
-    """Max-pooling with SAME padding; padded zeros take part in the maximum, as in the release."""
+    """Max-pooling with SAME padding, of volumes that follow a ReLU.
+
+    There the zeros with which the release pads never exceed a maximum, so that no padded copy is
+    needed: `ceil_mode` lets the last window reach as far beyond the end as SAME would pad.
+    """
 
     def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> None:
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
     def forward(self, volume_BCTHW: Tensor) -> Tensor:
-        padded = pad_same(volume_BCTHW, self.kernel, self.stride)
-        return F.max_pool3d(padded, self.kernel, self.stride)
+        before = [
+            same_padding(n, k, s)[0]
+            for n, k, s in zip(volume_BCTHW.shape[-3:], self.kernel, self.stride, strict=True)
+        ]
+        return F.max_pool3d(volume_BCTHW, self.kernel, self.stride, before, ceil_mode=True)
 
 
 class Unit3D(nn.Module):
-    """Convolution with SAME padding, then batch normalisation and ReLU unless told otherwise."""
+    """Convolution with SAME padding, then batch normalisation and ReLU."""
 
     def __init__(
         self,
@@ -86,15 +93,12 @@ class Unit3D(nn.Module):
         *,
         kernel: tuple[int, int, int] = (1, 1, 1),
         stride: tuple[int, int, int] = (1, 1, 1),
-        normalise: bool = True,
     ) -> None:
         super().__init__()
         self.kernel, self.stride = kernel, stride
-        self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride, bias=not normalise)
+        self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride, bias=False)
         # Momentum 0.01 is the release's; pretraining of small networks sets its own.
-        self.bn = (
-            nn.BatchNorm3d(out_channels, eps=BATCH_NORM_EPS, momentum=0.01) if normalise else None
-        )
+        self.bn = nn.BatchNorm3d(out_channels, eps=BATCH_NORM_EPS, momentum=0.01)
 
     def forward(self, volume_BCTHW: Tensor) -> Tensor:
         pads = [
@@ -107,7 +111,7 @@ class Unit3D(nn.Module):
             out = F.conv3d(volume_BCTHW, self.conv3d.weight, self.conv3d.bias, self.stride, padding)
         else:
             out = self.conv3d(pad_same(volume_BCTHW, self.kernel, self.stride))
-        return out if self.bn is None else F.relu(self.bn(out), inplace=True)
+        return F.relu(self.bn(out), inplace=True)
 
 
 class InceptionBlock(nn.Module):
@@ -210,15 +214,18 @@ class InceptionI3d(nn.Module):
 
         Fewer than nine frames leave one final map; it is pooled alone, so T' is at least 1.
         """
-        maps_BDT = self.maps(frames_BCTHW).mean(dim=(3, 4))
+        maps_BDTHW = self.maps(frames_BCTHW)
+        # A network in bf16 averages in float32: its rows would lose what its maps still hold.
+        wide = torch.promote_types(maps_BDTHW.dtype, torch.float32)
+        maps_BDT = maps_BDTHW.mean(dim=(3, 4), dtype=wide)
         return F.avg_pool1d(maps_BDT, min(POOL_FRAMES, maps_BDT.shape[2]), stride=1)
 
     def features(self, frames_BCTHW: Tensor) -> Tensor:
-        """Features [B, T', D] of frames in [−1, 1]; T' = max(⌈T/8⌉ − 1, 1)."""
+        """Features [B, T', D] of frames in [−1, 1]; T' = max(⌈T/8⌉ − 1, 1); at least float32."""
         return self.pooled(frames_BCTHW).transpose(1, 2)
 
     def forward(self, frames_BCTHW: Tensor) -> Tensor:
         """Class scores [B, num_classes], averaged over time."""
-        pooled_BDT = self.dropout(self.pooled(frames_BCTHW))
+        pooled_BDT = self.dropout(self.pooled(frames_BCTHW)).to(frames_BCTHW.dtype)
         logits: Tensor = self.logits.conv3d(pooled_BDT[..., None, None])  # type: ignore[operator]
         return logits.mean(dim=(2, 3, 4))

@@ -1,173 +1,197 @@
-"""Extractors by name: a checkpoint's description without torch, and its network with it.
+"""Networks ready to turn windows of frames or flow fields into rows.
 
-An `ExtractorSpec` is light, so that a second run finds out that there is nothing to do without
-loading a network. Shapes: B windows, T frames, H height, W width, D channels.
+The contract that every network keeps: an `nn.Module` with `in_channels`, `feature_channels` and
+`features(frames_BCTHW: float Tensor) -> [B, T', D]`, T' at least 1. C3D's takes a `layer` too.
+
+Shapes: B windows, T frames, H height, W width, C channels, D features.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
+from mmdist_e2e.extractors.dense import Chunk, DenseChunks
+from mmdist_e2e.extractors.spec import ExtractorSpec as ExtractorSpec
+from mmdist_e2e.extractors.spec import describe as describe
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.weights.registry import checkpoint_folder, read_config, weights_digest
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+    from torch import Tensor, nn
 
-MODE = "windows"
-FPS_POLICY: Literal["ceiling"] = "ceiling"
-TAIL: Literal["repeat_last"] = "repeat_last"
+    from mmdist_e2e.extractors.flow_frames import FlowFrames, FlowPreprocessing
+    from mmdist_e2e.extractors.preprocess import Preprocessing
+
+WINDOWS_PER_CALL = 8
+PRECISIONS = ("auto", "fp32", "bf16")
 # The worst row of a reduced-precision run against fp32 that is still taken as right.
 MINIMUM_COSINE = 0.999
 
 
-@dataclass(frozen=True)
-class ExtractorSpec:
-    """What an extractor's checkpoint says of itself; see `matters` for what models rely on."""
+class RgbFrames:
+    """For RGB what `FlowFrames` is for flow: every frame is an input of its own."""
 
-    name: str
-    folder: Path
-    digest: str
-    modality: str
-    fps: float
-    window: int
-    stride: int
-    config: Mapping[str, Any]
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
 
-    @property
-    def matters(self) -> dict[str, Any]:
-        """The part of the provenance that a model must agree with."""
-        return {
-            "extractor": self.name,
-            "weights": self.digest,
-            "mode": MODE,
-            "fps": self.fps,
-            "fps_policy": FPS_POLICY,
-            "window": self.window,
-            "stride": self.stride,
-            "tail": TAIL,
-        }
+    def push(self, frames_NHWC: NDArray[np.uint8]) -> Iterator[NDArray[np.generic]]:
+        """Resize and crop frames."""
+        yield self.preprocessing(frames_NHWC)
 
-    @property
-    def trained_on(self) -> str:
-        return str(self.config["trained_on"])
-
-
-def describe(name_or_folder: str) -> ExtractorSpec:
-    """The spec of an extractor by registry name or checkpoint folder, fetched if it must be.
-
-    Raises MmdistError for an unknown name, a damaged folder, or a failed fetch.
-    """
-    folder = checkpoint_folder(name_or_folder)
-    config = read_config(folder)
-    try:
-        if config["network"] != "i3d":
-            raise MmdistError(
-                f"{folder} holds the network {config['network']!r}; this version runs: i3d."
-            )
-        return ExtractorSpec(
-            name=str(config.get("name", folder.name)),
-            folder=folder,
-            digest=weights_digest(folder),
-            modality=config["modality"],
-            fps=float(config["fps"]),
-            window=int(config["window"]),
-            stride=int(config["stride"]),
-            config=config,
-        )
-    except KeyError as error:
-        raise MmdistError(
-            f"{folder / 'config.json'} has no {error.args[0]!r}: it is "
-            f"not an extractor's checkpoint."
-        ) from error
+    def finish(self) -> Iterator[NDArray[np.generic]]:
+        """Nothing is left."""
+        yield from ()
 
 
 class SnippetNetwork:
-    """A network ready to turn uint8 windows into rows.
+    """A network ready to turn preprocessed frames into rows.
 
     Args:
         spec: from `describe`.
         device: "auto", "cpu", "cuda", "cuda:1", …
         precision: "auto" takes bf16 where the device is fast at it and agrees with fp32 on a
             check run at start-up (a warning says when it does not), "fp32" or "bf16" insist.
+        flow_backend: of `tvl1`, for a network that reads flow.
+
+    Raises MmdistError for an unknown device or precision, and for weights, preprocessing or a
+    PCA that do not fit the network.
     """
 
     def __init__(
-        self, spec: ExtractorSpec, *, device: str = "auto", precision: str = "auto"
+        self,
+        spec: ExtractorSpec,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        flow_backend: str = "auto",
     ) -> None:
         import torch
 
-        from mmdist_e2e.extractors.preprocess import Preprocessing
-
-        if precision not in ("auto", "fp32", "bf16"):
-            raise MmdistError(f"The precision {precision!r} is unknown; valid: auto, fp32, bf16.")
-        self.spec = spec
+        if precision not in PRECISIONS:
+            raise MmdistError(
+                f"The precision {precision!r} is unknown; valid: {', '.join(PRECISIONS)}."
+            )
+        self.spec, self.flow_backend = spec, flow_backend
         self.device = torch.device(resolve_device(device))
-        self.preprocessing = Preprocessing(**spec.config["preprocessing"])
-        self.network = _load_i3d(spec).to(self.device, memory_format=torch.channels_last_3d)
-        self.network.eval()
-        self.use_bf16 = precision == "bf16"
-        if precision == "auto" and _fast_bf16(self.device):
-            self.use_bf16 = self._bf16_agrees()
+        self.preprocessing = _preprocessing(spec)
+        network = load_network(spec)
+        if spec.pca is not None and len(spec.pca.mean_D) != network.feature_channels:
+            raise MmdistError(
+                f"The PCA reduces rows of {len(spec.pca.mean_D)} channels, and {spec.name!r} gives "
+                f"{network.feature_channels}; give the PCA of that network's features."
+            )
+        self.network, self.use_bf16 = self._prepared(network, precision)
 
-    def rows(self, windows_BTHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def rows(self, windows_BTHWC: NDArray[np.generic]) -> NDArray[np.float32]:
         """Features [B, D] of windows of preprocessed frames, averaged over what time remains."""
-        import torch
+        return self._run(windows_BTHWC, lambda rows_BTD: rows_BTD.mean(dim=1))
 
-        from mmdist_e2e.extractors.preprocess import to_network
+    def dense_rows(self, chunk: Chunk) -> NDArray[np.float32]:
+        """Features of one long run of preprocessed frames, without the rows of its context."""
+        rows = slice(chunk.first_row, chunk.last_row)
+        return self._run(chunk.frames[None], lambda rows_BTD: rows_BTD[0, rows])
+
+    def input_stream(self) -> RgbFrames | FlowFrames:
+        """What turns one video's frames into what this network's windows hold."""
+        from mmdist_e2e.extractors.flow_frames import FlowFrames, FlowPreprocessing
+
+        if isinstance(self.preprocessing, FlowPreprocessing):
+            return FlowFrames(
+                self.preprocessing,
+                backend=self.flow_backend,
+                device=str(self.device),
+                repeats=self.spec.fps_policy == "exact",
+            )
+        return RgbFrames(self.preprocessing)
+
+    def _run(
+        self, inputs_BTHWC: NDArray[np.generic], choose: Callable[[Tensor], Tensor]
+    ) -> NDArray[np.float32]:
+        import torch
 
         with torch.inference_mode():
-            windows = to_network(torch.from_numpy(windows_BTHWC).to(self.device))
-            rows_BD = self._forward(windows, bf16=self.use_bf16)
-        out: NDArray[np.float32] = rows_BD.cpu().numpy()
-        return out
+            frames = self._to_network(torch.from_numpy(inputs_BTHWC).to(self.device))
+            rows_ND = choose(self._features(self.network, frames))
+        out: NDArray[np.float32] = rows_ND.cpu().numpy()
+        return out if self.spec.pca is None else self.spec.pca.apply(out)
 
-    def _forward(self, windows_BCTHW: torch.Tensor, *, bf16: bool) -> torch.Tensor:
+    def _to_network(self, inputs_BTHWC: Tensor) -> Tensor:
+        from mmdist_e2e.extractors.preprocess import Preprocessing, to_network
+
+        if isinstance(self.preprocessing, Preprocessing):
+            return to_network(inputs_BTHWC, self.preprocessing)
+        return self.preprocessing.to_network(inputs_BTHWC)
+
+    def _features(self, network: nn.Module, frames_BCTHW: Tensor) -> Tensor:
+        """[B, T', D] in float32, by a network of whatever precision."""
+        frames = frames_BCTHW.to(next(network.parameters()).dtype)
+        chosen = {} if self.spec.layer is None else {"layer": self.spec.layer}
+        rows_BTD: Tensor = network.features(frames, **chosen)  # type: ignore[operator]
+        return rows_BTD.float()
+
+    def _prepared(self, network: nn.Module, precision: str) -> tuple[nn.Module, bool]:
+        """The network as it will run, and whether in bf16."""
+        from mmdist_e2e.extractors.fold import prepare_for_inference
+
+        bf16 = precision == "bf16" or (precision == "auto" and _fast_bf16(self.device))
+        ready = prepare_for_inference(network, self.device, bf16)
+        if bf16 and precision == "auto" and not self._agree(network.to(self.device), ready):
+            return prepare_for_inference(network, self.device, False), False
+        return ready, bf16
+
+    def _agree(self, plain: nn.Module, half: nn.Module) -> bool:
+        """Compare bf16 with the untouched network in fp32 once.
+
+        Some releases of cuDNN and oneDNN are silently wrong in bf16.
+        """
         import torch
 
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            rows_BTD: torch.Tensor = self.network.features(windows_BCTHW)
-        return rows_BTD.float().mean(dim=1)
-
-    def _bf16_agrees(self) -> bool:
-        """Compare bf16 with fp32 once: some releases of cuDNN are silently wrong in bf16."""
-        import torch
-
-        size, generator = self.preprocessing.size, torch.Generator().manual_seed(0)
-        shape = (1, self.network.in_channels, self.spec.window, size, size)
+        generator = torch.Generator().manual_seed(0)
+        batch, channels, *volume = self._check_shape()
         # Smooth noise: white noise drives a network far from the images it was made for.
-        coarse = torch.rand((1, shape[1], 4, 8, 8), generator=generator)
-        clip = torch.nn.functional.interpolate(coarse, shape[2:], mode="trilinear") * 2 - 1
+        coarse = torch.rand((batch, channels, 4, 8, 8), generator=generator)
+        clip = torch.nn.functional.interpolate(coarse, tuple(volume), mode="trilinear") * 2 - 1
         clip = clip.to(self.device, memory_format=torch.channels_last_3d)
         with torch.inference_mode():
-            full = self._forward(clip, bf16=False)
-            half = self._forward(clip, bf16=True)
-        cosine = torch.nn.functional.cosine_similarity(full, half).min().item()
+            rows, rough = (self._features(network, clip).flatten(0, 1) for network in (plain, half))
+        cosine = torch.nn.functional.cosine_similarity(rows, rough).min().item()
         if not math.isfinite(cosine) or cosine < MINIMUM_COSINE:
             warnings.warn(
                 f"bf16 differs from fp32 on {self.device} (cosine {cosine:.4f}); using fp32.",
-                stacklevel=3,
+                stacklevel=4,
             )
             return False
         return True
+
+    def _check_shape(self) -> tuple[int, ...]:
+        """[B, C, T, H, W] of the input to check bf16 on."""
+        size, channels = self.preprocessing.size, 2 if self.spec.modality == "flow" else 3
+        batch, frames = 1, self.spec.window
+        if self.device.type == "cuda":  # what cuDNN gets wrong depends on the shape
+            chunks = DenseChunks()
+            dense_frames = chunks.core_frames + 2 * chunks.context_frames
+            is_dense = self.spec.mode == "dense"
+            batch, frames = (1, dense_frames) if is_dense else (WINDOWS_PER_CALL, frames)
+        return batch, channels, frames, size, size
 
     @property
     def info(self) -> dict[str, str]:
         """Information that travels with features but that no model relies on."""
         import torch
 
-        return {
+        info = {
             "torch": torch.__version__,
             "device": self.device.type,
             "precision": "bf16" if self.use_bf16 else "fp32",
         }
+        if self.spec.modality == "flow":
+            info["flow_backend"] = self.flow_backend
+        return info
 
 
 def resolve_device(device: str) -> str:
@@ -197,22 +221,76 @@ def _fast_bf16(device: torch.device) -> bool:
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
 
 
-def _load_i3d(spec: ExtractorSpec) -> Any:
-    import torch
-    from safetensors.torch import load_file
+def _preprocessing(spec: ExtractorSpec) -> Preprocessing | FlowPreprocessing:
+    from mmdist_e2e.extractors.flow_frames import FlowPreprocessing
+    from mmdist_e2e.extractors.preprocess import Preprocessing
 
+    kind = FlowPreprocessing if spec.modality == "flow" else Preprocessing
+    try:
+        return kind(**spec.config["preprocessing"])
+    except (TypeError, ValueError) as error:
+        raise MmdistError(
+            f"The preprocessing in {spec.folder / 'config.json'} is wrong: {error}"
+        ) from error
+
+
+def _i3d(config: Mapping[str, Any]) -> nn.Module:
     from mmdist_e2e.extractors.i3d import InceptionI3d
 
-    config = spec.config
-    network = InceptionI3d(config["num_classes"], config["in_channels"], config["width"])
-    state = load_file(spec.folder / "model.safetensors")
-    missing, unexpected = network.load_state_dict(state, strict=False)
-    # The public files lack BatchNorm's counters, which inference never reads.
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    if missing or unexpected:
+    return InceptionI3d(config["num_classes"], config["in_channels"], config["width"])
+
+
+def _c3d(config: Mapping[str, Any]) -> nn.Module:
+    from mmdist_e2e.extractors.c3d import C3D
+
+    return C3D(config["num_classes"], config.get("width", 1.0))
+
+
+def _pytorchvideo(config: Mapping[str, Any]) -> nn.Module:
+    from mmdist_e2e.extractors.hub import HubBackbone
+
+    return HubBackbone(config["backbone"])
+
+
+BUILDERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "i3d": _i3d,
+    "c3d": _c3d,
+    "pytorchvideo": _pytorchvideo,
+}
+
+
+def load_network(spec: ExtractorSpec) -> nn.Module:
+    """The network of a checkpoint with its weights, on the CPU, in eval mode.
+
+    Raises MmdistError when config.json describes no network, or the weights do not fit it.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        network = BUILDERS[spec.network](spec.config)
+        state = load_file(spec.folder / "model.safetensors")
+    except MmdistError:
+        raise
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise MmdistError(
-            f"The weights {spec.name!r} do not fit I3D: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}."
+            f"The checkpoint {spec.folder} cannot be loaded ({type(error).__name__}: {error}); "
+            f"restore its config.json and model.safetensors."
+        ) from error
+    needed, given = _shapes(network.state_dict()), _shapes(state)
+    unlike = [key for key in {**needed, **given} if needed.get(key) != given.get(key)]
+    if unlike:
+        raise MmdistError(
+            f"The weights {spec.name!r} do not fit the network {spec.network!r} of its "
+            f"config.json: missing, unexpected or of another shape are {', '.join(unlike[:3])}"
+            f"{' …' if len(unlike) > 3 else ''}."
         )
+    network.load_state_dict(state, strict=False)
     assert all(torch.isfinite(value).all() for value in state.values())
-    return network
+    return network.eval()
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes by key, but for BatchNorm's counters: inference reads none, public files lack them."""
+    return {k: tuple(v.shape) for k, v in state.items() if not k.endswith("num_batches_tracked")}

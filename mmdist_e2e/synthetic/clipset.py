@@ -34,9 +34,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ClipSet:
-    """clips_NTHWC uint8, labels_N2 (action, object), poses_NTP: what the person does in each."""
+    """clips_NTHWC, labels_N2 (action, object), poses_NTP: what the person does in each.
 
-    clips_NTHWC: NDArray[np.uint8]
+    Clips are uint8 frames (C is 3), or their flow as float16 pixels (C is 2).
+    """
+
+    clips_NTHWC: NDArray[np.uint8] | NDArray[np.float16]
     labels_N2: NDArray[np.int64]
     poses_NTP: NDArray[np.float32]
 
@@ -122,6 +125,39 @@ def crop_window(
     return int(min(max(start, 0), side - length)), length
 
 
+def cropped(
+    clip_THWC: Tensor,
+    poses_TP: Tensor,
+    size: int,
+    generator: torch.Generator,
+    *,
+    smallest_crop: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A random crop around the person, resized to `size`², and mirrored half of the time.
+
+    Returns it as [T, C, size, size], uint8 as it came or else float32; the poses in shares of
+    what is left; and five draws from [0, 1): the second is below a half where it was mirrored,
+    the last three are the caller's.
+    """
+    draw = torch.rand(5, generator=generator)
+    height, width = clip_THWC.shape[1:3]
+    share = smallest_crop + (1 - smallest_crop) * draw[0].item()
+    left, w = crop_window(poses_TP, share, 0, width, generator)
+    top, h = crop_window(poses_TP, share, 1, height, generator)
+    crop_TCHW = clip_THWC[:, top : top + h, left : left + w].permute(0, 3, 1, 2)
+    if crop_TCHW.dtype != torch.uint8:
+        crop_TCHW = crop_TCHW.float()
+    # 8-bit images take torch's fast path, six times as quick here as float ones.
+    small = F.interpolate(crop_TCHW, (size, size), mode="bilinear", antialias=True)
+    poses = poses_TP.clone()
+    across = (poses[:, 0:JOINT_VALUES:2] * width - left) / w
+    poses[:, 1:JOINT_VALUES:2] = (poses[:, 1:JOINT_VALUES:2] * height - top) / h
+    if draw[1] < 0.5:
+        small, across = small.flip(3), 1 - across
+    poses[:, 0:JOINT_VALUES:2] = across
+    return small, poses, draw
+
+
 def augment(
     clips_BTHWC: Tensor,
     poses_BTP: Tensor,
@@ -135,26 +171,22 @@ def augment(
     Returns frames [B, C, T, size, size] in [−1, 1], and poses in shares of what is left.
     Mirroring keeps every label: no action of the world is told from another by its side.
     """
-    out, poses = [], poses_BTP.clone()
-    for b, clip_THWC in enumerate(clips_BTHWC):
-        draw = torch.rand(5, generator=generator)
-        height, width = clip_THWC.shape[1:3]
-        share = smallest_crop + (1 - smallest_crop) * draw[0].item()
-        left, w = crop_window(poses_BTP[b], share, 0, width, generator)
-        top, h = crop_window(poses_BTP[b], share, 1, height, generator)
-        crop_TCHW = clip_THWC[:, top : top + h, left : left + w].permute(0, 3, 1, 2)
-        # 8-bit images take torch's fast path, six times as quick here as float ones.
-        small = F.interpolate(crop_TCHW, (size, size), mode="bilinear", antialias=True)
-        across = (poses[b, :, 0:JOINT_VALUES:2] * width - left) / w
-        poses[b, :, 1:JOINT_VALUES:2] = (poses[b, :, 1:JOINT_VALUES:2] * height - top) / h
-        if draw[1] < 0.5:
-            small, across = small.flip(3), 1 - across
-        poses[b, :, 0:JOINT_VALUES:2] = across
+    out, poses = [], []
+    for clip_THWC, poses_TP in zip(clips_BTHWC, poses_BTP, strict=True):
+        small, moved_TP, draw = cropped(
+            clip_THWC, poses_TP, size, generator, smallest_crop=smallest_crop
+        )
         tint = 1 + (torch.rand(3, 1, 1, generator=generator) - 0.5) * 0.2
         gain, light = (0.8 + 0.4 * draw[2]) * tint, (draw[3] - 0.5) * 0.4
         out.append((small.float() * (gain * 2 / 255) + (light - gain)).clamp_(-1, 1))
-    frames = torch.stack(out).permute(0, 2, 1, 3, 4)
-    return frames.contiguous(memory_format=torch.channels_last_3d), poses
+        poses.append(moved_TP)
+    return as_volume(out), torch.stack(poses)
+
+
+def as_volume(clips_TCHW: list[Tensor]) -> Tensor:
+    """Clips as a network's input [B, C, T, H, W], in the memory layout it is fastest on."""
+    volume = torch.stack(clips_TCHW).permute(0, 2, 1, 3, 4)
+    return volume.contiguous(memory_format=torch.channels_last_3d)
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[NDArray[np.int64]]:

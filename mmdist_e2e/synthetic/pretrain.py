@@ -1,11 +1,14 @@
-"""Train the small video network on short clips of the synthetic world (our Kinetics stand-in).
+"""Train a small video network on short clips of the synthetic world (our Kinetics stand-in).
 
-    python -m mmdist_e2e.synthetic.pretrain --out runs/world1-rgb --clips 10000 --seed 0
+    python -m mmdist_e2e.synthetic.pretrain --modality flow --out runs/world1-flow
 
 Clips come from rooms and seeds of their own, never from a grounding video. The one logits layer
 is read as two groups: the action, and the object that it is done with. Labels alone teach a
 network this small next to nothing in minutes, so two helpers that only training sees say where
-the person is: which cell of a middle map each joint is in, and how the joints move.
+the person is: which cell of a middle map each joint is in, and how the joints move. The flow
+network learns from the same clips and labels, but sees their TV-L1 flow alone.
+
+The same call gives the same bits on one machine; a run that was killed goes on, called again.
 Shapes: B clips, T frames, C channels, K classes, P pose values.
 """
 
@@ -15,7 +18,7 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 from mmdist_e2e.extractors.i3d import InceptionI3d
 from mmdist_e2e.extractors.preprocess import Preprocessing, to_network
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.synthetic.card import INPUT_SIZE, write_extractor
+from mmdist_e2e.synthetic.card import CHANNELS, INPUT_SIZE, write_extractor
 from mmdist_e2e.synthetic.clips import ACTION_NAMES, OBJECT_NAMES
 from mmdist_e2e.synthetic.clipset import (
     JOINTS,
@@ -41,11 +44,19 @@ from mmdist_e2e.synthetic.clipset import (
     place_targets,
     render_clips,
 )
+from mmdist_e2e.synthetic.flowset import (
+    FLOW_PREPROCESSING,
+    augment_flow,
+    flow_clips,
+    flow_windows,
+)
+from mmdist_e2e.synthetic.resume import STATE, Run
+from mmdist_e2e.synthetic.world import WORLD_VERSION
 
 # Pretraining changes weights fast, so running statistics must follow faster than the release's.
 BATCH_NORM_MOMENTUM = 0.1
 PLACE_LAYER = "Mixed_3c"
-# This share of the stem's filters starts without a mean over time: they see only what moves.
+# This share of the RGB stem's filters starts without a mean over time: they see only what moves.
 MOVING_SHARE = 0.6
 GRADIENT_NORM = 5.0
 
@@ -58,6 +69,7 @@ class PretrainSettings:
     a third, with crops that show things as large as the full size will.
     """
 
+    modality: str = "rgb"
     clips: int = 10_000
     validation_clips: int = 760
     seed: int = 0
@@ -78,7 +90,8 @@ class Pretrainer(nn.Module):
     def __init__(self, settings: PretrainSettings) -> None:
         super().__init__()
         classes = len(ACTION_NAMES) + len(OBJECT_NAMES)
-        self.network = InceptionI3d(classes, 3, settings.width, dropout=settings.dropout)
+        channels = CHANNELS[settings.modality]
+        self.network = InceptionI3d(classes, channels, settings.width, dropout=settings.dropout)
         for module in self.network.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -86,8 +99,12 @@ class Pretrainer(nn.Module):
                 module.momentum = BATCH_NORM_MOMENTUM
         with torch.no_grad():
             stem = self.network.Conv3d_1a_7x7.conv3d.weight
-            moving = round(MOVING_SHARE * len(stem))
-            stem[:moving] -= stem[:moving].mean(dim=2, keepdim=True)
+            if settings.modality == "rgb":
+                moving = round(MOVING_SHARE * len(stem))
+                stem[:moving] -= stem[:moving].mean(dim=2, keepdim=True)
+            else:
+                # Most flow is far below its bound; BatchNorm's epsilon would swamp what comes out.
+                stem *= FLOW_PREPROCESSING.bound
         for parameter in self.network.logits.parameters():
             nn.init.zeros_(parameter)
         middle = self.network.get_submodule(PLACE_LAYER).out_channels
@@ -126,17 +143,21 @@ def losses(
     }
 
 
+def rgb_windows(clips_NTHWC: NDArray[Any]) -> Tensor:
+    """Whole clips as the network reads them after training: [N, 3, T, size, size]."""
+    flat_NHWC = np.array(clips_NTHWC).reshape(-1, *clips_NTHWC.shape[2:])
+    small = Preprocessing(size=INPUT_SIZE)(flat_NHWC)
+    return to_network(torch.from_numpy(small.reshape(*clips_NTHWC.shape[:2], *small.shape[1:])))
+
+
 def accuracy(network: InceptionI3d, clips: ClipSet) -> tuple[float, float, NDArray[np.int64]]:
     """Percent of actions and of objects told right, and the confusion matrix of actions."""
-    preprocessing = Preprocessing(size=INPUT_SIZE)
+    windows = rgb_windows if network.in_channels == CHANNELS["rgb"] else flow_windows
     network.eval()
     predicted = []
     with torch.inference_mode():
         for first in range(0, len(clips), 16):
-            block = np.array(clips.clips_NTHWC[first : first + 16])
-            small = preprocessing(block.reshape(-1, *block.shape[2:]))
-            windows = torch.from_numpy(small.reshape(*block.shape[:2], *small.shape[1:]))
-            logits = network(to_network(windows))
+            logits = network(windows(clips.clips_NTHWC[first : first + 16]))
             count = len(ACTION_NAMES)
             pair = [logits[:, :count].argmax(1), logits[:, count:].argmax(1)]
             predicted.append(torch.stack(pair, dim=1).numpy())
@@ -153,15 +174,19 @@ def pretrain(
 ) -> dict[str, Any]:
     """Render, train, validate, and write the checkpoint folder `out`; returns its figures.
 
-    Raises MmdistError when training diverges.
+    Every epoch leaves a state in `out`, from which the same call goes on.
+    Raises MmdistError when training diverges, or `out` holds a run with other settings.
     """
+    make, augmented = (
+        (render_clips, augment) if settings.modality == "rgb" else (flow_clips, augment_flow)
+    )
     torch.manual_seed(settings.seed)
     # Values too small for the normal range slow a CPU down many times.
     torch.set_flush_denormal(True)
-    clips = render_clips(
+    clips = make(
         cache, seed=settings.seed, count=settings.clips, workers=workers, progress=progress
     )
-    validation = render_clips(
+    validation = make(
         cache,
         seed=settings.seed + 1,
         count=settings.validation_clips,
@@ -182,13 +207,18 @@ def pretrain(
         pct_start=0.15,
         anneal_strategy="linear",
     )
+    run = Run(model, optimizer, schedule, generator)
+    identity = {"world_version": WORLD_VERSION, **asdict(settings)}
+    done = run.load(out / STATE, identity)
+    if done:
+        progress(f"going on after epoch {done} of {len(epochs)}")
     started = time.monotonic()
-    for epoch, (size, crop) in enumerate(epochs, start=1):
+    for epoch, (size, crop) in enumerate(epochs[done:], start=done + 1):
         sums: dict[str, float] = {}
         steps = 0
         for chosen in batches(settings.clips, settings.batch, generator):
             # fp32 throughout: torch's bf16 backward of these convolutions gave infinities.
-            frames, poses_BTP = augment(
+            frames, poses_BTP = augmented(
                 torch.from_numpy(clips.clips_NTHWC[chosen]),
                 poses[chosen],
                 size,
@@ -206,7 +236,8 @@ def pretrain(
                 sums[name] = sums.get(name, 0.0) + value.item()
         means = ", ".join(f"{name} {value / steps:.3f}" for name, value in sums.items())
         if not all(math.isfinite(value) for value in sums.values()):
-            raise MmdistError("Pretraining diverged; lower --learning-rate and run again.")
+            raise MmdistError("Pretraining diverged; run it with another --seed and another --out.")
+        run.save(out / STATE, identity, epoch)
         seconds = time.monotonic() - started
         progress(f"epoch {epoch} of {len(epochs)} at {size}²: {means}; {seconds:.0f} s")
     action, item, confusion = accuracy(model.network, validation)
@@ -226,16 +257,21 @@ def _say(line: str) -> None:
 
 def main() -> None:
     """Command line of this module; see `--help`."""
-    parser = argparse.ArgumentParser(description="Pretrain the small video network.")
+    parser = argparse.ArgumentParser(description="Pretrain a small video network.")
     defaults = PretrainSettings()
+    parser.add_argument("--modality", choices=tuple(CHANNELS), default=defaults.modality)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="folder of rendered clips; default OUT-clips")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="folder of clips and their flow, which both modalities can share; default OUT-clips",
+    )
     parser.add_argument("--clips", type=int, default=defaults.clips)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     cache = args.cache or args.out.with_name(args.out.name + "-clips")
-    settings = PretrainSettings(clips=args.clips, seed=args.seed)
+    settings = PretrainSettings(modality=args.modality, clips=args.clips, seed=args.seed)
     try:
         pretrain(args.out, settings, cache=cache, workers=args.workers, progress=_say)
     except MmdistError as error:

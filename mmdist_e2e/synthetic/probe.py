@@ -1,10 +1,12 @@
 """A linear probe: do frozen features tell the world's actions apart?
 
-    python -m mmdist_e2e.synthetic.probe --world WORLD --extractor FOLDER
+    python -m mmdist_e2e.synthetic.probe --world WORLD --extractor RGB --extractor FLOW
 
 Rows of the world's grounding videos are labelled with what the person does at the middle of the
 row's window; softmax regression is fitted on train videos and scored on test videos, beside
-chance and beside the same network with random weights. Shapes: S rows, D channels.
+chance and beside the same networks with random weights. With an extractor of each modality it is
+fitted on rgb, on flow, and on both side by side, so that one sees what each knows that the other
+misses. Shapes: S rows, D channels, K classes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,17 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from mmdist_e2e.extractors.batch import Video, extract_many
-from mmdist_e2e.extractors.i3d import InceptionI3d
-from mmdist_e2e.extractors.networks import ExtractorSpec, describe
+from mmdist_e2e.extractors.networks import BUILDERS
+from mmdist_e2e.extractors.spec import ExtractorSpec, describe
 from mmdist_e2e.store import FeatureStore, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.synthetic.clips import ACTION_NAMES
-from mmdist_e2e.synthetic.world import WORLD_VERSION, Script, sample_script
+from mmdist_e2e.synthetic.world import OPPOSITES, WORLD_VERSION, Script, sample_script
 
 TRAIN_VIDEOS, TEST_VIDEOS = 150, 75
 FIT_STEPS = 400
 WEIGHT_DECAY = 1e-3
+BOTH = "both"
 
 Rows = tuple[NDArray[np.float32], NDArray[np.int64]]
 
@@ -47,18 +50,35 @@ def action_at(script: Script, seconds: float) -> str:
     return script.segments[-1].action
 
 
-def labelled_rows(store: FeatureStore, scripts: Sequence[Script], modality: str) -> Rows:
-    """Features [S, D] of all videos and the action index of each row."""
-    data, labels = [], []
+def labelled_rows(
+    store: FeatureStore, scripts: Sequence[Script], modalities: Sequence[str]
+) -> dict[str, Rows]:
+    """Features [S, D] of all videos and the action index of each row, by modality.
+
+    Of several modalities, "both" has their channels side by side.
+    Raises MmdistError when the modalities' rows are not of the same times.
+    """
+    data: dict[str, list[NDArray[np.float32]]] = {modality: [] for modality in modalities}
+    labels: list[int] = []
     for script in scripts:
-        features = store.load(script.id, modality)
-        data.append(features.data)
-        labels += [ACTION_NAMES.index(action_at(script, t)) for t in features.times.mean(axis=1)]
-    return np.concatenate(data), np.array(labels)
+        features = [store.load(script.id, modality) for modality in modalities]
+        times = features[0].times
+        for modality, rows in zip(modalities, features, strict=True):
+            if not np.array_equal(rows.times, times):
+                raise MmdistError(
+                    f"The rows of {modalities[0]} and {modality} of {script.id} are not of the "
+                    f"same times; probe extractors of one fps, window and stride."
+                )
+            data[modality].append(rows.data)
+        labels += [ACTION_NAMES.index(action_at(script, t)) for t in times.mean(axis=1)]
+    tables = {modality: np.concatenate(parts) for modality, parts in data.items()}
+    if len(modalities) > 1:
+        tables[BOTH] = np.concatenate(list(tables.values()), axis=1)
+    return {modality: (table, np.array(labels)) for modality, table in tables.items()}
 
 
-def fit_and_score(train: Rows, test: Rows) -> dict[str, float]:
-    """Softmax regression on standardised rows: accuracy and balanced accuracy, in percent."""
+def fit(train: Rows, test: Rows) -> NDArray[np.float32]:
+    """Softmax regression on standardised rows; returns the logits [S, K] of the test rows."""
     mean, deviation = train[0].mean(axis=0), train[0].std(axis=0) + 1e-6
     inputs, targets = (torch.from_numpy((train[0] - mean) / deviation), torch.from_numpy(train[1]))
     with torch.random.fork_rng():
@@ -71,51 +91,81 @@ def fit_and_score(train: Rows, test: Rows) -> dict[str, float]:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     with torch.no_grad():
-        predicted = layer(torch.from_numpy((test[0] - mean) / deviation)).argmax(1).numpy()
-    hits = predicted == test[1]
-    present = np.unique(test[1])
+        logits: NDArray[np.float32] = layer(torch.from_numpy((test[0] - mean) / deviation)).numpy()
+    return logits
+
+
+def score(logits_SK: NDArray[np.float32], labels_S: NDArray[np.int64]) -> dict[str, Any]:
+    """What a fitted probe tells right, in percent.
+
+    accuracy of rows; balanced_accuracy, the mean of recall; recall by action; and opposites, for
+    each pair of opposite actions the accuracy on their rows when only these two are the choice
+    (the mean of the two actions, so that guessing gives 50). Actions that no row shows are left
+    out.
+    """
+    hits = logits_SK.argmax(axis=1) == labels_S
+    shown = {k: labels_S == k for k in np.unique(labels_S).tolist()}
+    recall = {k: float(hits[rows].mean()) for k, rows in shown.items()}
+    opposites = {}
+    for pair in OPPOSITES:
+        first, second = (ACTION_NAMES.index(action) for action in pair)
+        if first in shown and second in shown:
+            ahead = logits_SK[:, first] > logits_SK[:, second]
+            right = (ahead[shown[first]].mean() + (~ahead[shown[second]]).mean()) / 2
+            opposites[" / ".join(pair)] = _percent(right)
     return {
-        "accuracy": round(100 * float(hits.mean()), 2),
-        "balanced_accuracy": round(
-            100 * float(np.mean([hits[test[1] == c].mean() for c in present])), 2
-        ),
-        "majority_chance": round(100 * float(np.bincount(test[1]).max() / len(test[1])), 2),
-        "uniform_chance": round(100 / len(present), 2),
-        "train_rows": len(train[1]),
-        "test_rows": len(test[1]),
+        "accuracy": _percent(hits.mean()),
+        "balanced_accuracy": _percent(np.mean(list(recall.values()))),
+        "recall": {ACTION_NAMES[k]: _percent(value) for k, value in recall.items()},
+        "opposites": opposites,
     }
+
+
+def _percent(share: Any) -> float:
+    return round(100 * float(share), 2)
 
 
 def untrained_copy(spec: ExtractorSpec, folder: Path) -> ExtractorSpec:
     """The same network with random weights, written as a checkpoint."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = spec.config
-        network = InceptionI3d(config["num_classes"], config["in_channels"], config["width"])
+        network = BUILDERS[spec.network](spec.config)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), folder / "model.safetensors")
-    write_json(folder / "config.json", {**config, "name": "untrained", "trained_on": "nothing"})
+    write_json(
+        folder / "config.json", {**spec.config, "name": "untrained", "trained_on": "nothing"}
+    )
     return replace(describe(str(folder)), name="untrained")
 
 
 def probe(
     world: Path,
-    extractor: str,
+    extractors: Sequence[str],
     *,
     features: Path | None = None,
     say: Callable[[str], None],
-) -> dict[str, dict[str, float]]:
-    """Probe an extractor and its untrained copy on one world.
+) -> dict[str, Any]:
+    """Probe extractors, one a modality, and their untrained copies on one world.
 
-    features: store where the extractor's rows are looked for first, and kept.
+    features: store where the extractors' rows are looked for first, and kept.
 
-    Raises MmdistError when the world is of another version or a video cannot be extracted.
+    Returns {"train_rows", "test_rows", "chance": {"majority", "uniform"}, "trained": {modality:
+    what `score` gives}, "untrained": the same}.
+    Raises MmdistError when the world is of another version, two extractors are of one modality
+    or of different times, or a video cannot be extracted.
     """
     facts = json.loads((world / "world.json").read_text())
     if facts["world_version"] != WORLD_VERSION:
         raise MmdistError(
             f"{world} is version {facts['world_version']} of the world; this probe knows "
             f"{WORLD_VERSION}: render it again."
+        )
+    specs = [describe(extractor) for extractor in extractors]
+    modalities = [spec.modality for spec in specs]
+    if len(set(modalities)) < len(modalities):
+        raise MmdistError(
+            f"The probe takes one extractor a modality; these are all {modalities[0]}: "
+            f"{', '.join(extractors)}."
         )
     scripts = [sample_script(facts["seed"], i) for i in range(facts["videos"])]
     chosen = {
@@ -125,22 +175,50 @@ def probe(
     videos = [
         Video(s.id, world / "videos" / f"{s.id}.mp4") for s in (*chosen["train"], *chosen["test"])
     ]
-    results = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        trained = describe(extractor)
-        for name, spec in (
-            ("trained", trained),
-            ("untrained", untrained_copy(trained, Path(scratch) / "untrained")),
-        ):
+        copies = [untrained_copy(s, Path(scratch) / f"untrained-{s.modality}") for s in specs]
+        for name, probed in (("trained", specs), ("untrained", copies)):
             kept = features if name == "trained" else None
             store = FeatureStore(kept or Path(scratch) / f"{name}-features")
-            report = extract_many(videos, spec, store)
+            report = extract_many(videos, probed, store)
             if report.failed:
                 raise MmdistError(f"The probe stopped: {report.failed[0].cause}")
-            rows = {s: labelled_rows(store, chosen[s], spec.modality) for s in chosen}
-            results[name] = fit_and_score(rows["train"], rows["test"])
-            say(f"{name}: {results[name]}")
+            train = labelled_rows(store, chosen["train"], modalities)
+            test = labelled_rows(store, chosen["test"], modalities)
+            results[name] = {m: score(fit(train[m], test[m]), test[m][1]) for m in train}
+            labels = test[modalities[0]][1]
+            results["train_rows"], results["test_rows"] = len(train[modalities[0]][1]), len(labels)
+            results["chance"] = {
+                "majority": _percent(np.bincount(labels).max() / len(labels)),
+                "uniform": _percent(1 / len(np.unique(labels))),
+            }
+            hits = ", ".join(f"{m} {scores['accuracy']} %" for m, scores in results[name].items())
+            say(f"{name}: accuracy {hits}")
     return results
+
+
+def table(results: Mapping[str, Any]) -> list[str]:
+    """The lines of a Markdown table of what `probe` returns, in percent, a column a modality."""
+    trained, untrained, chance = (results[k] for k in ("trained", "untrained", "chance"))
+    columns = list(trained)
+    rows: list[tuple[str, list[float]]] = []
+    for key, chances in (("accuracy", "majority"), ("balanced_accuracy", "uniform")):
+        name = key.replace("_", " ")
+        rows.append((name, [trained[c][key] for c in columns]))
+        rows.append((f"{name}, untrained networks", [untrained[c][key] for c in columns]))
+        rows.append((f"{name}, chance", [chance[chances]] * len(columns)))
+    for key, title in (("opposites", "of two: "), ("recall", "recall: ")):
+        for name in trained[columns[0]][key]:
+            rows.append((title + name, [trained[c][key][name] for c in columns]))
+    width = max(len(title) for title, _ in rows)
+    lines = [f"| {'':{width}} | " + " | ".join(f"{column:>6}" for column in columns) + " |"]
+    lines.append(f"|{'-' * (width + 2)}" + "|-------:" * len(columns) + "|")
+    lines += [
+        f"| {title:{width}} | " + " | ".join(f"{value:>6}" for value in values) + " |"
+        for title, values in rows
+    ]
+    return lines
 
 
 def _say(line: str) -> None:
@@ -149,18 +227,20 @@ def _say(line: str) -> None:
 
 def main() -> None:
     """Command line of this module; see `--help`."""
-    parser = argparse.ArgumentParser(description="Linear probe of an extractor on the world.")
+    parser = argparse.ArgumentParser(description="Linear probe of extractors on the world.")
     parser.add_argument("--world", type=Path, required=True)
-    parser.add_argument("--extractor", default="world1-rgb")
-    parser.add_argument("--features", type=Path, help="store of the extractor, to reuse")
+    parser.add_argument(
+        "--extractor", action="append", required=True, help="name or folder; once a modality"
+    )
+    parser.add_argument("--features", type=Path, help="store of the extractors, to reuse")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     try:
-        results: dict[str, Any] = probe(
-            args.world, args.extractor, features=args.features, say=_say
-        )
+        results = probe(args.world, args.extractor, features=args.features, say=_say)
     except MmdistError as error:
         sys.exit(str(error))
+    for line in table(results):
+        _say(line)
     if args.json:
         write_json(args.json, results)
 

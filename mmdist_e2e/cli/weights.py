@@ -1,0 +1,145 @@
+"""`mmdist weights`: what can be had by name, and public files turned into checkpoint folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from mmdist_e2e.cli.display import results
+from mmdist_e2e.structures import MmdistError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmdist_e2e.weights.public import Entry
+
+HEXADECIMAL = frozenset("0123456789abcdef")
+SHA256_DIGITS = 64
+SHOWN_KEYS = 3
+
+
+@click.group("weights")
+def weights_group() -> None:
+    """List the weights that go by a name, and convert public files."""
+
+
+@weights_group.command("list")
+def list_command() -> None:
+    """Show every extractor by name, what it is, and whether it can be used at once."""
+    from mmdist_e2e.weights.registry import ENTRIES, checkpoint_folder, is_at_hand, read_config
+
+    table = Table(show_edge=False)
+    for column in ("name", "kind", "modality", "network", "in the cache"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("facts", overflow="fold")
+    for entry in ENTRIES.values():
+        config = entry.config or read_config(checkpoint_folder(entry.name))
+        if entry.kind == "shipped":
+            at_hand = "ships"
+        elif is_at_hand(entry):
+            at_hand = "yes"
+        else:
+            at_hand = "no" if entry.has_digest else "no, bring it"
+        row = (entry.name, entry.kind, config["modality"], config["network"], at_hand, entry.facts)
+        table.add_row(*map(escape, row))
+    results.print(table)
+
+
+@weights_group.command("convert")
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder.")
+@click.option("--digest", metavar="SHA256", help="Refuse FILE unless it has this SHA-256.")
+def convert_command(name: str, file: Path, out: Path, digest: str | None) -> None:
+    """Convert FILE, the public weights NAME, to a checkpoint folder that --extractor takes.
+
+    The file is verified where its digest is known, and opened without running any code in it.
+    """
+    convert_network(name, file, out, digest)
+
+
+def convert_network(name: str, file: Path, out: Path, digest: str | None) -> None:
+    """Convert the public weights of a video network.
+
+    Raises MmdistError for a name without public weights, a file that is unreadable, has another
+    digest or does not fit the network, and a folder that cannot be written.
+    """
+    from mmdist_e2e.weights.registry import check_digest, file_sha256, read_state, write_checkpoint
+
+    entry = public_entry(name)
+    if not file.is_file():
+        raise MmdistError(f"There is no file '{file}'; fetch it from {entry.url}.")
+    if out.exists() and not out.is_dir():
+        raise MmdistError(f"{out} is a file; --out needs a folder (a new one is made).")
+    check_digest(entry, file)
+    if digest is not None:
+        check_digest(replace(entry, git_sha1=None, sha256=parse_digest(digest)), file)
+    state = read_state(entry, file)
+    check_fits(entry, state)
+    sha256 = file_sha256(file)
+    write_checkpoint(out, entry, state, f"from a file of SHA-256 {sha256[:16]}…")
+    results.print(f"{out}: {name}, SHA-256 of the file {sha256}", markup=False, soft_wrap=True)
+
+
+def public_entry(name: str) -> Entry:
+    """The public entry of a name. Raises MmdistError when there is none."""
+    from mmdist_e2e.weights.registry import ENTRIES
+
+    entry = ENTRIES.get(name)
+    if entry is None or entry.kind != "public":
+        valid = ", ".join(each.name for each in ENTRIES.values() if each.kind == "public")
+        problem = "are unknown" if entry is None else "ship with mmdist and need no conversion"
+        raise MmdistError(f"The weights {name!r} {problem}; those that can be converted: {valid}.")
+    return entry
+
+
+def parse_digest(text: str) -> str:
+    """A SHA-256 in lower case. Raises MmdistError for anything else."""
+    digest = text.strip().lower()
+    if len(digest) != SHA256_DIGITS or not HEXADECIMAL.issuperset(digest):
+        raise MmdistError(
+            f"--digest needs a SHA-256 of {SHA256_DIGITS} hexadecimal digits; got {text!r}."
+        )
+    return digest
+
+
+def check_fits(entry: Entry, state: Mapping[str, Tensor]) -> None:
+    """Raise MmdistError unless the weights are those of the entry's network, all and no others.
+
+    BatchNorm's counters, which inference never reads, may be missing.
+    """
+    import torch
+
+    from mmdist_e2e.extractors.networks import BUILDERS
+
+    assert entry.config is not None
+    expected = BUILDERS[entry.config["network"]](entry.config).state_dict()
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    reshaped = [
+        f"{key} {list(state[key].shape)} for {list(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    unsound = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    problems = [
+        f"{what} {', '.join(keys[:SHOWN_KEYS])}{' …' if len(keys) > SHOWN_KEYS else ''}"
+        for what, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", reshaped),
+            ("not finite", unsound),
+        )
+        if keys
+    ]
+    if problems:
+        raise MmdistError(
+            f"The file does not hold the weights {entry.name!r} ({'; '.join(problems)}); give "
+            f"the file of {entry.url}."
+        )

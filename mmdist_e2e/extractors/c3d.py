@@ -1,0 +1,105 @@
+"""C3D: 3×3×3 convolutions throughout (Tran et al., ICCV 2015).
+
+State-dict keys are those of the public PyTorch port, so its checkpoint loads strictly.
+The contract that every network here keeps: `features(frames_BCTHW) -> [B, T', D]`.
+
+Shapes: B batch, C channels, T = 16 frames, H = W = 112 pixels, D = 4096 · width channels.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FRAMES = 16
+SIZE = 112
+SPORTS1M_CLASSES = 487
+FULLY_CONNECTED = 4096
+# The final map, 1×4×4 of 512 channels, is what fc6 reads.
+FINAL_POSITIONS = 16
+# Stages of convolutions with their channels; each stage ends in a max-pool: kernel = stride,
+# and padding. The first pool keeps the time axis; the last pads 7×7 so that it gives 4×4.
+STAGES: tuple[tuple[dict[str, int], tuple[int, int, int], tuple[int, int, int]], ...] = (
+    ({"conv1": 64}, (1, 2, 2), (0, 0, 0)),
+    ({"conv2": 128}, (2, 2, 2), (0, 0, 0)),
+    ({"conv3a": 256, "conv3b": 256}, (2, 2, 2), (0, 0, 0)),
+    ({"conv4a": 512, "conv4b": 512}, (2, 2, 2), (0, 0, 0)),
+    ({"conv5a": 512, "conv5b": 512}, (2, 2, 2), (0, 1, 1)),
+)
+LAYERS = ("fc6", "fc7")
+
+
+class C3D(nn.Module):
+    """C3D; width 1 has 78.0 M parameters without fc8.
+
+    Args:
+        num_classes: outputs of fc8; 0 leaves fc8 out, as some public checkpoints do.
+        width: factor on every channel count. Raises ValueError when a layer would not have a
+            whole number of channels.
+        dropout: after fc6 and fc7, in training.
+    """
+
+    def __init__(
+        self, num_classes: int = SPORTS1M_CLASSES, width: float = 1.0, *, dropout: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.width, self.in_channels = num_classes, width, 3
+
+        def scaled(channels: int) -> int:
+            count = channels * width
+            if count != int(count) or count < 1:
+                raise ValueError(
+                    f"width {width} gives {count} channels where C3D has {channels}; "
+                    f"use a multiple of 1/64."
+                )
+            return int(count)
+
+        channels = self.in_channels
+        for convolutions, _, _ in STAGES:
+            for name, out_channels in convolutions.items():
+                self.add_module(name, nn.Conv3d(channels, scaled(out_channels), 3, padding=1))
+                channels = scaled(out_channels)
+        self.feature_channels = scaled(FULLY_CONNECTED)
+        self.fc6 = nn.Linear(channels * FINAL_POSITIONS, self.feature_channels)
+        self.fc7 = nn.Linear(self.feature_channels, self.feature_channels)
+        self.fc8 = nn.Linear(self.feature_channels, num_classes) if num_classes else None
+        self.dropout = nn.Dropout(dropout)
+
+    def maps(self, frames_BCTHW: Tensor) -> Tensor:
+        """Run up to pool5: [B, 512 · width, 1, 4, 4].
+
+        Raises ValueError when the frames are not 16 RGB frames of 112×112.
+        """
+        needed = (self.in_channels, FRAMES, SIZE, SIZE)
+        if frames_BCTHW.ndim != 5 or tuple(frames_BCTHW.shape[1:]) != needed:
+            raise ValueError(
+                f"C3D needs frames of the shape [batch, {', '.join(map(str, needed))}]; "
+                f"got {list(frames_BCTHW.shape)}."
+            )
+        volume = frames_BCTHW
+        for convolutions, pool, padding in STAGES:
+            for name in convolutions:
+                volume = F.relu(self.get_submodule(name)(volume), inplace=True)
+            volume = F.max_pool3d(volume, pool, padding=padding)
+        return volume
+
+    def features(self, frames_BCTHW: Tensor, layer: str = "fc7") -> Tensor:
+        """Activations [B, 1, D] of "fc6" or "fc7", after the ReLU.
+
+        After it, because the original Caffe network rectifies in place: what its extractor
+        writes as fc6 and fc7, and so every public C3D feature, is never negative.
+        Raises ValueError for another layer or frames of another shape.
+        """
+        if layer not in LAYERS:
+            raise ValueError(f"The layer {layer!r} is unknown; valid: {', '.join(LAYERS)}.")
+        rows_BD = F.relu(self.fc6(self.maps(frames_BCTHW).flatten(1)))
+        if layer == "fc7":
+            rows_BD = F.relu(self.fc7(self.dropout(rows_BD)))
+        return rows_BD[:, None]
+
+    def forward(self, frames_BCTHW: Tensor) -> Tensor:
+        """Class scores [B, num_classes] before any softmax. Raises ValueError without fc8."""
+        if self.fc8 is None:
+            raise ValueError("This C3D has no fc8 (num_classes is 0); use features().")
+        scores: Tensor = self.fc8(self.dropout(self.features(frames_BCTHW)[:, 0]))
+        return scores

@@ -1,0 +1,127 @@
+"""Dense mode against one run of the whole padded video, and against its own derivation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmdist_e2e.extractors.dense import MINIMUM_CONTEXT, STRIDE, DenseChunks, dense_row_count
+from mmdist_e2e.extractors.i3d import InceptionI3d
+
+LENGTHS = (1, 7, 8, 9, 16, 17, 63, 64, 65, 119, 120, 121, 127, 128, 129, 200, 287, 288, 289, 301)
+
+
+@pytest.fixture(scope="module")
+def network() -> InceptionI3d:
+    """Random weights of a scale that lets distant frames be felt."""
+    torch.manual_seed(11)
+    network = InceptionI3d(3, 2, 0.125)
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+    for name, parameter in network.named_parameters():
+        if name.endswith("conv3d.weight"):
+            torch.nn.init.kaiming_normal_(parameter)
+    return network.double().eval()
+
+
+def video(length: int) -> np.ndarray:
+    return np.random.default_rng(length).uniform(-1, 1, (length, 8, 8, 2))
+
+
+def run(network: InceptionI3d, frames_THWC: np.ndarray) -> np.ndarray:
+    frames = torch.from_numpy(frames_THWC).permute(3, 0, 1, 2)[None]
+    with torch.inference_mode():
+        return network.features(frames)[0].numpy()
+
+
+def padded(frames: np.ndarray) -> np.ndarray:
+    return np.concatenate([frames, *[frames[-1:]] * (-len(frames) % 8)])
+
+
+def chunks_of(frames: np.ndarray, chunks: DenseChunks, push: int):
+    for first in range(0, len(frames), push):
+        yield from chunks.push(frames[first : first + push])
+    yield from chunks.finish()
+
+
+@pytest.mark.parametrize(("core", "context", "push"), [(8, 56, 5), (64, 56, 100), (128, 64, 301)])
+def test_chunks_give_the_rows_of_one_whole_run(network, core, context, push):
+    for length in LENGTHS:
+        frames = video(length)
+        whole = run(network, padded(frames))
+        chunks = DenseChunks(core_frames=core, context_frames=context)
+        rows = [
+            run(network, chunk.frames)[chunk.first_row : chunk.last_row]
+            for chunk in chunks_of(frames, chunks, push)
+        ]
+        assert all(len(row) for row in rows)
+        assert sum(map(len, rows)) == dense_row_count(length) == len(whole) == chunks.rows
+        np.testing.assert_allclose(np.concatenate(rows), whole, rtol=1e-10, atol=1e-13)
+
+
+def test_a_row_sees_the_frames_of_the_derivation_and_no_other(network):
+    frames, row = video(160), 8
+    plain = run(network, frames)[row]
+    seen = []
+    for index in range(160):
+        changed = frames.copy()
+        changed[index] = -changed[index]
+        if not np.array_equal(run(network, changed)[row], plain):
+            seen.append(index)
+    assert seen[0] >= 8 * row - 44
+    assert seen[-1] <= 8 * row + 62
+    # Maxima and ReLUs may hide the outermost frames, but not much more than them.
+    assert seen[0] <= 8 * row - 44 + 3
+    assert seen[-1] >= 8 * row + 62 - 3
+
+
+def test_less_context_would_not_be_enough(network):
+    frames = video(320)
+    whole = run(network, frames)
+    short = MINIMUM_CONTEXT - STRIDE
+    chunk = run(network, frames[: 128 + short])
+    assert abs(chunk[:16] - whole[:16]).max() > 1e-6 * abs(whole).max()
+    enough = run(network, frames[: 128 + MINIMUM_CONTEXT])
+    np.testing.assert_allclose(enough[:16], whole[:16], rtol=1e-10, atol=1e-13)
+
+
+def test_a_reader_may_use_its_buffer_again(network):
+    frames, chunks = video(150), DenseChunks(core_frames=16)
+    buffer, rows = np.empty_like(frames[:10]), []
+
+    def keep(given) -> None:
+        rows.extend(run(network, c.frames)[c.first_row : c.last_row] for c in given)
+
+    for first in range(0, 150, 10):
+        buffer[:] = frames[first : first + 10]
+        keep(chunks.push(buffer))
+    buffer[:] = 7
+    keep(chunks.finish())
+    whole = run(network, padded(frames))
+    np.testing.assert_allclose(np.concatenate(rows), whole, rtol=1e-10, atol=1e-13)
+
+
+def test_memory_does_not_grow_with_the_video():
+    chunks = DenseChunks(core_frames=64)
+    for _ in range(500):
+        for chunk in chunks.push(np.zeros((10, 1, 1, 3), np.uint8)):
+            assert len(chunk.frames) <= 64 + 2 * 56
+        assert sum(map(len, chunks._pieces)) < 64 + 2 * 56 + 10
+        assert all(piece.base is None for piece in chunks._pieces)  # no view of a longer array
+    (last,) = chunks.finish()
+    assert len(last.frames) <= 64 + 2 * 56
+    assert chunks.rows == dense_row_count(5000) == 624
+
+
+def test_rows_are_counted():
+    assert [dense_row_count(n) for n in (0, 1, 8, 9, 16, 17, 24, 25)] == [0, 1, 1, 1, 1, 2, 2, 3]
+    assert list(DenseChunks().finish()) == []
+
+
+@pytest.mark.parametrize("wrong", [{"core_frames": 12}, {"core_frames": 0}, {"context_frames": 48}])
+def test_sizes_that_would_not_be_exact_are_refused(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} must be a multiple of 8"):
+        DenseChunks(**wrong)
