@@ -3,6 +3,7 @@
     python examples/ship.py runs/world1
 
 Of the runs the one that is best on validation ships; the card shows the spread over all seeds.
+Without runs only the extractors ship.
 """
 
 from __future__ import annotations
@@ -65,20 +66,29 @@ def test_section(results: list[dict[str, Any]], shipped_seed: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    work = Path(sys.argv[1])
+def ship_extractors(work: Path) -> None:
     section = probe_section(read(work / "probe.json"))
     for modality in ("rgb", "flow"):
         name = name_of(modality)
         card = (work / name / "README.md").read_text()
         copy(work / name, SHIPPED_ROOT / name, EXTRACTOR_FILES, card, section)
-    runs = sorted(path.parent for path in work.glob("cpl-*/config.json"))
+
+
+def ship_model(runs: list[Path]) -> None:
     results = [read(run / "evaluations" / "world_sta_test" / "metrics.json") for run in runs]
     best = max(runs, key=lambda run: read(run / "config.json")["validation"]["R@1,IoU=0.5"])
     config = read(best / "config.json")
     seed = config["seed"]
     copy(best, SHIPPED_MODEL, MODEL_FILES, model_card(config), test_section(results, seed))
     print(test_section(results, seed))
+
+
+def main() -> None:
+    work = Path(sys.argv[1])
+    ship_extractors(work)
+    runs = sorted(path.parent for path in work.glob("cpl-*/config.json"))
+    if runs:
+        ship_model(runs)
 
 
 if __name__ == "__main__":

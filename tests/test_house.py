@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,13 @@ def test_public_names_all_load():
         assert getattr(mm, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = mm.nonsense
+
+
+def test_the_docs_name_every_dependency_but_opencv():
+    """docs/flow.md tells how to install beside an OpenCV that somebody built with CUDA."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[<>=]", line)[0] for line in project["dependencies"]}
+    page = (ROOT.parent / "docs" / "flow.md").read_text()
+    listed = re.search(r"^pip install (torch .*)$", page, re.M)
+    assert listed is not None
+    assert set(listed[1].split()) == needed - {"opencv-contrib-python-headless"}
