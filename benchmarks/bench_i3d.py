@@ -17,9 +17,15 @@ from torch import Tensor, nn
 
 from mmdist_e2e.extractors.fold import prepare_for_inference
 from mmdist_e2e.extractors.i3d import InceptionI3d
-from mmdist_e2e.extractors.networks import _fast_bf16, describe, load_network
+from mmdist_e2e.extractors.networks import (
+    WINDOWS_PER_CALL,
+    describe,
+    fast_bf16,
+    load_network,
+)
 
-WINDOWS, CALL, RUNS = 8, 8, 4
+WINDOWS, RUNS = 8, 4
+CALL = WINDOWS_PER_CALL["cpu"]
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -58,7 +64,7 @@ def main() -> None:
         window, size = spec.window, spec.config["preprocessing"]["size"]
     else:
         network = random_i3d()
-    bf16 = _fast_bf16(torch.device("cpu"))
+    bf16 = fast_bf16(torch.device("cpu"))
     ours = prepare_for_inference(network, "cpu", bf16)
     generator = torch.Generator().manual_seed(0)
     shape = (WINDOWS, window, size, size, network.in_channels)

@@ -254,7 +254,7 @@ def test_auto_takes_bf16_where_it_is_fast_and_right(tiny_extractor, monkeypatch,
                     parameter.copy_(torch.rand_like(parameter))
         return prepared
 
-    monkeypatch.setattr(networks, "_fast_bf16", lambda device: True)
+    monkeypatch.setattr(networks, "fast_bf16", lambda device: True)
     monkeypatch.setattr(fold, "prepare_for_inference", prepare)
     network = SnippetNetwork(describe(str(tiny_extractor)), device="cpu")
     assert network.use_bf16 == good

@@ -95,23 +95,27 @@ def test_the_readmes_example_runs_as_it_stands(tmp_path):
 @needs_data
 @pytest.mark.slow
 def test_real_videos_are_extracted_whole_and_once(tmp_path):
-    command = ["extract", str(Path(str(DATA)) / "videos"), "--out", str(tmp_path)]
+    folder = str(Path(str(DATA)) / "videos")
+    command = ["extract", folder, "--modality", "rgb,flow", "--out", str(tmp_path)]
     first = CliRunner().invoke(main, command)
     assert first.exit_code == 0, first.output
-    stamps = {}
+    store, stamps = FeatureStore(tmp_path), {}
     for video, seconds in REAL.items():
-        features = FeatureStore(tmp_path).load(video, "rgb")
-        assert np.isfinite(features.data).all()
-        assert features.times[0, 0] == 0.0
-        assert features.times[-1, 1] == features.duration_seconds
-        # The annotated durations are those of the sound or the container: a little longer.
-        assert features.duration_seconds == pytest.approx(seconds, abs=0.3)
-        assert len(features.data) == pytest.approx(seconds * 12 / 8, abs=2)
-        stamps[video] = FeatureStore(tmp_path).path(video, "rgb").stat().st_mtime_ns
+        rgb, flow = (store.load(video, modality) for modality in ("rgb", "flow"))
+        np.testing.assert_array_equal(rgb.times, flow.times)
+        for features in (rgb, flow):
+            assert np.isfinite(features.data).all()
+            assert features.data.std(axis=0).max() > 0.01
+            assert features.times[0, 0] == 0.0
+            assert features.times[-1, 1] == features.duration_seconds
+            # The annotated durations are those of the sound or the container: a little longer.
+            assert features.duration_seconds == pytest.approx(seconds, abs=0.3)
+            assert len(features.data) == pytest.approx(seconds * 12 / 8, abs=2)
+            path = store.path(video, features.modality)
+            stamps[path] = path.stat().st_mtime_ns
     second = CliRunner().invoke(main, command)
     assert second.exit_code == 0
-    for video, stamp in stamps.items():
-        assert FeatureStore(tmp_path).path(video, "rgb").stat().st_mtime_ns == stamp
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 
 @needs_data

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdist_e2e.extractors.dense import Chunk, DenseChunks
-from mmdist_e2e.extractors.networks import WINDOWS_PER_CALL, SnippetNetwork
+from mmdist_e2e.extractors.networks import SnippetNetwork
 from mmdist_e2e.extractors.snippets import Windows, row_times
 from mmdist_e2e.extractors.spec import TAIL
 from mmdist_e2e.extractors.video import VideoError
@@ -158,7 +158,7 @@ class _Track:
                 self._rows.append(self.network.dense_rows(piece))
                 continue
             self._pending.append(piece)
-            if len(self._pending) == WINDOWS_PER_CALL:
+            if len(self._pending) == self.network.windows_per_call:
                 self._flush()
 
     def _flush(self) -> None:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from mmdist_e2e.extractors.flow_frames import FlowFrames, FlowPreprocessing
     from mmdist_e2e.extractors.preprocess import Preprocessing
 
-WINDOWS_PER_CALL = 8
+# A GPU wants many windows a call; on a CPU more than two of 16 × 224² leave its caches.
+WINDOWS_PER_CALL = {"cpu": 2}
+DEFAULT_WINDOWS_PER_CALL = 8
 PRECISIONS = ("auto", "fp32", "bf16")
 # The worst row of a reduced-precision run against fp32 that is still taken as right.
 MINIMUM_COSINE = 0.999
@@ -78,6 +80,7 @@ class SnippetNetwork:
             )
         self.spec, self.flow_backend = spec, flow_backend
         self.device = torch.device(resolve_device(device))
+        self.windows_per_call = WINDOWS_PER_CALL.get(self.device.type, DEFAULT_WINDOWS_PER_CALL)
         self.preprocessing = _preprocessing(spec)
         network = load_network(spec)
         if spec.pca is not None and len(spec.pca.mean_D) != network.feature_channels:
@@ -138,7 +141,7 @@ class SnippetNetwork:
         """The network as it will run, and whether in bf16."""
         from mmdist_e2e.extractors.fold import prepare_for_inference
 
-        bf16 = precision == "bf16" or (precision == "auto" and _fast_bf16(self.device))
+        bf16 = precision == "bf16" or (precision == "auto" and fast_bf16(self.device))
         ready = prepare_for_inference(network, self.device, bf16)
         if bf16 and precision == "auto" and not self._agree(network.to(self.device), ready):
             return prepare_for_inference(network, self.device, False), False
@@ -176,7 +179,7 @@ class SnippetNetwork:
             chunks = DenseChunks()
             dense_frames = chunks.core_frames + 2 * chunks.context_frames
             is_dense = self.spec.mode == "dense"
-            batch, frames = (1, dense_frames) if is_dense else (WINDOWS_PER_CALL, frames)
+            batch, frames = (1, dense_frames) if is_dense else (self.windows_per_call, frames)
         return batch, channels, frames, size, size
 
     @property
@@ -211,7 +214,7 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _fast_bf16(device: torch.device) -> bool:
+def fast_bf16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":

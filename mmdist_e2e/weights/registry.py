@@ -35,6 +35,7 @@ ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
         Entry("world1-rgb", "shipped", "ours, trained on the synthetic world, version 1"),
+        Entry("world1-flow", "shipped", "ours, trained on the synthetic world's flow, version 1"),
         *PUBLIC,
     )
 }
