@@ -1,8 +1,7 @@
-"""Annotations, features and masks."""
+"""Items, batches and masks; words as CPL has them."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,117 +10,34 @@ import numpy as np
 import pytest
 import torch
 
+from mmdist_e2e.grounding.annotations import load_annotations
 from mmdist_e2e.grounding.datasets import (
     Annotation,
+    Batch,
+    FeatureTable,
     batches,
     draw_masks,
-    load_annotations,
-    load_features,
     make_items,
     mask_patterns,
 )
-from mmdist_e2e.grounding.text import Vocabulary
-from mmdist_e2e.store import FeatureStore
-from mmdist_e2e.structures import Features, MmdistError, Provenance
-from mmdist_e2e.weights.words import shipped_word_vectors
+from mmdist_e2e.grounding.text import MAX_WORDS, Vocabulary, has_known_word, is_word, tokenize
+from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.weights.pickles import load_restricted
+from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
 
-
-def save_video(root: Path, video: str, rows: int = 9, channels: int = 4, **matters: object) -> None:
-    data = np.random.default_rng(len(video)).normal(size=(rows, channels)).astype(np.float32)
-    edges = np.linspace(0, 20.0, rows + 1)
-    times = np.stack([edges[:-1], edges[1:]], axis=1)
-    provenance = Provenance({"extractor": "toy", **matters})
-    FeatureStore(root).save(video, Features(data, times, 20.0, "rgb", provenance))
-
-
-def test_charades_sta_lines(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("3MSZA 24.3 30.4##person turn a light on.\n\nmy video 0 6.9##a # of ## books\n")
-    (tmp_path / "d.json").write_text(json.dumps({"3MSZA": 30.96}))
-    first, second = load_annotations(path, durations=tmp_path / "d.json")
-    assert first == Annotation("3MSZA", 30.96, 24.3, 30.4, "person turn a light on.")
-    assert second == Annotation("my video", None, 0.0, 6.9, "a # of ## books")
-
-
-def test_cpl_rows(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps([["v", 30, [7.3, 17.3], "person pours."]]))
-    assert load_annotations(path) == [Annotation("v", 30.0, 7.3, 17.3, "person pours.")]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "reason"),
-    [
-        ("a.txt", "v 1 2##ok\nv 1##no\n", "Line 2"),
-        ("a.txt", "v 1 2 no separator\n", "Line 1"),
-        ("a.txt", "v one 2##x\n", "Line 1"),
-        ("a.txt", "v 5 2##x\n", "starts at 0"),
-        ("a.txt", "v 1 2##\n", "no sentence"),
-        ("a.txt", "\n", "no annotations"),
-        ("a.json", "[[1]", "not readable JSON"),
-        ("a.json", '[["v", 30, [1, 2], "x"], ["v", 30, 1, "x"]]', "Row 2"),
-        ("a.json", "{}", "no annotations"),
-    ],
+needs_data = pytest.mark.skipif(
+    "MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files"
 )
-def test_bad_annotations_name_the_place(tmp_path: Path, name: str, text: str, reason: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(MmdistError, match=reason):
-        load_annotations(tmp_path / name)
 
 
-def test_missing_annotations(tmp_path: Path) -> None:
-    with pytest.raises(MmdistError, match="cannot be read"):
-        load_annotations(tmp_path / "none.txt")
+def toy_table(*videos: str, seconds: float | None = 20.0) -> FeatureTable:
+    data_VLF = torch.randn(len(videos), 5, 4, generator=torch.Generator().manual_seed(0))
+    durations = dict.fromkeys(videos, seconds)
+    return FeatureTable(videos, data_VLF, durations, {"extractor": "toy"}, "rgb")
 
 
-def test_features_of_a_store(tmp_path: Path) -> None:
-    for video in ("b", "room/a"):
-        save_video(tmp_path, video)
-    table = load_features(tmp_path, ["room/a", "b", "b"], length=5)
-    assert table.videos == ("b", "room/a")
-    assert table.data_VLF.shape == (2, 5, 4)
-    expected = FeatureStore(tmp_path).load("room/a", "rgb").resample(5).data
-    np.testing.assert_array_equal(table.data_VLF[table.rows["room/a"]], expected)
-    assert table.durations_seconds["b"] == 20.0
-    assert table.matters == {"extractor": "toy"}
-
-
-def test_videos_without_features_are_counted_and_named(tmp_path: Path) -> None:
-    save_video(tmp_path, "v0")
-    with pytest.raises(MmdistError, match=r"7 of 8 videos .*\(v1, v2, v3, v4, v5 and 2 more\)"):
-        load_features(tmp_path, [f"v{i}" for i in range(8)], length=5)
-
-
-@pytest.mark.parametrize("unlike", [{"window": 32}, {"channels": 5}])
-def test_features_made_in_two_ways_are_refused(tmp_path: Path, unlike: dict[str, int]) -> None:
-    save_video(tmp_path, "a")
-    save_video(tmp_path, "b", **unlike)
-    with pytest.raises(MmdistError, match="not all made in one way"):
-        load_features(tmp_path, ["a", "b"], length=5)
-
-
-def test_features_of_hdf5(tmp_path: Path) -> None:
-    h5py = pytest.importorskip("h5py", reason="needs the extra hdf5")
-    rows = np.random.default_rng(0).normal(size=(7, 3))
-    with h5py.File(tmp_path / "f.hdf5", "w") as file:
-        file["a"] = rows.astype(np.float16)
-        file["b/c3d_features"] = rows
-    table = load_features(tmp_path / "f.hdf5", ["a", "b"], length=7)
-    np.testing.assert_allclose(table.data_VLF[1], rows, rtol=1e-6)
-    np.testing.assert_array_equal(table.data_VLF[0], rows.astype(np.float16).astype(np.float32))
-    assert table.durations_seconds == {"a": None, "b": None}
-    (tmp_path / "bad.hdf5").write_bytes(b"no")
-    with pytest.raises(MmdistError, match="not a readable HDF5"):
-        load_features(tmp_path / "bad.hdf5", ["a"], length=7)
-    vocabulary = Vocabulary(["person"], shipped_word_vectors())
-    with pytest.raises(MmdistError, match="1 videos have no duration"):
-        make_items([Annotation("a", None, 0, 1, "person")], table, vocabulary)
-
-
-def test_batches_pad_and_keep_the_order(tmp_path: Path) -> None:
-    save_video(tmp_path, "a")
-    save_video(tmp_path, "bb")
-    table = load_features(tmp_path, ["a", "bb"], length=5)
+def test_batches_pad_and_keep_the_order() -> None:
+    table = toy_table("a", "bb")
     vectors = shipped_word_vectors()
     sentences = ["person opens the door .", "person runs", "opens"]
     vocabulary = Vocabulary.from_sentences(sentences, vectors)
@@ -139,17 +55,121 @@ def test_batches_pad_and_keep_the_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(last.words_BWE[0], vectors.rows(["opens"]))
 
 
-def _one_sentence_batch(tmp_path: Path, sentence: str, copies: int):  # type: ignore[no-untyped-def]
-    save_video(tmp_path, "a")
-    table = load_features(tmp_path, ["a"], length=5)
+def test_batches_say_which_videos_and_sentences_are_the_same() -> None:
+    table = toy_table("a", "b")
+    sentences = ["person opens the door.", "Person opens THE door .", "person runs", "opens"]
+    vocabulary = Vocabulary.from_sentences(sentences, shipped_word_vectors())
+    items = make_items(
+        [Annotation(v, None, 0, 1, s) for v, s in zip("abab", sentences, strict=True)],
+        table, vocabulary,
+    )  # fmt: skip
+    (batch,) = batches(items, table, 4, [3, 0, 2, 1])
+
+    def pairs(group_B: torch.Tensor) -> list[list[bool]]:
+        return (group_B[:, None] == group_B).tolist()
+
+    def equal(names: str) -> list[list[bool]]:
+        return [[a == b for b in names] for a in names]
+
+    # In the order 3, 0, 2, 1: videos b, a, a, b; sentences opens, door, runs, door.
+    assert pairs(batch.videos_B) == equal("baab")
+    assert pairs(batch.sentences_B) == equal("odrd")
+    bare = Batch(*list(vars(batch).values())[:5])
+    assert pairs(bare.videos_B) == pairs(bare.sentences_B) == equal("abcd")
+
+
+def test_items_without_duration_or_known_word_are_refused() -> None:
+    vocabulary = Vocabulary(["person"], shipped_word_vectors())
+    with pytest.raises(MmdistError, match=r"1 videos have no duration, .*\(a\); give --durations"):
+        make_items(
+            [Annotation("a", None, 0, 1, "person")], toy_table("a", seconds=None), vocabulary
+        )
+    # The annotation's own duration goes before that of the features.
+    (item,) = make_items([Annotation("a", 7.0, 0, 1, "person")], toy_table("a"), vocabulary)
+    assert item.duration_seconds == 7.0
+    wrong = [Annotation("a", 9.0, 0, 1, s) for s in ("person", "zzgrmpf qqx .", "...")]
+    with pytest.raises(MmdistError, match=r"2 of 3 sentences .*'zzgrmpf qqx \.' \(video 'a'\)"):
+        make_items(wrong, toy_table("a"), vocabulary)
+
+
+def test_words_outside_the_training_text_are_read_but_not_scored() -> None:
+    vectors = shipped_word_vectors()
+    vocabulary = Vocabulary.from_sentences(["person opens the door."], vectors)
+    sentence = "person zzgrmpf closes the door"
+    table = toy_table("a")
+    (batch,) = batches(
+        make_items([Annotation("a", None, 0, 1, sentence)], table, vocabulary), table, 1, [0]
+    )
+    ids = {word: i for i, word in enumerate(vocabulary.words, start=1)}
+    # "closes" has a vector and no output id; "zzgrmpf" has neither and is gone.
+    assert batch.ids_BW[0].tolist() == [ids["person"], 0, ids["the"], ids["door"]]
+    assert batch.is_word_BW.all()
+    np.testing.assert_array_equal(batch.words_BWE[0, 1], vectors.rows(["closes"])[0])
+
+
+@pytest.mark.parametrize("dim", [7, 50])
+def test_word_vectors_of_any_size(tmp_path: Path, dim: int) -> None:
+    vectors = shipped_word_vectors()
+    if dim != vectors.dim:
+        line = " ".join(map(str, range(dim)))
+        (tmp_path / "glove.txt").write_text(f"person {line}\ndoor {line}\n")
+        vectors = load_word_vectors(tmp_path / "glove.txt")
+    vocabulary = Vocabulary.from_sentences(["person door"], vectors)
+    table = toy_table("a")
+    items = make_items([Annotation("a", None, 0, 1, "door person door")], table, vocabulary)
+    (batch,) = batches(items, table, 1, [0])
+    assert batch.words_BWE.shape == (1, 3, dim)
+    assert batch.ids_BW.tolist() == [[2, 1, 2]]
+
+
+@needs_data
+def test_words_are_counted_as_cpl_counted_them() -> None:
+    """CPL's own counts, made with NLTK, against our tokenizer on the very same sentences."""
+    root = Path(os.environ["MMDIST_DATA"]) / "charades_sta"
+    theirs = load_restricted(root / "glove.pkl")["counter"]
+    ours: Counter[str] = Counter()
+    for name in ("cpl_train.json", "cpl_test.json"):
+        for annotation in load_annotations(root / name):
+            ours.update(tokenize(annotation.sentence))
+    known = Counter({word: n for word, n in ours.items() if word in theirs})
+    apart = (known - theirs) + (theirs - known)
+    assert theirs.total() == 99_901
+    # 22 sentences glue two with "door.the", which NLTK leaves whole; the rest are slashes.
+    assert apart.total() < 0.001 * theirs.total()
+    assert (theirs - known).total() <= 1
+
+
+@needs_data
+def test_real_words() -> None:
+    root = Path(os.environ["MMDIST_DATA"])
+    glove = load_word_vectors(root / "charades_sta" / "glove.pkl")
+    train = load_annotations(root / "charades_clip" / "train.json")
+    val = load_annotations(root / "charades_clip" / "val.json")
+    vocabulary = Vocabulary.from_sentences((a.sentence for a in train), glove)
+    seen = {token for a in train for token in tokenize(a.sentence)}
+    assert set(vocabulary.words) <= seen  # nothing of the validation text
+    for annotation in val:
+        encoded = vocabulary.encode(annotation.sentence)
+        expected = [t for t in tokenize(annotation.sentence) if t in glove][:MAX_WORDS]
+        assert list(encoded.tokens) == expected
+        assert [bool(i) for i in encoded.ids_W] == [t in vocabulary.words for t in expected]
+        assert encoded.vectors_WE.shape == (len(expected), 300)
+    activitynet = load_annotations(root / "activitynet" / "val_1.json")
+    longest = max(activitynet, key=lambda a: sum(map(is_word, tokenize(a.sentence))))
+    assert len(vocabulary.encode(longest.sentence).tokens) == MAX_WORDS
+    assert all(has_known_word(a.sentence, shipped_word_vectors()) for a in activitynet)
+
+
+def _one_sentence_batch(sentence: str, copies: int) -> Batch:
+    table = toy_table("a")
     vocabulary = Vocabulary.from_sentences([sentence], shipped_word_vectors())
     items = make_items([Annotation("a", None, 0, 1, sentence)] * copies, table, vocabulary)
     return next(batches(items, table, copies, range(copies)))
 
 
-def test_masks_are_drawn_by_content_without_replacement(tmp_path: Path) -> None:
+def test_masks_are_drawn_by_content_without_replacement() -> None:
     copies = 6000
-    batch = _one_sentence_batch(tmp_path, "the person opens a door quickly", copies)
+    batch = _one_sentence_batch("the person opens a door quickly", copies)
     drawn = draw_masks(batch, torch.Generator().manual_seed(0))
     assert (drawn.sum(1) == 2).all()  # max(6 // 3, 1)
     # The same draw, one word after the other.
@@ -172,16 +192,3 @@ def test_patterns_mask_every_word_once(words: int) -> None:
     assert has[:count, 0].all()
     for p in range(count):
         assert masks[p, 0].nonzero()[:, 0].tolist() == [i for i in range(words) if i % count == p]
-
-
-@pytest.mark.skipif("MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files")
-def test_real_annotations() -> None:
-    root = Path(os.environ["MMDIST_DATA"]) / "charades_sta"
-    assert len(load_annotations(root / "charades_sta_train.txt")) == 12_408
-    official = load_annotations(
-        root / "charades_sta_test.txt", durations=root / "durations_test.json"
-    )
-    cpl = load_annotations(root / "cpl_test.json")
-    assert (len(official), len(cpl)) == (3_720, 3_158)
-    # CPL's protocol drops exactly the queries that end past the video.
-    assert sum(a.end <= (a.duration_seconds or 0) for a in official) == len(cpl)

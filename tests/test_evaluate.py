@@ -8,17 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmdist_e2e.grounding.datasets import Annotation, Item
 from mmdist_e2e.grounding.evaluate import (
     best_constant_span,
     iou,
+    prediction_iou,
     random_proposal_metrics,
     recall_metrics,
     shuffled_order,
     spread_over_runs,
+    truth_of,
     write_predictions,
 )
 from mmdist_e2e.grounding.inference import Predictions
+from mmdist_e2e.grounding.text import Vocabulary
 from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.weights.words import shipped_word_vectors
 
 
 def slow_iou(a: tuple[float, float], b: tuple[float, float]) -> float:
@@ -96,15 +101,33 @@ def test_shuffling_gives_every_query_a_sentence_of_another_video(groups: list[in
     assert order == shuffled_order(videos)
 
 
-def test_predictions_are_one_line_a_query(tmp_path: Path) -> None:
-    from mmdist_e2e.grounding.datasets import Annotation, Item
-    from mmdist_e2e.grounding.text import Vocabulary
-    from mmdist_e2e.weights.words import shipped_word_vectors
+def predictions_of(spans: list[list[tuple[float, float]]]) -> Predictions:
+    """Spans of each query, best first; scores -1, -2, …"""
+    starts, ends = (np.array([[span[i] for span in row] for row in spans]) for i in range(2))
+    losses = np.tile(np.arange(1.0, starts.shape[1] + 1), (len(spans), 1))
+    return Predictions(starts, ends, -losses, losses)
 
+
+def test_of_several_annotated_moments_the_one_that_fits_best_counts() -> None:
+    vocabulary = Vocabulary(["person"], shipped_word_vectors())
+    sentence = vocabulary.encode("person")
+    two = Annotation("v", 10.0, 0.0, 5.0, "person", ((6.0, 8.0),))
+    items = [
+        Item(two, 10.0, sentence, 0),
+        Item(Annotation("w", 20.0, 0.0, 10.0, "person"), 20.0, sentence, 1),
+    ]
+    spans = [[(0.6, 0.8), (0.0, 0.4)], [(0.6, 0.8), (0.0, 0.4)]]
+    np.testing.assert_allclose(prediction_iou(predictions_of(spans), items), [[1.0, 0.8], [0, 0.8]])
+    span, iou_Q = best_constant_span(*truth_of(items))
+    assert span == (0.0, 0.5)
+    np.testing.assert_allclose(iou_Q, [1.0, 1.0])
+
+
+def test_predictions_are_one_line_a_query(tmp_path: Path) -> None:
     vocabulary = Vocabulary(["person"], shipped_word_vectors())
     annotation = Annotation("v", 10.0, 2.0, 6.0, "person “opens” door")
     item = Item(annotation, 10.0, vocabulary.encode("person"), 0)
-    spans = Predictions(np.array([[0.2, 0.0]]), np.array([[0.6, 0.5]]), np.array([[-1.0, -2.0]]))
+    spans = predictions_of([[(0.2, 0.6), (0.0, 0.5)]])
     write_predictions(tmp_path / "p.jsonl", [item], spans)
     (row,) = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert row["video"] == "v"

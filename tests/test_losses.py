@@ -1,4 +1,4 @@
-"""Each term against a plain loop; and the cheap training step against the full computation."""
+"""CPL's loss against plain loops; its switches; the cheap training step against the full one."""
 
 from __future__ import annotations
 
@@ -13,28 +13,15 @@ from test_models import TINY, random_batch, random_model
 from torch.testing import assert_close
 
 from mmdist_e2e.grounding.datasets import Batch
-from mmdist_e2e.grounding.losses import (
-    LossConfig,
-    best_proposal,
-    choose_proposal,
-    cpl_loss,
-    diversity_loss,
-    hinge,
-    reconstruction_loss,
-)
+from mmdist_e2e.grounding.losses import diversity_loss, reconstruction_loss
 from mmdist_e2e.grounding.models import GlobalBranch
-
-
-def test_reconstruction_loss_is_the_mean_over_a_sentences_own_words() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(3, 2, 5, 9)
-    ids = torch.tensor([[4, 2, 8, 1, 3], [7, 0, 5, 0, 0], [0, 0, 0, 0, 0]])
-    loss = reconstruction_loss(logits, ids)
-    for b in range(3):
-        for m in range(2):
-            words = [reference.sentence_loss(logits[b, m].double().numpy(), ids[b].tolist())]
-            np.testing.assert_allclose(loss[b, m], words[0], rtol=1e-5)
-    assert not loss[2].any()  # nothing to score
+from mmdist_e2e.grounding.objective import (
+    LossConfig,
+    MatchingConfig,
+    batch_loss,
+    choose_proposal,
+)
+from mmdist_e2e.structures import MmdistError
 
 
 def test_diversity_against_loops() -> None:
@@ -53,12 +40,6 @@ def test_the_diversity_prior_is_a_prior_on_length() -> None:
     assert abs(float(widths[each.argmin()]) - asked) < 0.01
 
 
-def test_hinge_and_choice() -> None:
-    lower, upper = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 5.0])
-    assert_close(hinge(lower, upper, 0.1), torch.tensor((0.1 + 1.1 + 0.0) / 3))
-    assert best_proposal(torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 0.0]])).tolist() == [1, 0]
-
-
 @pytest.mark.parametrize("negatives", [True, False])
 def test_cpl_loss_against_plain_loops(negatives: bool) -> None:
     model, batch = random_model(), random_batch([5, 2, 7])
@@ -67,7 +48,7 @@ def test_cpl_loss_against_plain_loops(negatives: bool) -> None:
         contrast_weight=1.7, diversity_weight=0.3, diversity_prior=0.2, negatives=negatives
     )
     with torch.no_grad():
-        terms = cpl_loss(model, batch, masked, config, ratio=0.6)
+        terms = batch_loss(model, batch, masked, config, ratio=0.6)
     weights = {k: v.double().numpy() for k, v in model.state_dict().items()}
     sums: dict[str, float] = {}
     for b in range(3):
@@ -104,7 +85,7 @@ def test_cpl_loss_against_plain_loops(negatives: bool) -> None:
 def full_cpl_loss(
     model: GlobalBranch, batch: Batch, masked: torch.Tensor, config: LossConfig, ratio: float
 ) -> torch.Tensor:
-    """Everything with gradient, chosen afterwards: what `cpl_loss` must equal."""
+    """Everything with gradient, chosen afterwards: what `batch_loss` must equal."""
     proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
     masks = model.proposal_masks(proposals.centers_BK, proposals.widths_BK)
     memory = model.remember(proposals.kept_BND, masks, whole=True)
@@ -132,7 +113,7 @@ def test_the_cheap_step_equals_the_full_one_in_value_and_gradient() -> None:
     model, batch = random_model(), random_batch([5, 2, 7, 3])
     masked = (torch.arange(7) % 3 == 0) & batch.is_word_BW
     config = LossConfig()
-    cheap = cpl_loss(model, batch, masked, config, ratio=0.8)["loss"]
+    cheap = batch_loss(model, batch, masked, config, ratio=0.8)["loss"]
     full = full_cpl_loss(model, batch, masked, config, 0.8)
     assert_close(cheap, full, rtol=0, atol=1e-5)
     parameters = dict(model.named_parameters())
@@ -148,7 +129,7 @@ def test_gradient_reaches_every_parameter() -> None:
     torch.manual_seed(3)
     model, batch = GlobalBranch(TINY), random_batch([5, 2, 7, 3])
     masked = (torch.arange(7) % 3 == 0) & batch.is_word_BW
-    cpl_loss(model, batch, masked, LossConfig(), ratio=0.8)["loss"].backward()
+    batch_loss(model, batch, masked, LossConfig(), ratio=0.8)["loss"].backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
 
@@ -157,7 +138,7 @@ def test_spans_learn_through_the_masks_alone() -> None:
     model, batch = random_model(), random_batch([5])
     masked = torch.zeros(1, 5, dtype=torch.bool)
     config = LossConfig(diversity_weight=0.0)
-    cpl_loss(model, batch, masked, config, ratio=0.8)["loss"].backward()
+    batch_loss(model, batch, masked, config, ratio=0.8)["loss"].backward()
     assert model.fc_gauss.weight.grad.abs().max() > 0
 
 
@@ -173,3 +154,38 @@ def test_choosing_leaves_dropout_on_and_uses_none() -> None:
         again = choose_proposal(model, proposals, masks, batch.ids_BW, masked)
         assert torch.equal(again, still)
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("change", "gone"),
+    [
+        ({"contrast_weight": 0.0}, {"hinge_whole", "hinge_left", "hinge_right"}),
+        ({"contrast_whole": False}, {"hinge_whole"}),
+        ({"negatives": False}, {"hinge_left", "hinge_right"}),
+    ],
+)
+def test_switches_take_their_terms_out(change: dict[str, float], gone: set[str]) -> None:
+    model, batch = random_model(), random_batch([5, 2, 7])
+    masked = (torch.arange(7) % 2 == 0) & batch.is_word_BW
+    full = batch_loss(model, batch, masked, LossConfig(), ratio=0.6)
+    less = batch_loss(model, batch, masked, LossConfig(**change), ratio=0.6)
+    assert full.keys() - less.keys() == gone
+    assert_close(full["loss"] - less["loss"], sum(full[name] for name in gone))
+
+
+def test_only_masked_words_are_scored_on_request() -> None:
+    batch = random_batch([5, 2, 7])
+    masked = (torch.arange(7) % 3 == 0) & batch.is_word_BW
+    model = random_model(dataclasses.replace(TINY, scored_words="masked"))
+    terms = batch_loss(model, batch, masked, LossConfig(), ratio=0.6)
+    hidden = dataclasses.replace(batch, ids_BW=batch.ids_BW * masked)
+    same = batch_loss(random_model(), hidden, masked, LossConfig(), ratio=0.6)
+    assert_close(terms["loss"], same["loss"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": 0.0}, {"top_divisor": 0.5}, {"local_weight": -1.0}]
+)
+def test_impossible_local_losses_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(MmdistError, match=next(iter(change))):
+        MatchingConfig(**change)

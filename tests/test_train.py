@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ import torch
 from mmdist_e2e.grounding import train
 from mmdist_e2e.grounding.checkpoint import load_checkpoint
 from mmdist_e2e.grounding.evaluate import evaluate_run
-from mmdist_e2e.grounding.recipes import cpl, get_recipe
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, MmdistError, Provenance
 from mmdist_e2e.weights.words import WordVectors, shipped_word_vectors
@@ -64,11 +64,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(world: Path, out: Path, *, seed: int = 0, **overrides: Any) -> dict[str, Any]:
+def run(
+    world: Path, out: Path, *, seed: int = 0, recipe: str = "cpl", **overrides: Any
+) -> dict[str, Any]:
     settings = {**SMALL, **overrides}
     return train.train_run(
-        recipe_name="cpl", features_path=world / "features", train_path=world / "train.txt",
+        recipe_name=recipe, features_path=world / "features", train_path=world / "train.txt",
         val_path=settings.pop("val", world / "val.txt"), out=out, seed=seed,
+        carve=settings.pop("carve", 0.0),
         word_vectors=settings.pop("vectors", shipped_word_vectors()), overrides=settings,
     )  # fmt: skip
 
@@ -103,8 +106,27 @@ def test_it_learns_and_answers(world: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(flat, row["moments"], atol=2e-3)
 
 
-def test_a_long_video_is_read_in_windows(world: Path, tmp_path: Path) -> None:
-    run(world, tmp_path / "run", epochs=1)
+def test_the_baseline_learns_where_its_map_is_bright(world: Path, tmp_path: Path) -> None:
+    # Six actions make half of all negatives false ones: a higher temperature bears that.
+    run(
+        world, tmp_path / "run", recipe="baseline", epochs=12, learning_rate=3e-3, batch_size=8,
+        temperature=0.3, select_by="last",
+    )  # fmt: skip
+    result = evaluate_run(
+        tmp_path / "run", features_path=world / "features", annotations_path=world / "val.txt"
+    )
+    ours, controls = result["metrics"]["mIoU"], result["controls"]
+    for control in ("random own proposal", "shuffled queries", "untrained network"):
+        assert ours > controls[control]["mIoU"] + 20, control
+    model = load_checkpoint(tmp_path / "run")
+    features = FeatureStore(world / "features").load("v5", "rgb")
+    moments = model.answer({"rgb": features}, "a person opens")
+    assert [m.score for m in moments] == sorted((m.score for m in moments), reverse=True)
+
+
+@pytest.mark.parametrize("recipe", ["cpl", "baseline"])
+def test_a_long_video_is_read_in_windows(world: Path, tmp_path: Path, recipe: str) -> None:
+    run(world, tmp_path / "run", epochs=1, recipe=recipe)
     model = load_checkpoint(tmp_path / "run")
     store = FeatureStore(world / "features")
     parts = [store.load(f"v{i}", "rgb") for i in range(3)]
@@ -137,10 +159,20 @@ class Killed(Exception):  # noqa: N818
     pass
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recipe": "cpl"},
+        {"recipe": "baseline"},
+        {"recipe": "baseline", "local_weight": 0, "score_weight": 0},
+    ],
+    ids=["cpl", "baseline", "without local"],
+)
 def test_resumed_equals_uninterrupted(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    whole = run(world, tmp_path / "whole", epochs=4, dropout=0.2)
+    settings = {**settings, "epochs": 4, "dropout": 0.2}
+    whole = run(world, tmp_path / "whole", **settings)
 
     original = train.Trainer.run_epoch
 
@@ -153,17 +185,20 @@ def test_resumed_equals_uninterrupted(
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "run_epoch", killed)
         with pytest.raises(Killed):
-            run(world, tmp_path / "parts", epochs=4, dropout=0.2)
+            run(world, tmp_path / "parts", **settings)
     assert len(json.loads((tmp_path / "parts" / "history.json").read_text())) == 2
-    parts = run(world, tmp_path / "parts", epochs=4, dropout=0.2)
+    assert len((tmp_path / "parts" / "log.csv").read_text().splitlines()) == 3
+    parts = run(world, tmp_path / "parts", **settings)
     assert bits(tmp_path / "parts" / "last") == bits(tmp_path / "whole" / "last")
     assert bits(tmp_path / "parts") == bits(tmp_path / "whole")
     assert parts["history"] == whole["history"]
+    logs = [(tmp_path / name / "log.csv").read_text() for name in ("parts", "whole")]
+    assert logs[0] == logs[1]
 
-    again = run(world, tmp_path / "parts", epochs=4, dropout=0.2)  # finished: nothing to do
+    again = run(world, tmp_path / "parts", **settings)  # finished: nothing to do
     assert again == parts
     with pytest.raises(MmdistError, match="differs in seed"):
-        run(world, tmp_path / "parts", epochs=4, dropout=0.2, seed=5)
+        run(world, tmp_path / "parts", **settings, seed=5)
 
 
 def test_annotated_times_do_not_reach_training(world: Path, tmp_path: Path) -> None:
@@ -183,6 +218,55 @@ def test_without_validation_the_last_epoch_is_the_checkpoint(world: Path, tmp_pa
     assert summary["best_epoch"] == 2
     assert "no validation" in summary["selected_by"]
     assert bits(tmp_path / "run") == bits(tmp_path / "run" / "last")
+
+
+def test_the_log_holds_every_term_and_figure(world: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    train.train_run(
+        recipe_name="baseline", features_path=world / "features", train_path=world / "train.txt",
+        val_path=world / "val.txt", out=tmp_path, seed=0, word_vectors=shipped_word_vectors(),
+        overrides=SMALL, progress=lambda what, *_: told.append(what),
+    )  # fmt: skip
+    with (tmp_path / "log.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    history = json.loads((tmp_path / "history.json").read_text())
+    for row, entry in zip(rows, history, strict=True):
+        assert int(row.pop("epoch")) == entry["epoch"]
+        expected = {**entry["losses"]}
+        expected |= {f"validation {name}": value for name, value in entry["validation"].items()}
+        assert {name: float(value) for name, value in row.items()} == expected
+    losses = history[-1]["losses"]
+    assert losses["loss"] == pytest.approx(
+        losses["reconstruction"] + losses["whole"] + losses["hinge_whole"] + losses["hinge_left"]
+        + losses["hinge_right"] + SMALL["diversity_weight"] * losses["diversity"]
+        + 4.5 * losses["local"], rel=1e-5,
+    )  # fmt: skip
+    best = history[-1]["validation"]
+    assert f"R@1 {best['R@1,IoU=0.5']:.2f}, R@5 {best['R@5,IoU=0.5']:.2f}" in told[-1]
+
+
+def test_validation_is_carved_by_video_where_none_is_given(world: Path, tmp_path: Path) -> None:
+    summary = run(world, tmp_path / "run", val=None, carve=0.2)
+    assert "6 of 30 videos" in summary["selected_by"]
+    assert summary["queries"] == 72
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["selected_by"] == summary["selected_by"]
+    assert config["trained_on"].startswith("72 sentences of train.txt (90 queries")
+    assert "R@1,IoU=0.5" in config["validation"]
+    with pytest.raises(MmdistError, match="differs in training sentences, validation"):
+        run(world, tmp_path / "run", val=None, carve=0.1)
+
+
+def test_a_map_answers_words_that_training_never_rebuilt(world: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"epochs": 1, "recipe": "baseline"}
+    words = ("a", "person", ".", *ACTIONS, "unseen")
+    rows = np.random.default_rng(0).normal(size=(len(words), 6)).astype(np.float32)
+    features = {"rgb": FeatureStore(world / "features").load("v0", "rgb")}
+    run(world, tmp_path / "map", vectors=WordVectors("mine", words, rows), **settings)
+    model = load_checkpoint(tmp_path / "map")
+    moments = model.answer(features, "unseen")
+    assert len({m.score for m in moments}) > 1
+    assert all(abs(m.score) <= 3.0 for m in moments)  # γ · cosine, r_p = 0
 
 
 def test_a_checkpoint_carries_word_vectors_that_are_not_shipped(
@@ -235,45 +319,3 @@ def test_learning_rate_and_negatives() -> None:
     assert rates[1600] == pytest.approx(2e-4)
     assert [train.negative_ratio(e, 4, 0.5) for e in (1, 4, 9)] == [0.5, 1.0, 1.0]
     assert train.negative_ratio(1, 30, 0.0) == 1.0
-
-
-def test_recipe_cpl() -> None:
-    sizes = {"feature_dim": 1024, "word_dim": 300, "vocabulary_size": 1111}
-    published = cpl(**sizes, length=200)
-    assert (published.model.frame_divisor, published.model.kept_frames) == (4.0, 50)
-    assert published.loss.diversity_prior == pytest.approx(0.146)
-    assert published.loss.diversity_weight == pytest.approx(5.0)
-    here = cpl(**sizes, length=64)
-    assert here.model.kept_frames == 42
-    # The length it asks for is the same, whatever N.
-    assert here.loss.diversity_prior * 41 == pytest.approx(0.146 * 49)
-    assert type(here).from_json(json.loads(json.dumps(here.to_json()))) == here
-
-
-@pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        ({"droput": 0.2}, "no setting 'droput'"),
-        ({"negatives": "maybe"}, "switch"),
-        ({"epochs": "ten"}, "epochs"),
-        ({"precision": "fp8"}, "precision"),
-        ({"epochs": 0}, "at least 1"),
-    ],
-)
-def test_bad_settings(values: dict[str, Any], reason: str) -> None:
-    recipe = cpl(feature_dim=4, word_dim=3, vocabulary_size=5)
-    with pytest.raises(MmdistError, match=reason):
-        recipe.overridden(values)
-
-
-def test_good_settings_take_their_kind() -> None:
-    recipe = cpl(feature_dim=4, word_dim=3, vocabulary_size=5)
-    changed = recipe.overridden({"dropout": 0, "negatives": "false", "warmup_updates": 10})
-    assert (changed.model.dropout, changed.loss.negatives) == (0.0, False)
-    assert changed.training.warmup_updates == 10
-    assert recipe.loss.negatives
-
-
-def test_unknown_recipe() -> None:
-    with pytest.raises(MmdistError, match="valid: cpl"):
-        get_recipe("clp")

@@ -16,7 +16,19 @@ from mmdist_e2e.structures import MmdistError
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--features", required=True, type=click.Path(path_type=Path))
 @click.option("--annotations", required=True, type=click.Path(path_type=Path))
-@click.option("--durations", type=click.Path(path_type=Path), help="JSON: video id to seconds.")
+@click.option(
+    "--durations",
+    type=click.Path(path_type=Path),
+    help="Seconds by video: JSON, CSV or a store.",
+)
+@click.option(
+    "--protocol",
+    default="official",
+    show_default=True,
+    type=click.Choice(["official", "cpl"]),
+    help="cpl drops queries that end past their video.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: in the run's folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def evaluate_command(
@@ -24,6 +36,8 @@ def evaluate_command(
     features: Path,
     annotations: Path,
     durations: Path | None,
+    protocol: str,
+    device: str,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -34,6 +48,7 @@ def evaluate_command(
     The controls: the best constant span (fitted on the evaluated split itself), a random one of
     the model's own proposals, an untrained network, and queries shuffled among videos.
     """
+    from mmdist_e2e.extractors.networks import resolve_device
     from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
 
     if out is not None and len(runs) > 1:
@@ -45,7 +60,9 @@ def evaluate_command(
                 features_path=features,
                 annotations_path=annotations,
                 durations=durations,
+                protocol=protocol,
                 out=out,
+                device=resolve_device(device),
                 progress=progress,
             )
             for run in runs

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mmdist_e2e import __version__
+from mmdist_e2e.cli.data import data_group
 from mmdist_e2e.cli.evaluate import evaluate_command
 from mmdist_e2e.cli.extract import extract_command
 from mmdist_e2e.cli.ground import ground_command
@@ -45,6 +46,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 for command in (
     ground_command,
     extract_command,
+    data_group,
     train_group,
     evaluate_command,
     synth_command,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,72 +12,135 @@ import click
 from mmdist_e2e.cli.display import StepDisplay, results
 from mmdist_e2e.structures import MmdistError
 
+PATH = click.Path(path_type=Path)
+HELP = """\
+The checkpoint is the epoch that is best on --val, or without it on a part of the training videos;
+the last line says which. To compare settings on annotations that choose nothing, train without
+--val, then run `mmdist evaluate RUN --features F --annotations val.json`.
+
+A killed run goes on where it was; the same command on a finished run does nothing."""
+
 
 @click.group("train")
 def train_group() -> None:
     """Train a grounding model from video–sentence pairs without timestamps."""
 
 
-@train_group.command("cpl")
-@click.option("--features", required=True, type=click.Path(path_type=Path), help="Store or HDF5.")
-@click.option("--train", "train_path", required=True, type=click.Path(path_type=Path))
-@click.option("--val", "val_path", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
-@click.option("--glove", type=click.Path(path_type=Path), help="GloVe text or CPL's glove.pkl.")
-@click.option("--durations", type=click.Path(path_type=Path), help="JSON: video id to seconds.")
-@click.option("--length", default=64, show_default=True, type=click.IntRange(min=4), help="L.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Default: the recipe's.")
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Any other setting of the recipe; may be repeated.",
+def training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every recipe, in the order of the help."""
+    options = (
+        click.option("--features", required=True, type=PATH, help="Store, HDF5 or npy folder."),
+        click.option("--train", "train_path", required=True, type=PATH, help="Annotations."),
+        click.option(
+            "--val",
+            "val_path",
+            type=PATH,
+            help="Annotations of other videos, which the checkpoint is chosen on.",
+        ),
+        click.option(
+            "--carve",
+            type=click.FloatRange(0, 1, max_open=True),
+            help="Without --val: the share of training videos set aside to choose the checkpoint "
+            "on; 0 takes the last epoch.  [default: 0.1]",
+        ),
+        click.option("--out", required=True, type=PATH, help="Folder of the run."),
+        click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0)),
+        click.option("--glove", type=PATH, help="GloVe text or CPL's glove.pkl."),
+        click.option("--durations", type=PATH, help="Seconds by video: JSON, CSV or a store."),
+        click.option(
+            "--protocol",
+            default="official",
+            show_default=True,
+            type=click.Choice(["official", "cpl"]),
+            help="cpl drops queries that end past their video.",
+        ),
+        click.option(
+            "--length", default=64, show_default=True, type=click.IntRange(min=4), help="L."
+        ),
+        click.option("--epochs", type=click.IntRange(min=1), help="Default: the recipe's."),
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N."
+        ),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Any other setting of the recipe; may be repeated.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def recipe_command(recipe: str, what: str) -> click.Command:
+    """`mmdist train RECIPE`."""
+
+    @click.command(recipe, help=f"Train the `{recipe}` recipe: {what}.\n\n{HELP}")
+    @training_options
+    def command(**options: Any) -> None:
+        _train(recipe, **options)
+
+    return command
+
+
+train_group.add_command(recipe_command("cpl", "the global branch alone (CPL)"))
+train_group.add_command(
+    recipe_command("baseline", "the global and the local branch (the paper's baseline)")
 )
-def cpl_command(
+
+
+def _train(
+    recipe: str,
+    *,
     features: Path,
     train_path: Path,
     val_path: Path | None,
+    carve: float | None,
     out: Path,
     seed: int,
     glove: Path | None,
     durations: Path | None,
+    protocol: str,
     length: int,
     epochs: int | None,
+    device: str,
     settings: Sequence[str],
 ) -> None:
-    """Train the `cpl` recipe: the global branch alone.
-
-    A killed run goes on where it was; the same command on a finished run does nothing.
-    """
-    from mmdist_e2e.grounding.train import train_run
+    from mmdist_e2e.extractors.networks import resolve_device
+    from mmdist_e2e.grounding.train import CARVED_FRACTION, train_run
     from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
 
+    if val_path is not None and carve is not None:
+        raise MmdistError("--carve makes a validation split where there is no --val; give one.")
     overrides = parse_settings(settings)
     if epochs is not None:
         overrides["epochs"] = epochs
     vectors = load_word_vectors(glove) if glove is not None else shipped_word_vectors()
     with StepDisplay() as display:
         summary = train_run(
-            recipe_name="cpl",
+            recipe_name=recipe,
             features_path=features,
             train_path=train_path,
             val_path=val_path,
+            carve=CARVED_FRACTION if carve is None else carve,
             out=out,
             seed=seed,
             word_vectors=vectors,
             durations=durations,
+            protocol=protocol,
             length=length,
             overrides=overrides,
             trained_on=training_source(train_path),
+            device=resolve_device(device),
             progress=display,
         )
     validation = ", ".join(f"{name} {value:.2f}" for name, value in summary["validation"].items())
     results.print(
         f"{out}: recipe {summary['recipe']}, seed {seed}, {summary['queries']} queries, "
         f"best epoch {summary['best_epoch']} of {summary['epochs']} "
-        f"(chosen by {summary['selected_by']}): {validation}",
+        f"(chosen by {summary['selected_by']}): {validation or 'no validation'}",
         markup=False,
         soft_wrap=True,
     )

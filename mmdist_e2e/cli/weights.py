@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
 from mmdist_e2e.cli.display import results
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MmdistError, Provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HEXADECIMAL = frozenset("0123456789abcdef")
 SHA256_DIGITS = 64
-SHOWN_KEYS = 3
+CPL = "cpl"
 
 
 @click.group("weights")
@@ -56,12 +56,92 @@ def list_command() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder.")
 @click.option("--digest", metavar="SHA256", help="Refuse FILE unless it has this SHA-256.")
-def convert_command(name: str, file: Path, out: Path, digest: str | None) -> None:
-    """Convert FILE, the public weights NAME, to a checkpoint folder that --extractor takes.
+@click.option("--vocabulary", type=click.Path(path_type=Path), help="For cpl: its glove.pkl.")
+@click.option(
+    "--extractor",
+    help="For cpl: the extractor whose features it shall read (i3d-rgb-charades for Charades-STA), "
+    "or external:npy; by default external:hdf5, as CPL's published ones.",
+)
+def convert_command(
+    name: str,
+    file: Path,
+    out: Path,
+    digest: str | None,
+    vocabulary: Path | None,
+    extractor: str | None,
+) -> None:
+    """Convert FILE, the public weights NAME, to a checkpoint folder.
 
-    The file is verified where its digest is known, and opened without running any code in it.
+    NAME is a public extractor, whose folder --extractor takes, or cpl, a grounding model that CPL's
+    code saved, whose folder evaluate and ground take. The file is verified where its digest is
+    known, and opened without running any code in it.
     """
+    if name == CPL:
+        convert_grounding(file, vocabulary, out, digest, extractor)
+        return
+    if vocabulary is not None or extractor is not None:
+        raise MmdistError(
+            f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
+        )
     convert_network(name, file, out, digest)
+
+
+def convert_grounding(
+    file: Path, vocabulary: Path | None, out: Path, digest: str | None, extractor: str | None
+) -> None:
+    """Convert a checkpoint of CPL.
+
+    Raises MmdistError for files that are no CPL checkpoint and its vocabulary, have another
+    digest or do not fit each other, and for an extractor of features of another size.
+    """
+    from mmdist_e2e.grounding.convert import PUBLISHED_FEATURES, convert_cpl, read_cpl
+    from mmdist_e2e.weights.public import Entry
+    from mmdist_e2e.weights.registry import check_digest
+
+    if vocabulary is None:
+        raise MmdistError(
+            f"{CPL!r} needs --vocabulary: the glove.pkl that the checkpoint was trained with."
+        )
+    if digest is not None:
+        url = "https://github.com/minghangz/cpl"
+        check_digest(Entry(CPL, "public", "", url=url, sha256=parse_digest(digest)), file)
+    released = read_cpl(file)
+    modality, matters = "rgb", PUBLISHED_FEATURES
+    if extractor is not None:
+        modality, matters = extracted_features(extractor, released.recipe.model.feature_dim)
+    facts = convert_cpl(released, vocabulary, out, modality=modality, matters=matters)
+    known = "CPL's released file" if facts["released"] else "not a file known to be released"
+    results.print(
+        f"{out}: {CPL}, {facts['dataset']}, {facts['vocabulary']} words, reads features of "
+        f"{matters['extractor']}; SHA-256 of the file {facts['sha256']}, {known}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def extracted_features(extractor: str, channels: int) -> tuple[str, Mapping[str, Any]]:
+    """Modality and provenance of what an extractor gives, run as it is by default.
+
+    external:NAME stands for imported features. Raises MmdistError for an unknown extractor, and
+    one whose rows are not `channels` wide.
+    """
+    import torch
+
+    from mmdist_e2e.extractors.networks import BUILDERS
+    from mmdist_e2e.extractors.spec import describe
+
+    if extractor.startswith("external:"):
+        return "rgb", Provenance.external(extractor.removeprefix("external:")).matters
+    spec = describe(extractor)
+    with torch.device("meta"):
+        own = BUILDERS[spec.network](spec.config).feature_channels
+    if own != channels:
+        raise MmdistError(
+            f"The checkpoint reads features of {channels} channels and the extractor "
+            f"{extractor!r} gives {own}; name another, or leave --extractor out to use the "
+            f"published features."
+        )
+    return spec.modality, spec.matters
 
 
 def convert_network(name: str, file: Path, out: Path, digest: str | None) -> None:
@@ -93,7 +173,7 @@ def public_entry(name: str) -> Entry:
 
     entry = ENTRIES.get(name)
     if entry is None or entry.kind != "public":
-        valid = ", ".join(each.name for each in ENTRIES.values() if each.kind == "public")
+        valid = ", ".join([CPL, *(e.name for e in ENTRIES.values() if e.kind == "public")])
         problem = "are unknown" if entry is None else "ship with mmdist and need no conversion"
         raise MmdistError(f"The weights {name!r} {problem}; those that can be converted: {valid}.")
     return entry
@@ -110,36 +190,14 @@ def parse_digest(text: str) -> str:
 
 
 def check_fits(entry: Entry, state: Mapping[str, Tensor]) -> None:
-    """Raise MmdistError unless the weights are those of the entry's network, all and no others.
-
-    BatchNorm's counters, which inference never reads, may be missing.
-    """
-    import torch
-
+    """Raise MmdistError unless the weights are those of the entry's network, all and no others."""
     from mmdist_e2e.extractors.networks import BUILDERS
+    from mmdist_e2e.weights.fits import misfits
 
     assert entry.config is not None
     expected = BUILDERS[entry.config["network"]](entry.config).state_dict()
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in expected]
-    reshaped = [
-        f"{key} {list(state[key].shape)} for {list(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    unsound = [key for key, value in state.items() if not torch.isfinite(value).all()]
-    problems = [
-        f"{what} {', '.join(keys[:SHOWN_KEYS])}{' …' if len(keys) > SHOWN_KEYS else ''}"
-        for what, keys in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", reshaped),
-            ("not finite", unsound),
-        )
-        if keys
-    ]
-    if problems:
+    if problems := misfits(expected, state):
         raise MmdistError(
-            f"The file does not hold the weights {entry.name!r} ({'; '.join(problems)}); give "
+            f"The file does not hold the weights {entry.name!r} ({problems}); give "
             f"the file of {entry.url}."
         )

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 
 from mmdist_e2e.grounding.datasets import FeatureTable, collate
 from mmdist_e2e.grounding.inference import INFERENCE_BATCH, predict_batch, rank
-from mmdist_e2e.grounding.models import GlobalBranch
+from mmdist_e2e.grounding.models import GlobalBranch, GroundingNetwork
 from mmdist_e2e.grounding.recipes import Recipe, get_recipe
 from mmdist_e2e.grounding.text import Sentence, Vocabulary, is_content_word
 from mmdist_e2e.grounding.windows import cut, merge, window_starts
@@ -44,7 +44,7 @@ class GroundingModel:
     config: the checkpoint's config.json (recipe, seed, what it was trained on and chosen by).
     """
 
-    model: GlobalBranch
+    model: GroundingNetwork
     recipe: Recipe
     vocabulary: Vocabulary
     config: Mapping[str, Any]
@@ -80,10 +80,11 @@ class GroundingModel:
     def check_query(self, query: str) -> Sentence:
         """The query as the network reads it.
 
-        Raises MmdistError when it is empty, has no known word, or no word this model can rank by.
+        Raises MmdistError when it is empty, has no known word, or no word this model can rank by:
+        reconstruction needs words of its vocabulary, an activation map any word with a vector.
         """
         sentence = self.vocabulary.encode(query)
-        if not (sentence.ids_W > 0).any():
+        if not (sentence.ids_W > 0).any() and not self.model.score_weight:
             telling = [word for word in self.vocabulary.words if is_content_word(word)]
             raise MmdistError(
                 f"None of the words of the query '{query}' occurs in the sentences that this model "
@@ -93,7 +94,7 @@ class GroundingModel:
         return sentence
 
     def answer(self, features: Mapping[str, Features], query: str) -> list[Moment]:
-        """All K proposals as moments in seconds, best first; a score is minus the loss.
+        """All K proposals as moments in seconds, best first by the score of Eq. 9.
 
         features: by modality, as extracted. A video longer than 1.25 × the longest of training is
         read in windows, whose moments are merged: scores compare across them. Raises MmdistError
@@ -129,7 +130,7 @@ class GroundingModel:
             some = videos[begin : begin + INFERENCE_BATCH]
             data_BLF = np.stack([v.resample(self.recipe.model.length).data for v in some])
             frames_BLF = torch.from_numpy(data_BLF).to(self.model.mask_vec.device)
-            ranked = rank(*predict_batch(self.model, collate([sentence] * len(some), frames_BLF)))
+            ranked = rank(predict_batch(self.model, collate([sentence] * len(some), frames_BLF)))
             for video, starts, ends, scores in zip(
                 some, ranked.starts, ranked.ends, ranked.scores, strict=True
             ):
@@ -190,7 +191,7 @@ def load_checkpoint(folder: Path) -> GroundingModel:
         recipe = Recipe.from_json(config)
         vectors = _vectors_of(folder, config["word_vectors"])
         weights = load_file(folder / MODEL)
-        model = GlobalBranch(recipe.model)
+        model = GroundingNetwork(recipe.model, recipe.local)
         model.load_state_dict(weights, strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, MmdistError):
@@ -221,13 +222,17 @@ def command_of(config: Mapping[str, Any]) -> str:
     standard = get_recipe(config["name"])(**shape).to_json()
     changed = {
         key: value
-        for part in ("model", "loss", "training")
-        for key, value in config[part].items()
+        for part in ("model", "loss", "training", "local", "matching")
+        for key, value in config.get(part, {}).items()
         if value != standard[part][key] and standard[part][key] is not None
     }
     epochs = changed.pop("epochs", training["epochs"])
     words = ["mmdist train", config["name"], f"--length {model['length']}", f"--epochs {epochs}"]
     words += [f"--set {key}={value}" for key, value in sorted(changed.items())]
+    if not config.get("validation"):
+        words.append("--carve 0")
+    elif config.get("carved"):
+        words.append(f"--carve {config['carved']}")
     return " ".join([*words, f"--seed {config['seed']}"])
 
 

@@ -1,12 +1,15 @@
 """R@n at IoU, mIoU, the four controls; all of it pure functions of spans, save `evaluate_run`.
 
-Spans are [Q, 2] (start, end) in seconds. Metrics are percent. Q queries, K proposals, S spans.
+Spans are (start, end) in seconds. Metrics are percent. Where a query has several annotated
+moments, an answer counts by the one it fits best.
+Shape suffixes: Q queries, K proposals, S spans, T annotated moments of a query.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from mmdist_e2e.grounding.datasets import (
     protocol_of,
 )
 from mmdist_e2e.grounding.inference import Predictions, Progress, predict
-from mmdist_e2e.grounding.models import GlobalBranch
+from mmdist_e2e.grounding.models import GroundingNetwork
 from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 
@@ -58,27 +61,33 @@ def recall_metrics(iou_QK: Array) -> dict[str, float]:
 
 
 def truth_of(items: Sequence[Item]) -> tuple[Array, Array]:
-    """Annotated spans [Q, 2] and durations [Q], seconds."""
-    spans = np.array([(i.annotation.start, i.annotation.end) for i in items], dtype=np.float64)
-    return spans, np.array([i.duration_seconds for i in items], dtype=np.float64)
+    """Annotated spans [Q, T, 2], the first repeated where a query has fewer; durations [Q]."""
+    each = [item.annotation.moments for item in items]
+    most = max(len(moments) for moments in each)
+    spans_QT2 = np.array([m + m[:1] * (most - len(m)) for m in each], dtype=np.float64)
+    return spans_QT2, np.array([i.duration_seconds for i in items], dtype=np.float64)
 
 
 def prediction_iou(predictions: Predictions, items: Sequence[Item]) -> Array:
     """[Q, K]: IoU of every ranked proposal with its query's annotation."""
-    truth_Q2, durations_Q = truth_of(items)
+    truth_QT2, durations_Q = truth_of(items)
     spans_QK2 = np.stack([predictions.starts, predictions.ends], axis=-1)
-    return iou(spans_QK2 * durations_Q[:, None, None], truth_Q2[:, None])
+    seconds_QK12 = (spans_QK2 * durations_Q[:, None, None])[:, :, None]
+    best_QK: Array = iou(seconds_QK12, truth_QT2[:, None]).max(axis=-1)
+    return best_QK
 
 
-def best_constant_span(truth_Q2: Array, durations_Q: Array) -> tuple[tuple[float, float], Array]:
+def best_constant_span(truth: Array, durations_Q: Array) -> tuple[tuple[float, float], Array]:
     """The span on a grid of 0.05 of the video that is best at IoU 0.5, and its IoUs [Q].
 
-    Fitted on the very annotations it is scored on: an upper bound of constant answers, which
-    a weakly supervised model cannot know. Ties go to the better mean IoU.
+    truth: [Q, 2], or [Q, T, 2] for several moments a query. Fitted on the very annotations it is
+    scored on: an upper bound of constant answers, which a weakly supervised model cannot know.
+    Ties go to the better mean IoU.
     """
     edges = np.arange(GRID_STEPS + 1) / GRID_STEPS
     spans_S2 = np.array([(s, e) for i, s in enumerate(edges) for e in edges[i + 1 :]])
-    iou_SQ = iou(spans_S2[:, None] * durations_Q[None, :, None], truth_Q2[None])
+    seconds_SQ12 = (spans_S2[:, None] * durations_Q[None, :, None])[:, :, None]
+    iou_SQ = iou(seconds_SQ12, truth.reshape(1, len(truth), -1, 2)).max(axis=-1)
     key = (iou_SQ >= 0.5).mean(axis=1) + 1e-6 * iou_SQ.mean(axis=1)
     best = int(key.argmax())
     return (float(spans_S2[best, 0]), float(spans_S2[best, 1])), iou_SQ[best]
@@ -117,7 +126,7 @@ def with_shuffled_queries(items: Sequence[Item]) -> list[Item]:
 
 
 def evaluate_items(
-    model: GlobalBranch,
+    model: GroundingNetwork,
     items: Sequence[Item],
     table: FeatureTable,
     *,
@@ -130,7 +139,8 @@ def evaluate_items(
     shuffled = predict(model, with_shuffled_queries(items), table, progress=progress)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        untrained_model = GlobalBranch(model.config).to(table.data_VLF.device)
+        local = model.local.config if model.local else None
+        untrained_model = GroundingNetwork(model.config, local).to(table.data_VLF.device)
     untrained = predict(untrained_model, items, table, progress=progress)
     result = {
         "metrics": recall_metrics(iou_QK),
@@ -148,7 +158,10 @@ def evaluate_items(
 
 
 def write_predictions(path: Path, items: Sequence[Item], predictions: Predictions) -> None:
-    """One JSON line a query: video, sentence, annotation, all moments best first (seconds)."""
+    """One JSON line a query: video, sentence, annotation, all moments best first (seconds).
+
+    A moment is [start, end, score of Eq. 9].
+    """
     iou_QK = prediction_iou(predictions, items)
     lines = []
     for q, item in enumerate(items):
@@ -162,6 +175,7 @@ def write_predictions(path: Path, items: Sequence[Item], predictions: Prediction
             "video": item.annotation.video,
             "sentence": item.annotation.sentence,
             "annotation": [item.annotation.start, item.annotation.end],
+            **({"more_annotations": item.annotation.more} if item.annotation.more else {}),
             "duration_seconds": item.duration_seconds,
             "moments": moments,
             "iou": round(float(iou_QK[q, 0]), 4),
@@ -176,7 +190,9 @@ def evaluate_run(
     features_path: Path,
     annotations_path: Path,
     durations: Path | None = None,
+    protocol: str = "official",
     out: Path | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint folder on annotations; metrics, controls and what they are of.
@@ -187,19 +203,22 @@ def evaluate_run(
     from mmdist_e2e.grounding.checkpoint import load_checkpoint  # it answers; this scores
 
     trained = load_checkpoint(run)
-    annotations = load_annotations(annotations_path, durations=durations)
+    annotations = load_annotations(annotations_path, durations=durations, protocol=protocol)
     (modality,) = trained.modalities
     table = load_features(
         features_path,
         [a.video for a in annotations],
         modality=modality,
         length=trained.recipe.model.length,
-    )
+    ).to(device)
     trained.check_features(modality, table.matters)
     items = make_items(annotations, table, trained.vocabulary)
-    result, predictions = evaluate_items(trained.model, items, table, progress=progress)
+    result, predictions = evaluate_items(trained.model.to(device), items, table, progress=progress)
     result |= {
-        "protocol": protocol_of(annotations_path, annotations),
+        "protocol": protocol_of(
+            annotations_path,
+            [replace(i.annotation, duration_seconds=i.duration_seconds) for i in items],
+        ),
         "annotations": annotations_path.name,
         "recipe": trained.recipe.name,
         "seed": trained.config["seed"],

@@ -1,12 +1,13 @@
-"""Deterministic answers: every proposal scored by how well the query is rebuilt from it.
+"""Deterministic answers: every proposal scored by Eq. 9.
 
-Shape suffixes: B batch, K proposals, P mask patterns, W words, L positions, F channels.
+Shape suffixes: B batch, Q queries, K proposals, P mask patterns, W words, L positions, F channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,50 +15,99 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdist_e2e.grounding.datasets import Batch, FeatureTable, Item, batches, mask_patterns
-from mmdist_e2e.grounding.losses import reconstruction_loss
-from mmdist_e2e.grounding.models import GlobalBranch
+from mmdist_e2e.grounding.losses import reconstruction_loss, scored_words
+from mmdist_e2e.grounding.models import GlobalBranch, GroundingNetwork, Proposals
 
 INFERENCE_BATCH = 32
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 
+class Scored(NamedTuple):
+    """K proposals of B queries, unranked, [B, K] each: losses_BK is r_p, scores_BK s_p of Eq. 9."""
+
+    centers_BK: Tensor
+    widths_BK: Tensor
+    losses_BK: Tensor
+    scores_BK: Tensor
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """K spans a query, best first. starts, ends [Q, K] in [0, 1] of the video; scores [Q, K]."""
+    """K spans a query, best first, [Q, K] each.
+
+    starts, ends in [0, 1] of the video; scores of Eq. 9; losses: the reconstruction losses r_p.
+    """
 
     starts: NDArray[np.float64]
     ends: NDArray[np.float64]
     scores: NDArray[np.float64]
+    losses: NDArray[np.float64]
+
+
+def spans(centers: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+    """Starts and ends of proposals in [0, 1]: max(c - w/2, 0) and min(c + w/2, 1)."""
+    return (centers - widths / 2).clamp_min(0), (centers + widths / 2).clamp_max(1)
+
+
+def mean_activation(maps_BL: Tensor, starts_BK: Tensor, ends_BK: Tensor) -> Tensor:
+    """The mean of Eq. 9, [B, K]: of m over the snippets floor(s·L) … ceil(e·L) - 1.
+
+    At least one snippet, the last one for a span at the video's end.
+    """
+    length = maps_BL.shape[1]
+    first_BK1 = (starts_BK * length).floor().clamp_max(length - 1).unsqueeze(-1)
+    stop_BK1 = (ends_BK * length).ceil().unsqueeze(-1).maximum(first_BK1 + 1)
+    index_L = torch.arange(length, device=maps_BL.device)
+    inside_BKL = (index_L >= first_BK1) & (index_L < stop_BK1)
+    total_BK = torch.where(inside_BKL, maps_BL.unsqueeze(1), 0).sum(-1)
+    return total_BK / inside_BKL.sum(-1)
+
+
+def proposal_scores(activation_BK: Tensor, losses_BK: Tensor, weight: float) -> Tensor:
+    """Eq. 9, [B, K]: s_p = γ · mean activation - r_p."""
+    return weight * activation_BK - losses_BK
 
 
 @torch.inference_mode()
-def predict_batch(model: GlobalBranch, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Centers, widths and reconstruction losses, [B, K] each.
-
-    The loss is the mean over a sentence's P mask patterns, so it depends on no seed; the frames
-    are encoded once for all patterns. The model must be in eval mode.
-    """
+def predict_batch(model: GlobalBranch, batch: Batch) -> Scored:
+    """Proposals and their scores; the model must be in eval mode. No seed enters."""
     assert not model.training
     proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
+    centers_BK, widths_BK = proposals.centers_BK, proposals.widths_BK
+    losses_BK = mean_reconstruction(model, batch, proposals)
+    scores_BK = -losses_BK
+    if isinstance(model, GroundingNetwork) and model.score_weight:
+        maps_BL = model.activate(batch.frames_BLF, proposals)
+        activation_BK = mean_activation(maps_BL, *spans(centers_BK, widths_BK))
+        scores_BK = proposal_scores(activation_BK, losses_BK, model.score_weight)
+    return Scored(centers_BK, widths_BK, losses_BK, scores_BK)
+
+
+def mean_reconstruction(model: GlobalBranch, batch: Batch, proposals: Proposals) -> Tensor:
+    """r_p, [B, K]: Eq. 1 averaged over the sentence's P mask patterns, each word counted alike.
+
+    The frames are encoded once for all patterns.
+    """
     masks = model.proposal_masks(proposals.centers_BK, proposals.widths_BK)
     memory = model.remember(proposals.kept_BND, masks)
-    patterns_PBW, has_pattern_PB = mask_patterns(batch.is_word_BW)
     total_BK = torch.zeros_like(proposals.centers_BK)
-    for masked_BW, has_B in zip(patterns_PBW, has_pattern_PB, strict=True):
-        logits = model.reconstruct(proposals, masked_BW, memory)
-        loss_BK = reconstruction_loss(logits, batch.ids_BW)
-        total_BK += torch.where(has_B[:, None], loss_BK, 0.0)
-    count_B = has_pattern_PB.sum(dim=0)
-    return proposals.centers_BK, proposals.widths_BK, total_BK / count_B[:, None]
+    count_B1 = torch.zeros_like(total_BK[:, :1])
+    for masked_BW, has_B in zip(*mask_patterns(batch.is_word_BW), strict=True):
+        scored_BW = scored_words(batch.ids_BW, masked_BW, model.config.scored_words)
+        words_B1 = (scored_BW.sum(1) * has_B).unsqueeze(1)
+        logits_BKWV = model.reconstruct(proposals, masked_BW, memory)
+        total_BK += words_B1 * reconstruction_loss(logits_BKWV, batch.ids_BW, scored_BW)
+        count_B1 += words_B1
+    return total_BK / count_B1.clamp_min(1)
 
 
-def rank(centers_BK: Tensor, widths_BK: Tensor, losses_BK: Tensor) -> Predictions:
-    """Proposals as spans [max(c - w/2, 0), min(c + w/2, 1)], the best rebuilt first."""
-    centers, widths, losses = (t.double().cpu().numpy() for t in (centers_BK, widths_BK, losses_BK))
-    order = np.argsort(losses, axis=1, kind="stable")
-    starts = np.maximum(centers - widths / 2, 0)
-    ends = np.minimum(centers + widths / 2, 1)
-    return Predictions(*(np.take_along_axis(a, order, axis=1) for a in (starts, ends, -losses)))
+def rank(scored: Scored) -> Predictions:
+    """Proposals as spans, the highest score first; of equal ones the one proposed first."""
+    centers, widths, losses, scores = (t.double().cpu() for t in scored)
+    starts, ends = spans(centers, widths)
+    order = np.argsort(-scores.numpy(), axis=1, kind="stable")
+    ranked = (np.take_along_axis(t.numpy(), order, axis=1) for t in (starts, ends, scores, losses))
+    return Predictions(*ranked)
 
 
 def predict(
@@ -72,7 +122,7 @@ def predict(
     was_training = model.training
     model.eval()
     order = sorted(range(len(items)), key=lambda i: len(items[i].sentence.tokens))
-    outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+    outputs: list[Scored] = []
     done = 0
     for batch in batches(items, table, INFERENCE_BATCH, order):
         device = batch.frames_BLF.device.type
@@ -82,6 +132,6 @@ def predict(
         if progress:
             progress("answering", done, len(items))
     model.train(was_training)
-    ranked = rank(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+    ranked = rank(Scored(*(torch.cat(parts) for parts in zip(*outputs, strict=True))))
     back = np.argsort(order)
-    return Predictions(ranked.starts[back], ranked.ends[back], ranked.scores[back])
+    return Predictions(*(values[back] for values in vars(ranked).values()))

@@ -1,40 +1,48 @@
-"""One function a term of the losses.
+"""One function an equation, or a term of CPL's that the paper keeps. No function knows a network.
 
-Every sentence is scored over its own words only, so that no value depends on the batch's other
-sentences or on their order.
+Every sentence is scored over its own words only, so that no reconstruction depends on the batch's
+other sentences or on their order.
 
-Shape suffixes: B batch, M masks, K proposals, W words, V output words + 1, N grid positions.
+Shape suffixes: B batch, M masks, K proposals, W words, V output words + 1, N grid positions,
+L positions of the video; in [B, B, …] the video comes first, the sentence second.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdist_e2e.grounding.datasets import Batch
-from mmdist_e2e.grounding.models import GlobalBranch, Proposals
 from mmdist_e2e.grounding.text import PADDING_ID
 
 LABEL_SMOOTHING = 0.1
 
 
-def reconstruction_loss(logits_BMWV: Tensor, ids_BW: Tensor) -> Tensor:
-    """Eq. 1, [B, M]: mean over a sentence's words of 0.9·NLL + (0.1/V)·Σ_v(-log p_v).
+def scored_words(ids_BW: Tensor, masked_BW: Tensor, kind: str) -> Tensor:
+    """[B, W] bool: the words of Eq. 1, "all" of a sentence or the "masked" ones alone.
 
-    Words with id 0 (padding, or outside the output vocabulary) are not scored; a sentence with
-    none left gives 0.
+    Words with id 0 (padding, or outside the output vocabulary) never are.
     """
+    scored_BW = ids_BW != PADDING_ID
+    return scored_BW & masked_BW if kind == "masked" else scored_BW
+
+
+def reconstruction_loss(
+    logits_BMWV: Tensor, ids_BW: Tensor, scored_BW: Tensor | None = None
+) -> Tensor:
+    """Eq. 1, [B, M]: mean over a sentence's scored words of 0.9·NLL + (0.1/V)·Σ_v(-log p_v).
+
+    scored_BW: as `scored_words`, by default all. A sentence with none gives 0.
+    """
+    if scored_BW is None:
+        scored_BW = ids_BW != PADDING_ID
     log_p = F.log_softmax(logits_BMWV.float(), dim=-1)
     ids_BMW1 = ids_BW[:, None, :, None].expand(*log_p.shape[:3], 1)
     picked = -log_p.gather(-1, ids_BMW1).squeeze(-1)
     spread = -log_p.mean(dim=-1)
     word_loss = (1 - LABEL_SMOOTHING) * picked + LABEL_SMOOTHING * spread
-    scored_B1W = (ids_BW != PADDING_ID).unsqueeze(1)
-    count_B1 = scored_B1W.sum(-1).clamp_min(1)
-    return torch.where(scored_B1W, word_loss, 0.0).sum(-1) / count_B1
+    scored_B1W = scored_BW.unsqueeze(1)
+    return torch.where(scored_B1W, word_loss, 0.0).sum(-1) / scored_B1W.sum(-1).clamp_min(1)
 
 
 def best_proposal(loss_BK: Tensor) -> Tensor:
@@ -43,12 +51,12 @@ def best_proposal(loss_BK: Tensor) -> Tensor:
 
 
 def hinge(lower_B: Tensor, upper_B: Tensor, margin: float) -> Tensor:
-    """Scalar: mean of max(0, lower - upper + margin)."""
+    """The last term of Eq. 3, a scalar: mean of max(0, lower - upper + ξ)."""
     return (lower_B - upper_B + margin).clamp_min(0).mean()
 
 
 def diversity_loss(masks_BKN: Tensor, prior: float) -> Tensor:
-    """Scalar: ‖λI - GGᵀ‖²_F over K×K, each mask divided by its sum, averaged over the batch.
+    """CPL's, a scalar: ‖λI - GGᵀ‖²_F over K×K, each mask divided by its sum, batch mean.
 
     λ = `prior` is a prior on moment length: it pulls widths to σ/(2√π·λ·(N - 1)).
     """
@@ -58,78 +66,35 @@ def diversity_loss(masks_BKN: Tensor, prior: float) -> Tensor:
     return (prior * eye_KK - gram_BKK).square().sum((1, 2)).mean()
 
 
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights and margins of CPL's loss; a weight of 0 switches its term off."""
-
-    contrast_weight: float = 1.0  # α₁
-    diversity_weight: float = 5.0  # α₂
-    diversity_prior: float = 0.146  # λ, at N = 50
-    margin_whole: float = 0.1
-    margin_negatives: float = 0.15
-    negatives: bool = True
-    negative_growth: float = 0.5  # γ_neg: ratio = (epoch / epochs) ** γ_neg
+def top_mean(maps_BBL: Tensor, count: int) -> Tensor:
+    """Eq. 5, [B, B]: how well video i fits sentence j, the mean of the L_T largest of m_ij."""
+    return maps_BBL.topk(count, dim=-1, sorted=False).values.mean(dim=-1)
 
 
-def cpl_loss(
-    model: GlobalBranch,
-    batch: Batch,
-    masked_BW: Tensor,
-    config: LossConfig,
-    *,
-    ratio: float,
-) -> dict[str, Tensor]:
-    """CPL's loss of a batch; returns its terms (scalars) and their sum as `loss`.
-
-    k* is chosen without gradient and without dropout; then only what enters the loss is computed
-    with gradient: k*, its two negatives, and the whole video. The rest has no gradient (Eq. 2 is
-    an argmin), so this equals computing all of it.
-    """
-    proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-    masks_BKN = model.proposal_masks(proposals.centers_BK, proposals.widths_BK)
-    best_B = choose_proposal(model, proposals, masks_BKN, batch.ids_BW, masked_BW)
-    rows = torch.arange(len(best_B), device=best_B.device)
-    masks_BMN = masks_BKN[rows, best_B].unsqueeze(1)
-    if config.negatives:
-        negatives_B2N = model.negative_masks(
-            proposals.centers_BK[rows, best_B], proposals.widths_BK[rows, best_B], ratio
-        )
-        masks_BMN = torch.cat([masks_BMN, negatives_B2N], dim=1)
-    memory = model.remember(proposals.kept_BND, masks_BMN, whole=True)
-    logits_BMWV = model.reconstruct(proposals, masked_BW, memory)
-    loss_BM = reconstruction_loss(logits_BMWV, batch.ids_BW)
-    best_loss_B, whole_B = loss_BM[:, 0], loss_BM[:, -1]
-    terms = {
-        "reconstruction": best_loss_B.mean(),
-        "whole": whole_B.mean(),
-        "hinge_whole": hinge(best_loss_B, whole_B, config.margin_whole),
-        "diversity": diversity_loss(masks_BKN, config.diversity_prior),
-    }
-    contrast = terms["hinge_whole"]
-    if config.negatives:
-        terms["hinge_left"] = hinge(best_loss_B, loss_BM[:, 1], config.margin_negatives)
-        terms["hinge_right"] = hinge(best_loss_B, loss_BM[:, 2], config.margin_negatives)
-        contrast = contrast + terms["hinge_left"] + terms["hinge_right"]
-    terms["loss"] = (
-        (terms["reconstruction"] + terms["whole"]) / 2
-        + config.contrast_weight * contrast
-        + config.diversity_weight * terms["diversity"]
-    )
-    return terms
-
-
-@torch.no_grad()
-def choose_proposal(
-    model: GlobalBranch,
-    proposals: Proposals,
-    masks_BKN: Tensor,
-    ids_BW: Tensor,
-    masked_BW: Tensor,
+def negative_pairs(
+    videos_B: Tensor, sentences_B: Tensor, *, same_video: bool, same_sentence: bool
 ) -> Tensor:
-    """Eq. 2 over all K proposals, [B]; without dropout, whose noise would choose with it."""
-    training = model.training
-    model.eval()
-    memory = model.remember(proposals.kept_BND, masks_BKN)
-    loss_BK = reconstruction_loss(model.reconstruct(proposals, masked_BW, memory), ids_BW)
-    model.train(training)
-    return best_proposal(loss_BK)
+    """[B, B] bool: whether sentence j may stand against the own sentence of video i.
+
+    videos_B, sentences_B: equal numbers where two members share a video, or a sentence.
+    same_video: whether another sentence of the same video may. same_sentence: whether an equal
+    sentence of another video may.
+    """
+    allowed_BB = ~torch.eye(len(videos_B), dtype=torch.bool, device=videos_B.device)
+    if not same_video:
+        allowed_BB &= videos_B[:, None] != videos_B
+    if not same_sentence:
+        allowed_BB &= sentences_B[:, None] != sentences_B
+    return allowed_BB
+
+
+def match_log_probability(fit_BB: Tensor, temperature: float, negatives_BB: Tensor) -> Tensor:
+    """Eq. 6 as a logarithm, [B]: that video i matches sentence i, not a negative."""
+    own_BB = torch.eye(len(fit_BB), dtype=torch.bool, device=fit_BB.device)
+    scores_BB = (fit_BB / temperature).masked_fill(~(negatives_BB | own_BB), float("-inf"))
+    return scores_BB.log_softmax(dim=1).diagonal()
+
+
+def local_loss(log_p_B: Tensor) -> Tensor:
+    """Eq. 7, a scalar: -(1/N) Σ_j log p_j."""
+    return -log_p_B.mean()

@@ -1,6 +1,7 @@
-"""The global branch: proposals from a query, and the query rebuilt from each of them.
+"""The networks: a global branch (proposals, and the query rebuilt from each) and a local one.
 
-Numerically CPL's network (Zheng et al., CVPR 2022), so that its checkpoints load strictly.
+The global branch is numerically CPL's network (Zheng et al., CVPR 2022), so that its checkpoints
+load strictly.
 Shape suffixes: B batch, L positions, F feature channels, W words, E word dimension, D channels,
 K proposals, M masks (whatever they are), N kept frames, V output words + 1.
 """
@@ -13,6 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdist_e2e.grounding.local import (
+    LocalBranch,
+    LocalConfig,
+    activation_maps,
+    matched_maps,
+    sentence_vector,
+)
 from mmdist_e2e.grounding.modules import (
     KeysValues,
     Stack,
@@ -32,6 +40,7 @@ class GlobalConfig:
 
     length: L. frame_divisor: N = int(L // frame_divisor) frames are kept for reconstruction.
     sharpness: σ, a proposal's mask has the deviation max(w, 0.01)/σ.
+    scored_words: the words of Eq. 1, "all" of a sentence as in CPL or the "masked" ones alone.
     """
 
     feature_dim: int
@@ -46,8 +55,11 @@ class GlobalConfig:
     sharpness: float = 9.0
     frame_divisor: float = 4.0
     dropout: float = 0.1
+    scored_words: str = "all"
 
     def __post_init__(self) -> None:
+        if self.scored_words not in ("all", "masked"):
+            raise MmdistError(f"scored_words {self.scored_words!r} is unknown; valid: all, masked.")
         if self.kept_frames < 2:
             raise MmdistError(
                 f"{self.length} positions divided by {self.frame_divisor} keep "
@@ -68,13 +80,15 @@ class GlobalConfig:
 class Proposals:
     """What the network makes of frames and a query before any mask.
 
-    centers_BK, widths_BK in (0, 1). kept_BND: projected frames that reconstruction reads.
+    centers_BK, widths_BK in (0, 1). frames_BLD: projected frames; kept_BND: those of them that
+    reconstruction reads.
     words_BTD: projected start vector and words, T = W + 1, without positions. is_token_BT: True
     for the start and the words. encoded_BTD: the word stack's reading of the unmasked query.
     """
 
     centers_BK: Tensor
     widths_BK: Tensor
+    frames_BLD: Tensor
     kept_BND: Tensor
     words_BTD: Tensor
     is_token_BT: Tensor
@@ -160,6 +174,7 @@ class GlobalBranch(nn.Module):
         return Proposals(
             centers_BK=spans_BK2[..., 0],
             widths_BK=spans_BK2[..., 1],
+            frames_BLD=frames_BPD[:, :-1],
             kept_BND=frames_BPD[:, indices],
             words_BTD=words_BTD,
             is_token_BT=is_token_BT,
@@ -217,3 +232,37 @@ class GlobalBranch(nn.Module):
         )
         logits: Tensor = self.fc_comp(read)
         return logits.reshape(-1, copies, *logits.shape[1:])
+
+
+class GroundingNetwork(GlobalBranch):
+    """The network of the baseline and the student: a global branch, and a local one if configured.
+
+    Without it this is CPL's network with CPL's keys. The global branch is made first, so that one
+    seed gives both networks the same weights there.
+    """
+
+    def __init__(self, config: GlobalConfig, local: LocalConfig | None = None) -> None:
+        super().__init__(config)
+        self.local: LocalBranch | None = None
+        if local is not None:
+            self.local = LocalBranch(local, feature_dim=config.feature_dim, hidden=config.hidden)
+
+    @property
+    def score_weight(self) -> float:
+        """γ of Eq. 9; 0 without a local branch."""
+        return self.local.config.score_weight if self.local else 0.0
+
+    def activate(
+        self, frames_BLF: Tensor, proposals: Proposals, *, all_pairs: bool = False
+    ) -> Tensor:
+        """Eq. 4: activation maps [B, L], or with `all_pairs` [B, B, L] of video i and sentence j.
+
+        The query vector is read from the unmasked words without a memory, so it knows no video.
+        """
+        assert self.local is not None
+        own = self.local.config.own_frames
+        local_BLD = self.local(self._drop(frames_BLF) if own else proposals.frames_BLD)
+        query_BD = sentence_vector(
+            proposals.encoded_BTD, proposals.is_token_BT, self.local.config.query
+        )
+        return (activation_maps if all_pairs else matched_maps)(local_BLD, query_BD)

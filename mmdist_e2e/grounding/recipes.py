@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from mmdist_e2e.grounding.losses import LossConfig
+from mmdist_e2e.grounding.local import LocalConfig
 from mmdist_e2e.grounding.models import GlobalConfig
+from mmdist_e2e.grounding.objective import LossConfig, MatchingConfig
 from mmdist_e2e.structures import MmdistError
 
 # CPL's diversity term was tuned at N = 50 kept frames. λ·(N - 1) is what sets moment length
@@ -49,15 +50,32 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete config under a name."""
+    """A complete config under a name; without a local branch `local` and `matching` are None."""
 
     name: str
     model: GlobalConfig
     loss: LossConfig
     training: TrainingConfig
+    local: LocalConfig | None = None
+    matching: MatchingConfig | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.local is None) == (self.matching is None)
+        untrained = self.matching is not None and self.matching.local_weight == 0
+        if untrained and self.local is not None and self.local.score_weight > 0:
+            raise MmdistError(
+                "local_weight 0 leaves the activation map untrained, so it must not rank either; "
+                "set score_weight to 0 too."
+            )
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The configs that hold this recipe's settings."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        return {name: part for name, part in named.items() if part is not None}
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"name": self.name, **{name: asdict(part) for name, part in self.parts.items()}}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Recipe:
@@ -66,6 +84,8 @@ class Recipe:
             GlobalConfig(**raw["model"]),
             LossConfig(**raw["loss"]),
             TrainingConfig(**raw["training"]),
+            LocalConfig(**raw["local"]) if "local" in raw else None,
+            MatchingConfig(**raw["matching"]) if "matching" in raw else None,
         )
 
     def overridden(self, values: Mapping[str, Any]) -> Recipe:
@@ -73,22 +93,18 @@ class Recipe:
 
         Raises MmdistError for an unknown name and for a value of another kind.
         """
-        parts: dict[str, dict[str, Any]] = {"model": {}, "loss": {}, "training": {}}
-        homes = {f.name: part for part in parts for f in fields(getattr(self, part))}
+        changes: dict[str, dict[str, Any]] = {}
+        homes = {f.name: name for name, part in self.parts.items() for f in fields(part)}
         for name, value in values.items():
             if name not in homes:
                 raise MmdistError(
                     f"The recipe '{self.name}' has no setting {name!r}; valid: "
                     f"{', '.join(sorted(homes))}."
                 )
-            now = getattr(getattr(self, homes[name]), name)
-            parts[homes[name]][name] = _like(name, now, value)
-        return replace(
-            self,
-            model=replace(self.model, **parts["model"]),
-            loss=replace(self.loss, **parts["loss"]),
-            training=replace(self.training, **parts["training"]),
-        )
+            now = getattr(self.parts[homes[name]], name)
+            changes.setdefault(homes[name], {})[name] = _like(name, now, value)
+        changed = {name: replace(self.parts[name], **changes[name]) for name in changes}
+        return replace(self, **changed)
 
 
 def _like(name: str, now: Any, value: Any) -> Any:
@@ -125,7 +141,24 @@ def cpl(*, feature_dim: int, word_dim: int, vocabulary_size: int, length: int = 
     return Recipe("cpl", model, loss, TrainingConfig())
 
 
-RECIPES: dict[str, Callable[..., Recipe]] = {"cpl": cpl}
+def baseline(**shape: int) -> Recipe:
+    """The paper's single-modal baseline (Bao et al., AAAI 2024): both branches, Eqs. 1-9.
+
+    shape: as of `cpl`, whose network, negatives and diversity it keeps. L_rec[k*], L_rec of the
+    whole video and the hinge count 1 each (Eq. 3); α 4.5, γ 3, 15 epochs, learning rate 4e-4.
+    """
+    standard = cpl(**shape)
+    return replace(
+        standard,
+        name="baseline",
+        loss=replace(standard.loss, reconstruction_weight=1.0, whole_weight=1.0),
+        training=TrainingConfig(epochs=15),
+        local=LocalConfig(),
+        matching=MatchingConfig(),
+    )
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {"baseline": baseline, "cpl": cpl}
 
 
 def get_recipe(name: str) -> Callable[..., Recipe]:

@@ -69,9 +69,14 @@ def tokenize(sentence: str) -> list[str]:
     return _TOKEN.findall(_CANNOT.sub("can not", text))
 
 
+def is_word(token: str) -> bool:
+    """Whether a token is a word or a number, not punctuation."""
+    return any(c.isalnum() for c in token)
+
+
 def is_content_word(token: str) -> bool:
     """Whether a token carries content: a word outside the closed classes, no punctuation."""
-    return token not in FUNCTION_WORDS and any(c.isalnum() for c in token)
+    return token not in FUNCTION_WORDS and is_word(token)
 
 
 def known_tokens(sentence: str, vectors: WordVectors) -> list[str]:
@@ -82,13 +87,22 @@ def known_tokens(sentence: str, vectors: WordVectors) -> list[str]:
     """
     if not sentence.strip():
         raise MmdistError("The query is empty; describe in a few words what happens in the moment.")
-    known = [token for token in tokenize(sentence) if token in vectors][:MAX_WORDS]
-    if not any(any(c.isalnum() for c in token) for token in known):
+    known = _first_known(sentence, vectors)
+    if not any(map(is_word, known)):
         raise MmdistError(
             f"None of the words of the query '{sentence}' is among the {len(vectors.words)} words "
             f"of '{vectors.name}'; use common English words."
         )
     return known
+
+
+def has_known_word(sentence: str, vectors: WordVectors) -> bool:
+    """Whether `known_tokens` takes the sentence."""
+    return any(map(is_word, _first_known(sentence, vectors)))
+
+
+def _first_known(sentence: str, vectors: WordVectors) -> list[str]:
+    return [token for token in tokenize(sentence) if token in vectors][:MAX_WORDS]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""The local branch: how well every position of a video fits a sentence.
+
+Shape suffixes: B videos, Q sentences, L positions, F feature channels, D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdist_e2e.structures import MmdistError
+
+MINIMUM_NORM = 1e-8
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """The shape of a local branch, and its weight when proposals are ranked.
+
+    depth, kernel: convolutions over positions, a ReLU between two. relu_last: one after the last.
+    own_frames: frames through a Linear of their own, not the global branch's.
+    query: "mean" of the words, or the "last" position of the word stack (which has read them all).
+    score_weight: γ of Eq. 9; 0 ranks by reconstruction alone.
+    """
+
+    depth: int = 2
+    kernel: int = 3
+    relu_last: bool = False
+    own_frames: bool = False
+    query: str = "mean"
+    score_weight: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise MmdistError(
+                f"depth must be at least 1 and kernel an odd number; got {self.depth} and "
+                f"{self.kernel}."
+            )
+        if self.query not in ("mean", "last"):
+            raise MmdistError(f"query {self.query!r} is unknown; valid: mean, last.")
+        if self.score_weight < 0:
+            raise MmdistError(f"score_weight must not be negative; got {self.score_weight}.")
+
+
+class LocalBranch(nn.Module):
+    """Context-enhanced features V̂ of every position (before Eq. 4)."""
+
+    def __init__(self, config: LocalConfig, *, feature_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.config = config
+        self.frame_fc = nn.Linear(feature_dim, hidden) if config.own_frames else None
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(hidden, hidden, config.kernel, padding=config.kernel // 2)
+            for _ in range(config.depth)
+        )
+
+    def forward(self, frames_BLX: Tensor) -> Tensor:
+        """V̂ [B, L, D] of frames: features [B, L, F] where the Linear is its own, else projected."""
+        if self.frame_fc is not None:
+            frames_BLX = self.frame_fc(frames_BLX)
+        x_BDL = frames_BLX.transpose(1, 2)
+        for i, convolution in enumerate(self.convolutions, start=1):
+            x_BDL = convolution(x_BDL)
+            if i < len(self.convolutions) or self.config.relu_last:
+                x_BDL = F.relu(x_BDL)
+        return x_BDL.transpose(1, 2)
+
+
+def sentence_vector(encoded_BTD: Tensor, is_token_BT: Tensor, kind: str) -> Tensor:
+    """The query vector q [B, D], from the word stack's reading [B, T, D] of start and words.
+
+    "mean": over the words, without the start and padding. "last": the last word's position.
+    """
+    if kind == "last":
+        rows = torch.arange(len(encoded_BTD), device=encoded_BTD.device)
+        return encoded_BTD[rows, is_token_BT.sum(1) - 1]
+    is_word_BW1 = is_token_BT[:, 1:, None]
+    words_BWD = torch.where(is_word_BW1, encoded_BTD[:, 1:], 0)
+    return words_BWD.sum(1) / is_word_BW1.sum(1)
+
+
+def activation_maps(local_BLD: Tensor, query_QD: Tensor) -> Tensor:
+    """Eq. 4 of all pairs, [B, Q, L]: m = cos(V̂_l, q) of video i and sentence j; fp32.
+
+    Norms are clamped, so that a position of zeros gives 0. One product for all pairs.
+    """
+    local, query = (F.normalize(t.float(), dim=-1, eps=MINIMUM_NORM) for t in (local_BLD, query_QD))
+    with torch.autocast(local.device.type, enabled=False):  # a temperature of 0.07 needs digits
+        return query @ local.transpose(1, 2)
+
+
+def matched_maps(local_BLD: Tensor, query_BD: Tensor) -> Tensor:
+    """Eq. 4 of the matched pairs alone, [B, L]."""
+    return F.cosine_similarity(
+        local_BLD.float(), query_BD.float().unsqueeze(1), dim=-1, eps=MINIMUM_NORM
+    )

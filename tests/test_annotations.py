@@ -1,0 +1,295 @@
+"""Annotation files of four formats, durations, protocols, and a carved validation split."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmdist_e2e.grounding.annotations import load_annotations, load_durations, with_durations
+from mmdist_e2e.grounding.formats import Annotation, video_id
+from mmdist_e2e.grounding.splits import (
+    PUBLISHED,
+    carve_validation,
+    fingerprint,
+    in_protocol,
+    protocol_of,
+)
+from mmdist_e2e.store import FeatureStore
+from mmdist_e2e.structures import Features, MmdistError, Provenance
+
+needs_data = pytest.mark.skipif(
+    "MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files"
+)
+
+
+def write(path: Path, value: object) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def test_charades_sta_lines(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.txt",
+        "3MSZA 24.3 30.4##person turn a light on.\n\nmy video.mp4 0 6.9##a # of ## books\n",
+    )
+    durations = write(tmp_path / "d.json", {"3MSZA.mp4": 30.96})
+    first, second = load_annotations(path, durations=durations)
+    assert first == Annotation("3MSZA", 30.96, 24.3, 30.4, "person turn a light on.")
+    assert second == Annotation("my video", None, 0.0, 6.9, "a # of ## books")
+
+
+def test_cpl_rows(tmp_path: Path) -> None:
+    # The content decides, not the suffix.
+    for name in ("a.json", "a.txt"):
+        path = write(tmp_path / name, [["v", 30, [7.3, 17.3], "person pours."]])
+        assert load_annotations(path) == [Annotation("v", 30.0, 7.3, 17.3, "person pours.")]
+
+
+def test_activitynet_captions(tmp_path: Path) -> None:
+    videos = {
+        "v_a": {"duration": 55.15, "timestamps": [[0.28, 55.16], [3, 9]], "sentences": ["x", " y"]},
+        "v_b": {"duration": 7, "timestamps": [[0, 1]], "sentences": ["z"], "other": None},
+    }
+    for indent in (None, 1):
+        path = write(tmp_path / "a.json", json.dumps(videos, indent=indent))
+        assert load_annotations(path) == [
+            Annotation("v_a", 55.15, 0.28, 55.16, "x"),  # an end 0.01 s late is kept
+            Annotation("v_a", 55.15, 3.0, 9.0, "y"),
+            Annotation("v_b", 7.0, 0.0, 1.0, "z"),
+        ]
+
+
+def test_backward_moments_of_activitynet_are_left_out_and_said(tmp_path: Path) -> None:
+    entry = {"duration": 9, "timestamps": [[5, 2], [1, 1], [1, 2]], "sentences": ["a", "b", "c"]}
+    path = write(tmp_path / "a.json", {"v": entry})
+    with pytest.warns(UserWarning, match=r"2 moments .* Sentence 1 of the video 'v'"):
+        (kept,) = load_annotations(path)
+    assert kept.sentence == "c"
+
+
+def test_qvhighlights_lines(tmp_path: Path) -> None:
+    row = {
+        "qid": 2579, "query": "A girl packs up.", "duration": 150, "vid": "NUsG9BgSes0_210.0_360.0",
+        "relevant_clip_ids": [41], "relevant_windows": [[0, 4], [82, 150], [10, 12]],
+    }  # fmt: skip
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row | {"qid": i}) for i in range(3)))
+    first, _, third = load_annotations(path)
+    # The longest first: what a single moment is wanted for takes it.
+    assert first == Annotation(
+        "NUsG9BgSes0_210.0_360.0", 150.0, 82.0, 150.0, "A girl packs up.", ((0, 4), (10, 12))
+    )
+    assert first.moments == ((82, 150), (0, 4), (10, 12))
+    assert third == first
+
+
+GOOD = '["v", 30, [1, 2], "x"]'
+QV = '{"vid": "v", "duration": 9, "query": "x", "relevant_windows": [[1, 2]]}'
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("v 1 2##ok\nv 1##no\n", "Line 2"),
+        ("v 1 2 no separator\n", "Line 1"),
+        ("v one 2##x\n", "Line 1 .* 'one'"),
+        ("v 1 inf##x\n", "Line 1 .* 'inf'"),
+        ("v 5 2##x\n", r"Line 1 .* starts at 0"),
+        ("v 1 2##\n", "Line 1 .* no sentence"),
+        ("\n", "no annotations"),
+        ("[[1]", "not readable JSON"),
+        (f'[{GOOD}, ["v", 30, 1, "x"]]', "Row 2 .* no moment"),
+        (f'[{GOOD}, ["v", 30, [1, 2, 3], "x"]]', "Row 2 .* spans"),
+        (f'[{GOOD}, ["v", -1, [1, 2], "x"]]', "Row 2 .* duration -1"),
+        (f'[{GOOD}, ["v", "?", [1, 2], "x"]]', "Row 2 .* a duration"),
+        (f'[{GOOD}, ["v", 30, [1, 2], 7]]', "Row 2 .* no sentence"),
+        (f'[{GOOD}, ["", 30, [1, 2], "x"]]', "Row 2 .* no video"),
+        (f"[{GOOD}, 5]", "Row 2 .* is not"),
+        ("{}", "no annotations"),
+        ('{"v": 30.5}', "The video 'v'"),
+        ('{"v": {"duration": 9, "timestamps": [[1, 2]], "sentences": []}}', "The video 'v'"),
+        ('{"v": {"duration": 9, "timestamps": [[1, 2], [3]], "sentences": ["a", "b"]}}',
+         "Sentence 2 of the video 'v'"),
+        (f'{QV}\n{QV.replace("9", "null, 5")}', "Line 2"),
+        (f'{QV}\n{QV.replace("[[1, 2]]", "[]")}', "Line 2 .* no moment"),
+        (f'{QV}\n{QV.replace("relevant_windows", "saliency")}', "Line 2 .* test split"),
+        (f'{QV}\n{QV.replace("[[1, 2]]", "[[1]]")}', "Line 2"),
+    ],
+)  # fmt: skip
+def test_bad_annotations_name_the_place(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(MmdistError, match=reason):
+        load_annotations(write(tmp_path / "a.json", text))
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(MmdistError, match="cannot be read"):
+        load_annotations(tmp_path / "none.txt")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(MmdistError, match="not readable text"):
+        load_annotations(tmp_path / "binary")
+
+
+@pytest.mark.parametrize(
+    ("name", "video"),
+    [("3MSZA.mp4", "3MSZA"), ("room/a.MKV", "room/a"), ("x_210.0_360.0", "x_210.0_360.0"),
+     (".mp4", ".mp4"), ("s13-d21.avi", "s13-d21")],
+)  # fmt: skip
+def test_video_ids(name: str, video: str) -> None:
+    assert video_id(name) == video
+
+
+def test_durations_of_a_charades_csv(tmp_path: Path) -> None:
+    head = "id,subject,script,actions,length\n"
+    text = head + '46GP8,HR43,"A person, ""cooking"".\nAnd eats.",c092 11.90 21.20,24.83\n'
+    path = write(tmp_path / "Charades_v1_test.csv", text + "N11GT,0KZ7,x,,18.33\n")
+    assert load_durations(path) == {"46GP8": 24.83, "N11GT": 18.33}
+    annotations = load_annotations(write(tmp_path / "a.txt", "N11GT 0 5##x"), durations=path)
+    assert annotations[0].duration_seconds == 18.33
+
+
+def test_durations_of_a_feature_store(tmp_path: Path) -> None:
+    features = Features(
+        np.ones((2, 3), np.float32), np.array([[0, 1], [1, 2.0]]), 12.5, "flow", Provenance({})
+    )
+    FeatureStore(tmp_path).save("room/a", features)
+    assert load_durations(tmp_path) == {"room/a": 12.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("id,length\na,5\nb,\n", "Line 3"),
+        ("name,seconds\na,5\n", "no durations"),
+        ('{"a": 5, "b": "x"}', "'b'"),
+        ('{"a": 0}', "above 0"),
+        ("[1]", "must map"),
+        ('{"a"', "not readable JSON"),
+    ],
+)
+def test_bad_durations_name_the_place(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(MmdistError, match=reason):
+        load_durations(write(tmp_path / "d.csv", text))
+
+
+def test_the_protocol_cpl_drops_late_ends() -> None:
+    on_time = Annotation("v", 10.0, 1, 10.0, "x")
+    late = Annotation("v", 10.0, 1, 10.01, "x")
+    more = Annotation("v", 10.0, 1, 9, "x", ((9.5, 10.5),))
+    assert in_protocol([late, on_time, more], "cpl") == [on_time]
+    assert in_protocol([late, on_time, more], "official") == [late, on_time, more]
+    unknown = Annotation("w", None, 1, 2, "x")
+    with pytest.raises(MmdistError, match=r"1 videos have no duration \(w\)"):
+        in_protocol([on_time, unknown], "cpl")
+    assert in_protocol(with_durations([unknown], {"w": 5.0}), "cpl")[0].duration_seconds == 5
+    with pytest.raises(MmdistError, match="leaves no query"):
+        in_protocol([late], "cpl")
+    with pytest.raises(MmdistError, match="official, cpl"):
+        in_protocol([late], "charades")
+
+
+def test_the_protocol_of_other_files_is_told_by_late_ends(tmp_path: Path) -> None:
+    path = tmp_path / "my.txt"
+    on_time, late = Annotation("v", 9.0, 1, 9, "x"), Annotation("v", 9.0, 1, 9.5, "x")
+    assert protocol_of(path, [on_time]) == "my.txt (1 queries, cpl: no late ends)"
+    assert protocol_of(path, [on_time, late]) == "my.txt (2 queries, official: 1 late ends kept)"
+    assert "unknown" in protocol_of(path, [Annotation("v", None, 1, 9, "x"), late])
+    # The number of queries alone says nothing.
+    many = [Annotation("v", 9.0, 0, i / 1000, "x") for i in range(3158)]
+    assert protocol_of(path, many).startswith("my.txt")
+
+
+def test_a_fingerprint_is_of_the_content() -> None:
+    one, two = Annotation("v", 9.0, 1.0, 2.5, "A dog."), Annotation("w", None, 0.0, 3.0, "A cat.")
+    same = [Annotation("w", 4.0, 0, 3.001, "a cat"), Annotation("v", 9.0, 1, 2.5, "a  DOG .")]
+    assert fingerprint([one, two]) == fingerprint(same)
+    for changed in (
+        [one], [one, one, two], [one, Annotation("w", None, 0.0, 3.1, "A cat.")],
+        [one, Annotation("x", None, 0, 3, "A cat.")], [one, Annotation("w", None, 0, 3, "A rat.")],
+        [one, Annotation("w", None, 0, 3, "A cat.", ((4, 5),))],
+    ):  # fmt: skip
+        assert fingerprint(changed) != fingerprint([one, two])
+
+
+def many_annotations(videos: int = 200) -> list[Annotation]:
+    return [
+        Annotation(f"v{i}", 9.0, 0, q + 1, f"sentence {q}")
+        for i in range(videos)
+        for q in range(1 + i % 5)
+    ]
+
+
+def test_validation_is_carved_by_video_whatever_the_order() -> None:
+    annotations = many_annotations()
+    carved = carve_validation(annotations, 0.1, seed=3)
+    train, val = ({a.video for a in part} for part in carved[:2])
+    assert len(val) == 20
+    assert not train & val
+    assert train | val == {a.video for a in annotations}
+    assert [a for a in annotations if a.video in val] == carved.val  # the file's order
+    assert len(carved.train) + len(carved.val) == len(annotations)
+    assert f"20 of 200 videos, {len(carved.val)} of 600 queries (seed 3)" in carved.report
+
+    shuffled = random.Random(0).sample(annotations, len(annotations))
+    again = carve_validation(shuffled, 0.1, seed=3)
+    assert {a.video for a in again.val} == val
+    assert {a.video for a in carve_validation(annotations, 0.1, seed=4).val} != val
+    # A larger share holds the smaller one, and one video more moves one video at most.
+    assert val < {a.video for a in carve_validation(annotations, 0.2, seed=3).val}
+    more = [*annotations, Annotation("new", 9.0, 0, 1, "x")]
+    assert len(val - {a.video for a in carve_validation(more, 0.1, seed=3).val}) <= 1
+
+
+def test_the_carved_share_is_a_draw_without_favour() -> None:
+    annotations = many_annotations()
+    drawn = [carve_validation(annotations, 0.25, seed=s).val for s in range(40)]
+    counts = [sum(any(a.video == f"v{i}" for a in val) for val in drawn) for i in range(200)]
+    # Binomial(40, 1/4): mean 10, deviation 2.7.
+    assert np.mean(counts) == 10
+    assert 2.0 < np.std(counts) < 3.5
+
+
+def test_small_and_impossible_splits() -> None:
+    pair = many_annotations(2)
+    for fraction in (0.01, 0.99):
+        carved = carve_validation(pair, fraction)
+        assert carved.train
+        assert carved.val
+    with pytest.raises(MmdistError, match="One video"):
+        carve_validation(many_annotations(1))
+    for fraction in (0.0, 1.0, -1, float("nan")):
+        with pytest.raises(MmdistError, match="between 0 and 1"):
+            carve_validation(pair, fraction)
+
+
+@needs_data
+def test_the_two_protocols_of_charades_sta() -> None:
+    root = Path(os.environ["MMDIST_DATA"]) / "charades_sta"
+    text, durations = root / "charades_sta_test.txt", root / "durations_test.json"
+    official = load_annotations(text, durations=durations)
+    made = load_annotations(text, durations=durations, protocol="cpl")
+    published = load_annotations(root / "cpl_test.json")
+    assert (len(official), len(published)) == (3_720, 3_158)
+    assert made == published  # query for query
+    assert protocol_of(text, official) == "charades_sta official"
+    assert protocol_of(text, made) == protocol_of(text, published) == "charades_sta cpl"
+    assert protocol_of(text, load_annotations(text)) == "charades_sta official"  # no durations
+    assert protocol_of(text, official[1:]).endswith("(3719 queries, official: 562 late ends kept)")
+    train = load_annotations(root / "charades_sta_train.txt")
+    assert len(train) == 12_408
+    assert fingerprint(train) in PUBLISHED
+    assert protocol_of(text, load_annotations(root / "cpl_train.json")).endswith("training split")
+
+
+@needs_data
+def test_activitynet_as_published() -> None:
+    root = Path(os.environ["MMDIST_DATA"]) / "activitynet"
+    for name, count, late in (("val_1", 17_505, 134), ("val_2", 17_031, 111)):
+        annotations = load_annotations(root / f"{name}.json")
+        raw = json.loads((root / f"{name}.json").read_text())
+        assert len(annotations) == count == sum(len(v["sentences"]) for v in raw.values())
+        assert sum(a.ends_late for a in annotations) == late
+        assert name in protocol_of(root / f"{name}.json", annotations)

@@ -1,0 +1,250 @@
+"""`mmdist data check` on sound files, broken ones, and the real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mmdist_e2e.cli.main import main
+from mmdist_e2e.store import FeatureStore
+from mmdist_e2e.structures import Features, Provenance
+
+Row = list[Any]
+
+
+def check(*arguments: object) -> tuple[int, dict[str, Any]]:
+    """Exit code and report of `mmdist data check --json`."""
+    result = CliRunner().invoke(main, ["data", "check", "--json", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result.exit_code, json.loads(result.stdout)
+
+
+def write_rows(path: Path, rows: list[Row]) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def rows_of(videos: str, sentence: str = "person opens the door.") -> list[Row]:
+    return [[video, 10.0, [2.0, 6.0], sentence] for video in videos]
+
+
+def save_arrays(folder: Path, videos: str, **changed: np.ndarray) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for video in videos:
+        array = changed.get(video, rng.normal(size=(6, 4)).astype(np.float16))
+        np.save(folder / f"{video}.npy", array)
+    return folder
+
+
+def test_sound_files(tmp_path: Path) -> None:
+    # Of eight moments, six fill [2, 6] of 10 s and two [8, 10]: no span hits both kinds.
+    val = rows_of("cccddd") + [[v, 10.0, [8.0, 10.0], "a person runs"] for v in "cd"]
+    for i, row in enumerate(val):
+        row[3] += f" {'very ' * i}"
+    train = write_rows(tmp_path / "train.json", rows_of("ab"))
+    code, report = check(
+        "--features", save_arrays(tmp_path / "f", "abcdef"),
+        "--train", train, "--val", write_rows(tmp_path / "val.json", val),
+    )  # fmt: skip
+    assert code == 0, report
+    assert report["errors"] == []
+    assert report["warnings"] == ["val has 8 queries: one of them is 12.5 points of R@1."]
+    split = report["splits"]["val"]
+    assert (split["queries"], split["videos"]) == (8, 2)
+    assert split["protocol"] == "val.json (8 queries, cpl: no late ends)"
+    assert split["words_per_query"] == {"min": 4, "median": 7.5, "max": 10}
+    assert split["duration_seconds"] == {"min": 10, "median": 10, "mean": 10, "max": 10}
+    assert split["moment_share_of_video"] == {
+        "min": pytest.approx(0.2), "median": 0.4, "mean": pytest.approx(0.35), "max": 0.4
+    }  # fmt: skip
+    best = split["best_constant_span"]
+    assert best["span"] == [0.2, 0.6]
+    assert best["R@1,IoU=0.5"] == 75.0
+    assert best["mIoU"] == pytest.approx(75)
+    facts = report["features"]
+    assert (facts["videos"], facts["videos_unused"], facts["channels"]) == (4, 2, [4])
+    assert facts["dtypes"] == ["float16"]
+    assert facts["rows"] == {"min": 6, "median": 6, "max": 6}
+    assert facts["made_by"] == {"extractor": "external:npy"}
+    assert report["words"]["train"]["share_without_vector"] == 0
+    assert report["words"]["val"]["share_unseen_in_training"] > 0
+    assert report["overlaps"] == {"train, val": {"videos": 0, "queries": 1}}
+
+
+def errors_of(*arguments: object) -> str:
+    code, report = check(*arguments)
+    assert code == 1
+    return "\n".join(report["errors"])
+
+
+def warnings_of(*arguments: object) -> str:
+    code, report = check(*arguments)
+    assert code == 0, report["errors"]
+    return "\n".join(report["warnings"])
+
+
+def test_every_error_is_told_at_once(tmp_path: Path) -> None:
+    nan = np.zeros((6, 4), np.float32)
+    nan[2, 1] = np.nan
+    features = save_arrays(
+        tmp_path / "f", "abcde", b=nan, c=np.ones((6, 5)), d=np.zeros(3), e=np.ones((2, 4))
+    )
+    train = rows_of("abcdefg") + rows_of("a", "zzgrmpf .") + [["a", 10.0, [12, 13], "a person"]]
+    (tmp_path / "val.txt").write_text("a 1 2##person runs\nv 1 two##person\n")
+    told = errors_of(
+        "--features", features, "--train", write_rows(tmp_path / "t.json", train),
+        "--val", tmp_path / "val.txt", "--test", write_rows(tmp_path / "x.json", rows_of("ab")),
+        "--durations", tmp_path / "none.json",
+    )  # fmt: skip
+    for part in (
+        "Line 2 of", "val.txt", "'two'",
+        "none.json' cannot be read",
+        "1 videos have features that are not finite (b)",
+        "number of channels: 3 videos of 4, 1 videos of 5",
+        "'d' in", "shape [3]",
+        "2 of 7 videos of train have no features (f, g)",
+        "1 sentences of train have no word with a vector",
+        "1 moments of train start after their video has ended, the first in 'a' (12 s of 10 s)",
+        "2 videos are in both train and test (a, b); split by video",
+    ):  # fmt: skip
+        assert part in told, part
+
+
+def test_what_is_taken_but_odd_is_warned_of(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(6, 4))
+    partly = rows.copy()
+    partly[3:5] = 0
+    features = save_arrays(
+        tmp_path / "f", "abcdef", a=np.zeros((6, 4)), b=np.ones((6, 4)), c=rows[:1], d=partly,
+        e=rows * 1e6,
+    )  # fmt: skip
+    late = [["f", 10.0, [2, 10.5], "a person runs qqzx"], ["f", 10.0, [2, 10.5], "A person falls"]]
+    val, test = rows_of("abcde"), rows_of("ab") + 3 * late
+    told = warnings_of(
+        "--features", features, "--val", write_rows(tmp_path / "v.json", val),
+        "--test", write_rows(tmp_path / "t.json", test),
+    )  # fmt: skip
+    for part in (
+        "1 videos have nothing but zeros (a)",
+        "1 videos have the same row everywhere, so no moment can be told (b)",
+        "1 videos have a single row, so no moment can be told (c)",
+        "2 rows are all zeros",
+        "Features reach",
+        "4 lines of test repeat another line",
+        "6 queries of test end past their video, by 0.50 s at most",
+        "of the words of test have no vector in 'glove-6b-50d-20k' and are not read (qqzx",
+        "2 videos are in both val and test (a, b)",
+    ):
+        assert part in told, part
+
+
+def test_the_protocol_cpl_drops_late_ends(tmp_path: Path) -> None:
+    rows = [*rows_of("abc"), ["a", 10.0, [2, 10.5], "person runs"]]
+    _, report = check("--val", write_rows(tmp_path / "v.json", rows), "--protocol", "cpl")
+    split = report["splits"]["val"]
+    assert (split["queries"], split["queries_dropped_by_protocol"]) == (3, 1)
+    assert split["protocol"] == "v.json (3 queries, cpl: no late ends)"
+
+
+def save_features(root: Path, video: str, seconds: float, extractor: str = "x") -> None:
+    data = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    times = np.array([[0, seconds / 2], [seconds / 2, seconds]])
+    provenance = Provenance({"extractor": extractor})
+    FeatureStore(root).save(video, Features(data, times, seconds, "rgb", provenance))
+
+
+def test_durations_come_from_the_store_where_the_file_has_none(tmp_path: Path) -> None:
+    for video, seconds in (("a", 8.0), ("b", 20.0)):
+        save_features(tmp_path / "store", video, seconds)
+    (tmp_path / "v.txt").write_text("a 2 4##person runs\nb 5 10##person runs away\n")
+    assert "2 videos of val have no duration" in errors_of("--val", tmp_path / "v.txt")
+    both = ("--val", tmp_path / "v.txt", "--features", tmp_path / "store")
+    code, report = check(*both)
+    assert code == 0
+    assert report["splits"]["val"]["duration_seconds"]["mean"] == 14
+    (tmp_path / "d.json").write_text('{"a": 8.5, "b": 25}')
+    told = warnings_of(*both, "--durations", tmp_path / "d.json")
+    assert "1 videos are longer or shorter in the annotations than in the features" in told
+    assert "(b)" in told
+    save_features(tmp_path / "store", "b", 20.0, "another")
+    assert "not all made in one way: in 1 videos extractor is 'another'" in errors_of(*both)
+
+
+def test_many_unreadable_videos_are_counted(tmp_path: Path) -> None:
+    broken = {video: np.zeros(3) for video in "abcdefgh"}
+    features = save_arrays(tmp_path / "f", "abcdefgh", **broken)
+    _, report = check("--val", write_rows(tmp_path / "v.json", rows_of("abcdefgh")),
+                      "--features", features)  # fmt: skip
+    assert len(report["errors"]) == 6
+    assert report["errors"][-1] == "3 more videos have features that cannot be used."
+
+
+def test_backward_moments_are_a_warning(tmp_path: Path) -> None:
+    video = {"duration": 9, "timestamps": [[5, 2], [1, 2]], "sentences": ["a man", "a man runs"]}
+    (tmp_path / "v.json").write_text(json.dumps({"v": video}))
+    assert "1 moments do not end after they start" in warnings_of("--val", tmp_path / "v.json")
+
+
+def test_queries_of_several_moments_count_by_the_best(tmp_path: Path) -> None:
+    windows = [[[0, 2], [5, 9]], [[0, 2], [4, 5]], [[0, 2]], [[6, 10.5], [0, 2]]]
+    lines = [
+        {"vid": "v", "duration": 10, "query": f"person runs {i}", "relevant_windows": w}
+        for i, w in enumerate(windows)
+    ]
+    (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    _, report = check("--val", tmp_path / "v.jsonl")
+    split = report["splits"]["val"]
+    assert split["queries_of_several_moments"] == 3
+    assert split["best_constant_span"]["span"] == [0.0, 0.2]
+    assert split["best_constant_span"]["R@1,IoU=0.7"] == 100
+    assert split["ends_past_duration"] == 1
+    assert split["moment_share_of_video"]["max"] == pytest.approx(0.45)  # the longest of each
+
+
+def test_what_a_person_reads(tmp_path: Path) -> None:
+    arguments = ["data", "check", "--features", str(save_arrays(tmp_path / "f", "ab"))]
+    arguments += ["--train", str(write_rows(tmp_path / "t[1].json", rows_of("ab")))]
+    arguments += ["--val", str(write_rows(tmp_path / "v.json", rows_of("c")))]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    for part in (
+        "t[1].json", "to beat: R@1 at IoU 0.3 / 0.5 / 0.7", "100.0 / 100.0 / 100.0 ([0.20, 0.60])",
+        "external:npy", "2, 1 missing, 0 unused", "0 videos, 1 sentences",
+        "error: 1 of 1 videos of val have no features (c)", "1 errors, 1 warnings.",
+    ):  # fmt: skip
+        assert part in result.stdout, (part, result.stdout)
+
+
+def test_nothing_to_check() -> None:
+    result = CliRunner().invoke(main, ["data", "check"])
+    assert result.exit_code == 1
+    assert "give --train, --val or --test" in result.stderr
+
+
+@pytest.mark.skipif("MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files")
+def test_real_files() -> None:
+    pytest.importorskip("h5py", reason="needs the extra hdf5")
+    root = Path(os.environ["MMDIST_DATA"])
+    clip, sta = root / "charades_clip", root / "charades_sta"
+    code, report = check(
+        "--features", clip / "features.hdf5", "--train", clip / "train.json",
+        "--val", clip / "val.json", "--glove", sta / "glove.pkl",
+    )  # fmt: skip
+    assert (code, report["errors"], report["warnings"]) == (0, [], [])
+    assert [report["splits"][s]["queries"] for s in ("train", "val")] == [1910, 433]
+    assert report["features"]["channels"] == [768]
+    assert report["splits"]["val"]["best_constant_span"]["R@1,IoU=0.5"] == pytest.approx(
+        36.95, 1e-3
+    )
+    told = errors_of(
+        "--train", sta / "charades_sta_train.txt", "--test", sta / "charades_sta_test.txt",
+        "--durations", sta / "durations_test.json",
+    )  # fmt: skip
+    assert told.startswith("5338 videos of train have no duration")

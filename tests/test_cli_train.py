@@ -1,0 +1,136 @@
+"""`mmdist train baseline`, then `mmdist evaluate`, on HDF5 features and CPL rows, as people do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from mmdist_e2e.cli.main import main
+
+ACTIONS = ("opens", "sits", "reads", "eats")
+SMALL = [
+    f"--set={setting}"
+    for setting in (
+        "hidden=16", "heads=2", "layers=1", "feed_forward=24", "frame_divisor=1", "batch_size=8",
+        "precision=fp32",
+    )
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features, annotations of three splits and word vectors of a world of two actions a video."""
+    h5py = pytest.importorskip("h5py")
+    root = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(len(ACTIONS), 6))
+    rows: dict[str, list[object]] = {"A": [], "B": [], "C": []}
+    with h5py.File(root / "F.hdf5", "w") as file:
+        for i in range(20):
+            shown = rng.choice(len(ACTIONS), 2, replace=False)
+            noise = rng.normal(size=(16, 6)) * 0.1
+            data = np.repeat(directions[shown], 8, axis=0) + noise
+            file[f"v{i}"] = data.astype(np.float16)
+            for k, action in enumerate(shown):
+                span, sentence = [10.0 * k, 10.0 * k + 10], f"person {ACTIONS[action]}."
+                rows["BC"[i % 2] if i >= 14 else "A"].append([f"v{i}", 20.0, span, sentence])
+    for name, split in rows.items():
+        (root / f"{name}.json").write_text(json.dumps(split))
+    words = ("person", ".", *ACTIONS)
+    lines = [f"{w} {' '.join(f'{x:.4f}' for x in rng.normal(size=4))}" for w in words]
+    (root / "glove.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def mmdist(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def train(files: Path, out: Path, *more: object, recipe: str = "baseline") -> Result:
+    data = ["--features", files / "F.hdf5", "--train", files / "A.json"]
+    words = ["--glove", files / "glove.txt", "--length", 16, "--epochs", 2]
+    return mmdist("train", recipe, *data, *words, "--out", out, *SMALL, *more)
+
+
+def evaluate(files: Path, run: Path, *more: object) -> dict[str, object]:
+    data = ["--features", files / "F.hdf5", "--annotations", files / "C.json"]
+    result = mmdist("evaluate", run, *data, "--json", *more)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)  # nothing but JSON on stdout
+
+
+def test_train_with_val_then_evaluate(files: Path, tmp_path: Path) -> None:
+    run = train(files, tmp_path, "--val", files / "B.json", "--seed", 3)
+    assert run.exit_code == 0, run.output
+    assert "recipe baseline, seed 3, 28 queries" in run.stdout
+    assert "on B.json" in run.stdout
+    result = evaluate(files, tmp_path)
+    assert (result["recipe"], result["seed"], result["queries"]) == ("baseline", 3, 6)
+    assert set(result["controls"]) == {
+        "best constant span", "random own proposal", "untrained network", "shuffled queries"
+    }  # fmt: skip
+    assert result["metrics"].keys() >= {"R@1,IoU=0.5", "R@5,IoU=0.5", "mIoU"}
+    assert evaluate(files, tmp_path, "--device", "cpu") == result
+
+
+def test_without_val_a_part_of_training_chooses(files: Path, tmp_path: Path) -> None:
+    run = train(files, tmp_path, "--carve", 0.3)
+    assert run.exit_code == 0, run.output
+    assert "carved from the training videos: 4 of 14 videos" in run.stdout
+    assert "20 queries" in run.stdout
+    assert "carved" in str(evaluate(files, tmp_path)["selected_by"])
+    assert "--carve 0.3" in (tmp_path / "README.md").read_text()
+    none = train(files, tmp_path / "none", "--carve", 0)
+    assert "the last epoch (no validation)" in none.stdout
+    assert "--carve 0" in (tmp_path / "none" / "README.md").read_text()
+    both = train(files, tmp_path / "both", "--carve", 0.1, "--val", files / "B.json")
+    assert both.exit_code == 1
+    assert "--carve" in both.output
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["local_weight=0", "score_weight=0"],  # without local
+        ["contrast_weight=0"],  # without global
+        ["depth=1", "kernel=5", "relu_last=true", "own_frames=true", "query=last"],
+        ["top_divisor=4", "temperature=0.2", "same_video_negatives=1"],
+        ["same_sentence_negatives=1", "contrast_whole=0", "negatives=0", "diversity_weight=0"],
+        ["scored_words=masked", "select_by=val_loss"],
+    ],
+)
+def test_every_switch_trains_and_answers(files: Path, tmp_path: Path, settings: list[str]) -> None:
+    run = train(files, tmp_path, "--epochs", 1, *(f"--set={s}" for s in settings))
+    assert run.exit_code == 0, run.output
+    config = json.loads((tmp_path / "config.json").read_text())
+    parts = [config[p] for p in ("model", "loss", "local", "matching")]
+    kept = {k: v for part in parts for k, v in part.items()} | config["training"]
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        assert str(kept[name]).lower() in (
+            value,
+            f"{value}.0",
+            {"0": "false", "1": "true"}.get(value),
+        )
+        assert f"--set {name}=" in (tmp_path / "README.md").read_text()
+    assert evaluate(files, tmp_path)["queries"] == 6
+
+
+def test_misspelt_settings_are_refused_with_the_valid_ones(files: Path, tmp_path: Path) -> None:
+    run = train(files, tmp_path, "--set", "temprature=0.1")
+    assert run.exit_code == 1
+    assert "no setting 'temprature'" in run.output
+    assert "temperature" in run.output
+    run = train(files, tmp_path, "--set", "temperature=0.1", recipe="cpl")
+    assert run.exit_code == 1
+    assert "'cpl' has no setting 'temperature'" in run.output
+
+
+def test_help_says_what_the_checkpoint_is_chosen_on() -> None:
+    text = " ".join(mmdist("train", "baseline", "--help").output.split())
+    assert "train without --val, then run `mmdist evaluate" in text
+    assert "set aside to choose the checkpoint on" in text
