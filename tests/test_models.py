@@ -15,7 +15,7 @@ from mmdist_e2e.grounding.datasets import Batch
 from mmdist_e2e.grounding.inference import predict_batch
 from mmdist_e2e.grounding.losses import reconstruction_loss
 from mmdist_e2e.grounding.models import GlobalBranch, GlobalConfig
-from mmdist_e2e.grounding.modules import Attention, gaussian_masks, mask_bias, sinusoids
+from mmdist_e2e.grounding.modules import Attention, dropout, gaussian_masks, mask_bias, sinusoids
 from mmdist_e2e.structures import MmdistError
 
 TINY = GlobalConfig(
@@ -242,3 +242,18 @@ def test_features_of_another_shape_are_refused() -> None:
 def test_impossible_configs_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(MmdistError):
         GlobalConfig(**{**vars(TINY), **change})
+
+
+def test_dropout_drops_its_share_evenly_and_keeps_the_mean():
+    torch.manual_seed(0)
+    ones = torch.ones(1001, 301)  # not a multiple of the four values that share a number
+    out = dropout(ones, 0.1, training=True)
+    kept = out != 0
+    assert kept.float().mean().item() == pytest.approx(0.9, abs=0.003)
+    assert out[kept].unique().tolist() == pytest.approx([1 / 0.9], abs=1e-4)
+    assert out.mean().item() == pytest.approx(1, abs=0.003)
+    lanes = kept.flatten()[:300_000].view(-1, 4).double()
+    assert lanes.mean(dim=0).tolist() == pytest.approx([0.9] * 4, abs=0.01)
+    # Values that share a number are dropped independently of each other.
+    assert torch.corrcoef(lanes.T).fill_diagonal_(0).abs().max() < 0.02
+    assert dropout(ones, 0.1, training=False) is ones

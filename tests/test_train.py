@@ -77,8 +77,9 @@ def run(
 
 
 def test_it_learns_and_answers(world: Path, tmp_path: Path) -> None:
+    # Long enough for every seed: 88 to 100 over five; at 20 epochs luck decided (37 to 99).
     summary = run(
-        world, tmp_path / "run", epochs=20, learning_rate=1e-3, batch_size=8, layers=2, hidden=64,
+        world, tmp_path / "run", epochs=45, learning_rate=1e-3, batch_size=8, layers=2, hidden=64,
         feed_forward=64, heads=4, dropout=0.1, select_by="last",
     )  # fmt: skip
     first, last = summary["history"][0]["losses"], summary["history"][-1]["losses"]

@@ -24,6 +24,7 @@ from mmdist_e2e.grounding.local import (
 from mmdist_e2e.grounding.modules import (
     KeysValues,
     Stack,
+    dropout,
     gaussian_masks,
     mask_bias,
     padding_bias,
@@ -136,7 +137,7 @@ class GlobalBranch(nn.Module):
         self.fc_gauss = nn.Linear(config.hidden, 2 * config.proposals)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training)
+        return dropout(x, self.config.dropout, training=self.training)
 
     def propose(self, frames_BLF: Tensor, words_BWE: Tensor, is_word_BW: Tensor) -> Proposals:
         """Read frames with the whole query and place K proposals.
