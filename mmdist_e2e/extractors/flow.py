@@ -7,6 +7,7 @@ runs this one. Shapes: N pairs, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,21 +133,12 @@ def _opencv(
             "opencv-contrib-python-headless in place of opencv-python."
         ) from error
     solver = create(
-        tau=settings.tau,
-        lambda_=settings.lambda_,
-        theta=settings.theta,
-        nscales=settings.scales,
-        warps=settings.warps,
-        epsilon=settings.epsilon,
+        **_opencv_settings(settings),
         innnerIterations=1,  # OpenCV's own spelling
         outerIterations=settings.iterations,
-        scaleStep=settings.scale_step,
         medianFiltering=1,  # a 1×1 median is none
     )
-    flow_N2HW = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
-    for index, (first, second) in enumerate(zip(first_NHW, second_NHW, strict=True)):
-        flow_N2HW[index] = solver.calc(first, second, None).transpose(2, 0, 1)
-    return flow_N2HW
+    return _pair_by_pair(first_NHW, second_NHW, lambda a, b: solver.calc(a, b, None))
 
 
 def _opencv_cuda(
@@ -154,21 +146,39 @@ def _opencv_cuda(
 ) -> NDArray[np.float32]:
     cuda = _cuda_module()
     solver = cuda.OpticalFlowDual_TVL1_create(
-        tau=settings.tau,
-        lambda_=settings.lambda_,
-        theta=settings.theta,
-        nscales=settings.scales,
-        warps=settings.warps,
-        epsilon=settings.epsilon,
+        **_opencv_settings(settings),
         iterations=settings.iterations,
-        scaleStep=settings.scale_step,
     )
-    flow_N2HW = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
     first, second = cuda.GpuMat(), cuda.GpuMat()
-    for index in range(len(first_NHW)):
-        first.upload(first_NHW[index])
-        second.upload(second_NHW[index])
-        flow_N2HW[index] = solver.calc(first, second, None).download().transpose(2, 0, 1)
+
+    def solve(first_HW: NDArray[np.uint8], second_HW: NDArray[np.uint8]) -> Any:
+        first.upload(first_HW)
+        second.upload(second_HW)
+        return solver.calc(first, second, None).download()
+
+    return _pair_by_pair(first_NHW, second_NHW, solve)
+
+
+def _opencv_settings(settings: TVL1Settings) -> dict[str, Any]:
+    """What OpenCV's two classes call alike; they name the iterations each in its own way."""
+    return {
+        "tau": settings.tau,
+        "lambda_": settings.lambda_,
+        "theta": settings.theta,
+        "nscales": settings.scales,
+        "warps": settings.warps,
+        "epsilon": settings.epsilon,
+        "scaleStep": settings.scale_step,
+    }
+
+
+def _pair_by_pair(
+    first_NHW: NDArray[np.uint8], second_NHW: NDArray[np.uint8], solve: Callable[..., Any]
+) -> NDArray[np.float32]:
+    """[N, 2, H, W] from a solver that gives [H, W, 2] of one pair."""
+    flow_N2HW = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
+    for index, (first, second) in enumerate(zip(first_NHW, second_NHW, strict=True)):
+        flow_N2HW[index] = solve(first, second).transpose(2, 0, 1)
     return flow_N2HW
 
 
