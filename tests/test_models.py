@@ -158,6 +158,19 @@ def test_bias_equals_multiplying_the_softmax() -> None:
     assert_close(got.double(), expected[0], rtol=0, atol=1e-5)
 
 
+def test_attention_in_bf16_rounds_only_its_inputs_and_outputs() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 1, 6, 8).bfloat16()
+    bias = mask_bias(torch.rand(2, 1, 6) ** 40)  # down to 1e-10: bf16 could not add these
+    attention = Attention(8, 1)
+    torch.nn.init.eye_(attention.out_proj.weight)
+    expected = attention.attend(q.float(), k.float(), v.float(), bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attention.attend(q, k, v, bias)
+    assert got.dtype == torch.bfloat16
+    assert_close(got.float(), expected, rtol=0, atol=0.03)
+
+
 def test_positions() -> None:
     table = sinusoids(5, 8, torch.device("cpu"))
     np.testing.assert_allclose(table, reference.positions(5, 8), atol=1e-6)

@@ -121,13 +121,21 @@ class Attention(nn.Module):
     def attend(self, q_BHTh: Tensor, k_BHSh: Tensor, v_BHSh: Tensor, bias_BTS: Tensor) -> Tensor:
         """Scores scaled by 1/√h plus bias, softmax, values, output projection: [B, T, D].
 
-        The bias reaches -23 and needs fp32, so the core runs in fp32 under autocast too; on the
-        few dozen positions here it is a small part of the work.
+        The bias reaches -23 and needs fp32, so scores and softmax are fp32 under autocast too.
         """
-        with torch.autocast(q_BHTh.device.type, enabled=False):
-            mixed = F.scaled_dot_product_attention(
-                q_BHTh.float(), k_BHSh.float(), v_BHSh.float(), attn_mask=bias_BTS.unsqueeze(1)
+        bias_B1TS = bias_BTS.unsqueeze(1)
+        if q_BHTh.device.type == "cpu" and q_BHTh.dtype == torch.bfloat16:
+            # torch's fused kernel is fp32 at heart on a CPU: two bf16 products are 2.5 times as
+            # fast here, and so is their backward.
+            scores = torch.add(
+                bias_B1TS, q_BHTh @ k_BHSh.transpose(-2, -1), alpha=q_BHTh.shape[-1] ** -0.5
             )
+            mixed = scores.softmax(-1).to(v_BHSh.dtype) @ v_BHSh
+        else:
+            with torch.autocast(q_BHTh.device.type, enabled=False):
+                mixed = F.scaled_dot_product_attention(
+                    q_BHTh.float(), k_BHSh.float(), v_BHSh.float(), attn_mask=bias_B1TS
+                )
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(-2))
         return out
 
