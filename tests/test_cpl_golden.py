@@ -197,4 +197,6 @@ def test_the_terms_of_the_loss_are_the_golden_ones(model, golden):
     assert terms["reconstruction"].item() == close(min(golden.losses))
     assert terms["whole"].item() == close(golden.whole)
     assert terms["diversity"].item() == close(golden.diversity)
-    assert terms["loss"].item() == close(golden.total)
+    # The sum holds the diversity, and so its rounding in fp32, five times.
+    rounding = TOLERANCE * LOSS.diversity_weight
+    assert terms["loss"].item() == pytest.approx(golden.total, rel=0, abs=rounding)

@@ -163,13 +163,14 @@ class GlobalBranch(nn.Module):
         # The prediction position reads every frame and is itself read by none.
         is_frame = torch.ones(1, config.length + 1, dtype=torch.bool, device=frames_BLF.device)
         is_frame[:, -1] = False
-        read_BPD = self.trans.decoder1(
+        read_B1D = self.trans.decoder1(
             frames_BPD,
             padding_bias(is_frame),
             memory=self.trans.decoder1.project_memory(encoded_BTD),
             memory_bias_BS=token_bias_BT,
+            last_only=True,
         )
-        spans_BK2 = self.fc_gauss(read_BPD[:, -1]).float().sigmoid().unflatten(-1, (-1, 2))
+        spans_BK2 = self.fc_gauss(read_B1D[:, 0]).float().sigmoid().unflatten(-1, (-1, 2))
         kept = config.kept_frames
         indices = torch.arange(kept, device=frames_BPD.device) * (config.length - 1) // (kept - 1)
         return Proposals(

@@ -163,13 +163,21 @@ class Layer(nn.Module):
         self_bias_BTT: Tensor,
         memory: KeysValues | None,
         memory_bias_B1S: Tensor | None,
-        copies: int,
+        *,
+        copies: int = 1,
+        last_only: bool = False,
     ) -> Tensor:
         """`copies` > 1: every input sequence becomes so many, which differ in bias only.
 
         Their queries, keys and values are the same and computed once (the first layer's case).
+        last_only: read the last position alone, [B, 1, D]; the others are still its keys.
         """
-        q, k, v = self.self_attn.project(x_BTD)
+        if last_only:
+            k, v = self.self_attn.project_memory(x_BTD)
+            x_BTD, self_bias_BTT = x_BTD[:, -1:], self_bias_BTT[:, -1:]
+            q = self.self_attn.project_queries(x_BTD)
+        else:
+            q, k, v = self.self_attn.project(x_BTD)
         if copies > 1:
             x_BTD, q, k, v = (t.repeat_interleave(copies, dim=0) for t in (x_BTD, q, k, v))
         x_BTD = self.self_attn_layer_norm(
@@ -211,8 +219,9 @@ class Stack(nn.Module):
         memory: list[KeysValues] | None = None,
         memory_bias_BS: Tensor | None = None,
         copies: int = 1,
+        last_only: bool = False,
     ) -> Tensor:
-        """[B, T, D] -> [B·copies, T, D].
+        """[B, T, D] -> [B·copies, T, D], or [B·copies, 1, D] of the last position alone.
 
         key_bias_BT: added to the scores of every key of self-attention ([B·copies, T]).
         memory_bias_BS: the same for cross-attention.
@@ -221,7 +230,14 @@ class Stack(nn.Module):
         if key_bias_BT is not None:
             bias_BTT = bias_BTT + key_bias_BT.unsqueeze(1)
         memory_bias = None if memory_bias_BS is None else memory_bias_BS.unsqueeze(1)
-        for i, layer in enumerate(self._layers()):
-            layer_memory = None if memory is None else memory[i]
-            x_BTD = layer(x_BTD, bias_BTT, layer_memory, memory_bias, copies if i == 0 else 1)
+        layers = self._layers()
+        for i, layer in enumerate(layers):
+            x_BTD = layer(
+                x_BTD,
+                bias_BTT,
+                None if memory is None else memory[i],
+                memory_bias,
+                copies=copies if i == 0 else 1,
+                last_only=last_only and i == len(layers) - 1,
+            )
         return x_BTD
