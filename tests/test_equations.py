@@ -187,14 +187,15 @@ def test_eqs_3_and_8_whole(weight: float, whole: bool) -> None:
     np.testing.assert_allclose(terms["loss"], total + weight * local, rtol=0, atol=5e-4)
 
 
-def test_eq_9_scores() -> None:
+@pytest.mark.parametrize("contrast", [False, True])
+def test_eq_9_scores(contrast: bool) -> None:
     rng = np.random.default_rng(5)
     length = 8
     maps = rng.normal(size=(2, length))
     edges = [(0.0, 1.0), (0.25, 0.5), (0.3, 0.31), (0.1, 0.9), (0.5, 0.5), (1.0, 1.0), (0.99, 1.0)]
     losses = rng.normal(size=(2, len(edges)))
     starts, ends = (torch.tensor([[e[i] for e in edges]] * 2) for i in range(2))
-    activation = mean_activation(torch.tensor(maps), starts, ends)
+    activation = mean_activation(torch.tensor(maps), starts, ends, contrast=contrast)
     scores = proposal_scores(activation, torch.tensor(losses), 3.0)
     for b in range(2):
         for k, (s, e) in enumerate(edges):
@@ -202,7 +203,11 @@ def test_eq_9_scores() -> None:
             first = min(first, length - 1)
             inside = maps[b, first : max(last, first) + 1]
             assert len(inside) >= 1
-            expected = 3.0 * sum(inside) / len(inside) - losses[b, k]
+            mean = sum(inside) / len(inside)
+            if contrast and len(inside) < length:
+                rest = [*maps[b, :first], *maps[b, max(last, first) + 1 :]]
+                mean += sum(maps[b]) / length - sum(rest) / len(rest)
+            expected = 3.0 * mean - losses[b, k]
             np.testing.assert_allclose(scores[b, k], expected, **CLOSE)
 
 

@@ -219,7 +219,8 @@ def test_the_cards_command_gives_the_same_recipe_again(tiny_run):
     settings = [command[i + 1] for i, word in enumerate(command) if word == "--set"]
     model = config["model"]
     shape = {key: model[key] for key in ("feature_dim", "word_dim", "vocabulary_size")}
-    recipe = get_recipe(command[2])(**shape, length=int(options["--length"]))
+    length, queries = int(options["--length"]), config["queries"]
+    recipe = get_recipe(command[2])(**shape, length=length, queries=queries)
     again = recipe.overridden(
         {**parse_settings(settings), "epochs": int(options["--epochs"])}
     ).to_json()

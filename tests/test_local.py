@@ -75,8 +75,8 @@ def test_activation_maps_against_plain_loops(local: LocalConfig) -> None:
     weights = {k: v.double().numpy() for k, v in model.state_dict().items()}
     with torch.no_grad():
         proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-        matched = model.activate(batch.frames_BLF, proposals)
-        pairs = model.activate(batch.frames_BLF, proposals, all_pairs=True)
+        matched = model.activate(batch, proposals)
+        pairs = model.activate(batch, proposals, all_pairs=True)
     features = [
         local_features(
             weights,
@@ -100,12 +100,16 @@ def test_activation_maps_against_plain_loops(local: LocalConfig) -> None:
 
 
 def test_the_query_vector_reads_no_start_and_no_padding() -> None:
-    encoded = torch.randn(2, 5, 4)
-    is_token = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
-    expected = torch.stack([encoded[0, 1:3].mean(0), encoded[1, 1:].mean(0)])
-    assert_close(sentence_vector(encoded, is_token, "mean"), expected)
-    expected = torch.stack([encoded[0, 2], encoded[1, 4]])
-    assert_close(sentence_vector(encoded, is_token, "last"), expected)
+    encoded = torch.randn(3, 5, 4)
+    is_word = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool)
+    content = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    every = [encoded[0, 1:3].mean(0), encoded[1, 1:].mean(0), encoded[2, 1:4].mean(0)]
+    assert_close(sentence_vector(encoded, is_word, content, "mean"), torch.stack(every))
+    last = torch.stack([encoded[0, 2], encoded[1, 4], encoded[2, 3]])
+    assert_close(sentence_vector(encoded, is_word, content, "last"), last)
+    # A content word among the padding is none, and without any all words are read.
+    some = torch.stack([encoded[0, 2], (encoded[1, 1] + encoded[1, 3]) / 2, every[2]])
+    assert_close(sentence_vector(encoded, is_word, content, "content"), some)
 
 
 def test_without_a_local_branch_it_is_cpls_network() -> None:
@@ -152,10 +156,10 @@ def test_the_prediction_position_is_not_a_snippet() -> None:
     model, batch = random_network(), random_batch([4])
     with torch.no_grad():
         proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-        before = model.activate(batch.frames_BLF, proposals)
+        before = model.activate(batch, proposals)
         model.pred_vec.fill_(100.0)
         proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-        assert torch.equal(model.activate(batch.frames_BLF, proposals), before)
+        assert torch.equal(model.activate(batch, proposals), before)
     assert before.shape == (1, TINY.length)
 
 
@@ -184,7 +188,7 @@ def test_bf16_keeps_the_cosines_digits() -> None:
     with torch.no_grad():
         proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
         with torch.autocast("cpu", torch.bfloat16):
-            maps = model.activate(batch.frames_BLF, proposals, all_pairs=True)
+            maps = model.activate(batch, proposals, all_pairs=True)
     assert maps.dtype == torch.float32
     assert not torch.equal(maps, maps.bfloat16().float())
 
@@ -200,7 +204,8 @@ def test_global_answers_are_untouched_by_the_branch() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"depth": 0}, {"kernel": 2}, {"query": "first"}, {"score_weight": -1.0}]
+    "change",
+    [{"depth": 0}, {"kernel": 2}, {"query": "first"}, {"score_weight": -1.0}, {"ranking": "best"}],
 )
 def test_impossible_branches_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(MmdistError, match=next(iter(change))):
@@ -214,7 +219,7 @@ def test_a_dead_branch_gives_zeros_not_nan() -> None:
         torch.nn.init.constant_(parameter, -1.0)
     batch = random_batch([3, 4])
     proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-    maps = model.activate(batch.frames_BLF, proposals, all_pairs=True)
+    maps = model.activate(batch, proposals, all_pairs=True)
     maps.sum().backward()
     assert not maps.any()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +42,16 @@ def test_recipe_baseline_is_the_papers() -> None:
     assert ours.local is not None
     assert (ours.matching.local_weight, ours.local.score_weight) == (4.5, 3.0)  # α, γ
     assert Recipe.from_json(json.loads(json.dumps(ours.to_json()))) == ours
+
+
+@pytest.mark.parametrize("recipe", [cpl, baseline])
+def test_few_queries_take_a_smaller_network_and_nothing_else(recipe: Callable[..., Recipe]) -> None:
+    shape = {"feature_dim": 8, "word_dim": 3, "vocabulary_size": 5, "length": 64}
+    many, few = recipe(**shape, queries=5000), recipe(**shape, queries=4999)
+    assert many == recipe(**shape)
+    assert (many.model.hidden, many.model.dropout) == (256, 0.1)
+    assert (few.model.hidden, few.model.feed_forward, few.model.dropout) == (128, 256, 0.3)
+    assert replace(few, model=many.model) == many
 
 
 def test_without_local_takes_both_its_weights() -> None:

@@ -219,7 +219,7 @@ def command_of(config: Mapping[str, Any]) -> str:
     """The command that trains such a model, with every setting that is not the recipe's own."""
     model, training = config["model"], config["training"]
     shape = {key: model[key] for key in ("feature_dim", "word_dim", "vocabulary_size", "length")}
-    standard = get_recipe(config["name"])(**shape).to_json()
+    standard = get_recipe(config["name"])(**shape, queries=config.get("queries")).to_json()
     changed = {
         key: value
         for part in ("model", "loss", "training", "local", "matching")

@@ -49,10 +49,14 @@ def spans(centers: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
     return (centers - widths / 2).clamp_min(0), (centers + widths / 2).clamp_max(1)
 
 
-def mean_activation(maps_BL: Tensor, starts_BK: Tensor, ends_BK: Tensor) -> Tensor:
+def mean_activation(
+    maps_BL: Tensor, starts_BK: Tensor, ends_BK: Tensor, *, contrast: bool = False
+) -> Tensor:
     """The mean of Eq. 9, [B, K]: of m over the snippets floor(s·L) … ceil(e·L) - 1.
 
-    At least one snippet, the last one for a span at the video's end.
+    At least one snippet, the last one for a span at the video's end. contrast: plus by how much
+    the mean over the rest falls short of the mean over the whole video. Within a video that ranks
+    by inside minus outside; between videos, or windows of one, it still tells which fits at all.
     """
     length = maps_BL.shape[1]
     first_BK1 = (starts_BK * length).floor().clamp_max(length - 1).unsqueeze(-1)
@@ -60,11 +64,18 @@ def mean_activation(maps_BL: Tensor, starts_BK: Tensor, ends_BK: Tensor) -> Tens
     index_L = torch.arange(length, device=maps_BL.device)
     inside_BKL = (index_L >= first_BK1) & (index_L < stop_BK1)
     total_BK = torch.where(inside_BKL, maps_BL.unsqueeze(1), 0).sum(-1)
-    return total_BK / inside_BKL.sum(-1)
+    count_BK = inside_BKL.sum(-1)
+    mean_BK = total_BK / count_BK
+    if not contrast:
+        return mean_BK
+    video_B1 = maps_BL.sum(-1, keepdim=True)
+    rest_BK = (video_B1 - total_BK) / (length - count_BK)
+    short_BK = video_B1 / length - rest_BK
+    return mean_BK + torch.where(count_BK < length, short_BK, 0)
 
 
 def proposal_scores(activation_BK: Tensor, losses_BK: Tensor, weight: float) -> Tensor:
-    """Eq. 9, [B, K]: s_p = γ · mean activation - r_p."""
+    """Eq. 9, [B, K]: s_p = γ · `mean_activation` - r_p."""
     return weight * activation_BK - losses_BK
 
 
@@ -77,8 +88,10 @@ def predict_batch(model: GlobalBranch, batch: Batch) -> Scored:
     losses_BK = mean_reconstruction(model, batch, proposals)
     scores_BK = -losses_BK
     if isinstance(model, GroundingNetwork) and model.score_weight:
-        maps_BL = model.activate(batch.frames_BLF, proposals)
-        activation_BK = mean_activation(maps_BL, *spans(centers_BK, widths_BK))
+        maps_BL = model.activate(batch, proposals)
+        activation_BK = mean_activation(
+            maps_BL, *spans(centers_BK, widths_BK), contrast=model.ranks_by_contrast
+        )
         scores_BK = proposal_scores(activation_BK, losses_BK, model.score_weight)
     return Scored(centers_BK, widths_BK, losses_BK, scores_BK)
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mmdist_e2e.structures import MmdistError
 
 MINIMUM_NORM = 1e-8
+QUERIES = ("content", "mean", "last")
+RANKINGS = ("contrast", "inside")
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,20 @@ class LocalConfig:
 
     depth, kernel: convolutions over positions, a ReLU between two. relu_last: one after the last.
     own_frames: frames through a Linear of their own, not the global branch's.
-    query: "mean" of the words, or the "last" position of the word stack (which has read them all).
+    query: the mean of the "content" words (of all where there is none), the "mean" of all words,
+    or the "last" position of the word stack (which has read them all).
     score_weight: γ of Eq. 9; 0 ranks by reconstruction alone.
+    ranking: what γ multiplies, the mean "inside" a proposal as Eq. 9 has it, or its "contrast" to
+    the rest of the video (`inference.mean_activation`).
     """
 
     depth: int = 2
     kernel: int = 3
     relu_last: bool = False
     own_frames: bool = False
-    query: str = "mean"
+    query: str = "content"
     score_weight: float = 3.0
+    ranking: str = "contrast"
 
     def __post_init__(self) -> None:
         if self.depth < 1 or self.kernel < 1 or self.kernel % 2 == 0:
@@ -39,8 +45,11 @@ class LocalConfig:
                 f"depth must be at least 1 and kernel an odd number; got {self.depth} and "
                 f"{self.kernel}."
             )
-        if self.query not in ("mean", "last"):
-            raise MmdistError(f"query {self.query!r} is unknown; valid: mean, last.")
+        for name, valid in (("query", QUERIES), ("ranking", RANKINGS)):
+            if getattr(self, name) not in valid:
+                raise MmdistError(
+                    f"{name} {getattr(self, name)!r} is unknown; valid: {', '.join(valid)}."
+                )
         if self.score_weight < 0:
             raise MmdistError(f"score_weight must not be negative; got {self.score_weight}.")
 
@@ -69,17 +78,23 @@ class LocalBranch(nn.Module):
         return x_BDL.transpose(1, 2)
 
 
-def sentence_vector(encoded_BTD: Tensor, is_token_BT: Tensor, kind: str) -> Tensor:
-    """The query vector q [B, D], from the word stack's reading [B, T, D] of start and words.
+def sentence_vector(
+    encoded_BTD: Tensor, is_word_BW: Tensor, content_BW: Tensor, kind: str
+) -> Tensor:
+    """The query vector q [B, D], from the word stack's reading [B, W + 1, D] of start and words.
 
-    "mean": over the words, without the start and padding. "last": the last word's position.
+    kind: as `LocalConfig.query`; the start is never read. is_word_BW, content_BW: bool.
     """
     if kind == "last":
         rows = torch.arange(len(encoded_BTD), device=encoded_BTD.device)
-        return encoded_BTD[rows, is_token_BT.sum(1) - 1]
-    is_word_BW1 = is_token_BT[:, 1:, None]
-    words_BWD = torch.where(is_word_BW1, encoded_BTD[:, 1:], 0)
-    return words_BWD.sum(1) / is_word_BW1.sum(1)
+        return encoded_BTD[rows, is_word_BW.sum(1)]
+    read_BW = is_word_BW
+    if kind == "content":
+        read_BW = content_BW & is_word_BW
+        read_BW = torch.where(read_BW.any(1, keepdim=True), read_BW, is_word_BW)
+    read_BW1 = read_BW.unsqueeze(-1)
+    words_BWD = torch.where(read_BW1, encoded_BTD[:, 1:], 0)
+    return words_BWD.sum(1) / read_BW1.sum(1)
 
 
 def activation_maps(local_BLD: Tensor, query_QD: Tensor) -> Tensor:
@@ -88,7 +103,7 @@ def activation_maps(local_BLD: Tensor, query_QD: Tensor) -> Tensor:
     Norms are clamped, so that a position of zeros gives 0. One product for all pairs.
     """
     local, query = (F.normalize(t.float(), dim=-1, eps=MINIMUM_NORM) for t in (local_BLD, query_QD))
-    with torch.autocast(local.device.type, enabled=False):  # a temperature of 0.07 needs digits
+    with torch.autocast(local.device.type, enabled=False):  # a low temperature needs digits
         return query @ local.transpose(1, 2)
 
 

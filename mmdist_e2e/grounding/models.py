@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdist_e2e.grounding.datasets import Batch
 from mmdist_e2e.grounding.local import (
     LocalBranch,
     LocalConfig,
@@ -254,17 +255,21 @@ class GroundingNetwork(GlobalBranch):
         """γ of Eq. 9; 0 without a local branch."""
         return self.local.config.score_weight if self.local else 0.0
 
-    def activate(
-        self, frames_BLF: Tensor, proposals: Proposals, *, all_pairs: bool = False
-    ) -> Tensor:
+    @property
+    def ranks_by_contrast(self) -> bool:
+        """Whether the rest of the video counts when proposals are ranked."""
+        return self.local is not None and self.local.config.ranking == "contrast"
+
+    def activate(self, batch: Batch, proposals: Proposals, *, all_pairs: bool = False) -> Tensor:
         """Eq. 4: activation maps [B, L], or with `all_pairs` [B, B, L] of video i and sentence j.
 
         The query vector is read from the unmasked words without a memory, so it knows no video.
         """
         assert self.local is not None
-        own = self.local.config.own_frames
-        local_BLD = self.local(self._drop(frames_BLF) if own else proposals.frames_BLD)
+        config = self.local.config
+        frames_BLX = self._drop(batch.frames_BLF) if config.own_frames else proposals.frames_BLD
         query_BD = sentence_vector(
-            proposals.encoded_BTD, proposals.is_token_BT, self.local.config.query
+            proposals.encoded_BTD, batch.is_word_BW, batch.content_BW, config.query
         )
-        return (activation_maps if all_pairs else matched_maps)(local_BLD, query_BD)
+        maps = activation_maps if all_pairs else matched_maps
+        return maps(self.local(frames_BLX), query_BD)

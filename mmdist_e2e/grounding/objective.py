@@ -57,8 +57,8 @@ class MatchingConfig:
     """
 
     local_weight: float = 4.5
-    top_divisor: float = 8.0
-    temperature: float = 0.07
+    top_divisor: float = 4.0
+    temperature: float = 0.15
     same_video_negatives: bool = False
     same_sentence_negatives: bool = False
 
@@ -94,7 +94,7 @@ def batch_loss(
     )
     if matching is not None and matching.local_weight:
         assert isinstance(model, GroundingNetwork)
-        maps_BBL = model.activate(batch.frames_BLF, proposals, all_pairs=True)
+        maps_BBL = model.activate(batch, proposals, all_pairs=True)
         terms["local"] = local_term(maps_BBL, batch, matching)
         loss = loss + matching.local_weight * terms["local"]
     return terms | {"loss": loss}

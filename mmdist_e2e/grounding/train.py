@@ -111,6 +111,7 @@ def train_run(
         word_dim=word_vectors.dim,
         vocabulary_size=len(vocabulary),
         length=length,
+        queries=len(train_annotations),
     ).overridden(overrides)
     if not val_annotations and recipe.training.select_by != "last":
         recipe = recipe.overridden({"select_by": "last"})
@@ -133,6 +134,7 @@ def train_run(
     facts = {
         "seed": seed,
         "trained_on": source,
+        "queries": len(train_annotations),
         "selected_by": SELECTED_BY[recipe.training.select_by].format(where),
         "carved": carve if carve and not val_path else None,
         "longest_duration_seconds": max(item.duration_seconds for item in items),
