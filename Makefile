@@ -5,6 +5,7 @@ STAMP := .venv/.installed
 WORK ?= runs/world1
 VIDEOS ?= 1000
 CLIPS ?= 10000
+RECIPES ?= baseline
 SEEDS ?= 0 1 2
 
 .PHONY: help install demo test lint types bench world clean
@@ -43,8 +44,8 @@ bench: $(STAMP)
 
 # Every step goes on where it was; delete $(WORK) to begin anew.
 world: $(STAMP)
-	WORK=$(WORK) VIDEOS=$(VIDEOS) CLIPS=$(CLIPS) SEEDS="$(SEEDS)" \
-	  BIN=$(BIN) bash examples/chain.sh
+	WORK=$(WORK) VIDEOS=$(VIDEOS) CLIPS=$(CLIPS) RECIPES="$(RECIPES)" \
+	  SEEDS="$(SEEDS)" BIN=$(BIN) bash examples/chain.sh
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain of the synthetic world: render, pretrain, extract, train, evaluate.
-# Called by `make world`, which sets WORK, VIDEOS, CLIPS, SEEDS and BIN.
+# Called by `make world`, which sets WORK, VIDEOS, CLIPS, RECIPES, SEEDS and BIN.
 # Every step goes on where a killed run left it.
 set -euo pipefail
 world="$WORK/videos"
@@ -24,16 +24,16 @@ step "extract features"
 step "linear probe"
 "$BIN/python" -m mmdist_e2e.synthetic.probe --world "$world" "${extractors[@]}" \
   --features "$features" --json "$WORK/probe.json"
-runs=()
-for seed in $SEEDS; do
-  step "train cpl, seed $seed"
-  # 128 channels and 12 epochs, where CPL has 256 and 30, so that the chain stays short.
-  "$BIN/mmdist" train cpl --features "$features" --train "$world/world_sta_train.txt" \
-    --val "$world/world_sta_val.txt" --out "$WORK/cpl-$seed" --seed "$seed" \
-    --set hidden=128 --set feed_forward=256 --epochs 12
-  runs+=("$WORK/cpl-$seed")
+for recipe in $RECIPES; do
+  runs=()
+  for seed in $SEEDS; do
+    step "train $recipe, seed $seed"
+    "$BIN/mmdist" train "$recipe" --features "$features" --train "$world/world_sta_train.txt" \
+      --val "$world/world_sta_val.txt" --out "$WORK/$recipe-$seed" --seed "$seed"
+    runs+=("$WORK/$recipe-$seed")
+  done
+  step "evaluate $recipe on the test split"
+  "$BIN/mmdist" evaluate "${runs[@]}" --features "$features" \
+    --annotations "$world/world_sta_test.txt"
 done
-step "evaluate on the test split"
-"$BIN/mmdist" evaluate "${runs[@]}" --features "$features" \
-  --annotations "$world/world_sta_test.txt"
 step "done"

@@ -2,8 +2,8 @@
 
     python examples/ship.py runs/world1
 
-Of the runs the one that is best on validation ships; the card shows the spread over all seeds.
-Without runs only the extractors ship.
+Of the baseline's runs the one that is best on validation ships; the card shows the spread over
+all seeds. Without runs only the extractors ship; without probe.json only the model.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ def ship_model(runs: list[Path]) -> None:
 
 def main() -> None:
     work = Path(sys.argv[1])
-    ship_extractors(work)
-    runs = sorted(path.parent for path in work.glob("cpl-*/config.json"))
+    if (work / "probe.json").is_file():
+        ship_extractors(work)
+    runs = sorted(path.parent for path in work.glob("baseline-*/config.json"))
     if runs:
         ship_model(runs)
 

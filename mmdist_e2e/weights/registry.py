@@ -40,7 +40,7 @@ ENTRIES: dict[str, Entry] = {
     )
 }
 DEFAULT_RGB_EXTRACTOR = "world1-rgb"
-SHIPPED_MODEL = SHIPPED_ROOT / "cpl-world1"
+SHIPPED_MODEL = SHIPPED_ROOT / "baseline-world1"
 
 
 def cache_folder() -> Path:
