@@ -87,7 +87,7 @@ def our_step(precision: str) -> Callable[[], None]:
         feature_dim=FEATURES, word_dim=WORD_DIM, vocabulary_size=VOCABULARY, length=L
     ).overridden({"precision": precision})
     given = inputs()
-    table = FeatureTable((), given["frames"], {}, {}, "rgb")
+    table = FeatureTable((), given["frames"], {}, {"rgb": {}}, {"rgb": FEATURES})
     trainer = Trainer(recipe, [], table, seed=0)
     trainer.model.train()
     every = torch.ones(B, W, dtype=torch.bool)

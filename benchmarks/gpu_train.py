@@ -67,8 +67,8 @@ def main() -> None:
         tuple(f"v{i}" for i in range(VIDEOS)),
         torch.randn(VIDEOS, L, FEATURES, generator=torch.Generator().manual_seed(0)),
         {},
-        {},
-        "rgb",
+        {"rgb": {}},
+        {"rgb": FEATURES},
     )
     recipe = baseline(feature_dim=FEATURES, word_dim=WORD_DIM, vocabulary_size=VOCABULARY, length=L)
     check(recipe, queries, table)

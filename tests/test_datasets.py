@@ -33,7 +33,7 @@ needs_data = pytest.mark.skipif(
 def toy_table(*videos: str, seconds: float | None = 20.0) -> FeatureTable:
     data_VLF = torch.randn(len(videos), 5, 4, generator=torch.Generator().manual_seed(0))
     durations = dict.fromkeys(videos, seconds)
-    return FeatureTable(videos, data_VLF, durations, {"extractor": "toy"}, "rgb")
+    return FeatureTable(videos, data_VLF, durations, {"rgb": {"extractor": "toy"}}, {"rgb": 4})
 
 
 def test_batches_pad_and_keep_the_order() -> None:

@@ -34,14 +34,14 @@ def resampled(rows_SF: np.ndarray, length: int) -> np.ndarray:
 def test_features_of_a_store(tmp_path: Path) -> None:
     for video in ("b", "room/a"):
         save_video(tmp_path, video)
-    table = load_features(tmp_path, ["room/a", "b", "b"], length=5)
+    table = load_features({"rgb": tmp_path}, ["room/a", "b", "b"], length=5)
     assert table.videos == ("b", "room/a")
     assert table.data_VLF.shape == (2, 5, 4)
     assert table.data_VLF.dtype == torch.float32
     stored = FeatureStore(tmp_path).load("room/a", "rgb").data
     np.testing.assert_allclose(table.data_VLF[table.rows["room/a"]], resampled(stored, 5), 1e-5)
     assert table.durations_seconds["b"] == 20.0
-    assert table.matters == {"extractor": "toy"}
+    assert table.matters == {"rgb": {"extractor": "toy"}}
     moved = table.to("meta")
     assert moved.data_VLF.device.type == "meta"
     assert moved.rows == table.rows
@@ -63,18 +63,17 @@ def test_imported_arrays(tmp_path: Path, kind: str, rows: int, length: int) -> N
         (tmp_path / "room").mkdir()
         np.save(tmp_path / "a.npy", half)
         np.save(tmp_path / "room" / "b.npy", double)
-    table = load_features(path, ["a", "room/b"], modality="flow", length=length)
+    table = load_features({"flow": path}, ["a", "room/b"], length=length)
     np.testing.assert_allclose(table.data_VLF[0], resampled(half, length), rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(table.data_VLF[1], resampled(double, length), rtol=2e-6, atol=1e-6)
     assert table.durations_seconds == {"a": None, "room/b": None}
-    assert table.matters == {"extractor": f"external:{kind}"}
-    assert table.modality == "flow"
+    assert table.matters == {"flow": {"extractor": f"external:{kind}"}}
 
 
 def test_videos_without_features_are_counted_and_named(tmp_path: Path) -> None:
     save_video(tmp_path, "v0")
     with pytest.raises(MmdistError, match=r"7 of 8 videos .*\(v1, v2, v3, v4, v5 and 2 more\)"):
-        load_features(tmp_path, [f"v{i}" for i in range(8)], length=5)
+        load_features({"rgb": tmp_path}, [f"v{i}" for i in range(8)], length=5)
 
 
 @pytest.mark.parametrize("unlike", [{"window": 32}, {"channels": 5}])
@@ -82,20 +81,20 @@ def test_features_made_in_two_ways_are_refused(tmp_path: Path, unlike: dict[str,
     save_video(tmp_path, "a")
     save_video(tmp_path, "b", **unlike)
     with pytest.raises(MmdistError, match="not all made in one way: 'b' differs from 'a'"):
-        load_features(tmp_path, ["a", "b"], length=5)
+        load_features({"rgb": tmp_path}, ["a", "b"], length=5)
 
 
 def test_names_may_carry_the_suffix_of_the_video(tmp_path: Path) -> None:
     for name in ("a.mp4", "b", "c.MKV"):
         np.save(tmp_path / f"{name}.npy", np.full((2, 3), ord(name[0]), np.float32))
-    table = load_features(tmp_path, ["a", "b", "c"], length=2)
+    table = load_features({"rgb": tmp_path}, ["a", "b", "c"], length=2)
     assert table.data_VLF[:, 0, 0].tolist() == [97, 98, 99]
     # A name that is the id itself goes before one with a suffix; of two with one, neither does.
     np.save(tmp_path / "a.npy", np.zeros((2, 3), np.float32))
-    assert not load_features(tmp_path, ["a"], length=2).data_VLF.any()
+    assert not load_features({"rgb": tmp_path}, ["a"], length=2).data_VLF.any()
     np.save(tmp_path / "c.avi.npy", np.zeros((2, 3), np.float32))
     with pytest.raises(MmdistError, match=r"both 'c\.MKV' and 'c\.avi'"):
-        load_features(tmp_path, ["b"], length=2)
+        load_features({"rgb": tmp_path}, ["b"], length=2)
 
 
 @pytest.mark.parametrize(
@@ -113,35 +112,35 @@ def test_unusable_arrays_name_their_video(tmp_path: Path, array: np.ndarray, rea
     np.save(tmp_path / "good.npy", np.zeros((2, 3)))
     np.save(tmp_path / "v.npy", array)
     with pytest.raises(MmdistError, match=reason):
-        load_features(tmp_path, ["good", "v"], length=2)
+        load_features({"rgb": tmp_path}, ["good", "v"], length=2)
 
 
 def test_damaged_npy(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.zeros((20, 3)))
     (tmp_path / "v.npy").write_bytes((tmp_path / "v.npy").read_bytes()[:200])
     with pytest.raises(MmdistError, match=r"'v' .*cannot be read"):
-        load_features(tmp_path, ["v"], length=2)
+        load_features({"rgb": tmp_path}, ["v"], length=2)
 
 
 def test_damaged_and_foreign_hdf5(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py", reason="needs the extra hdf5")
     (tmp_path / "bad.hdf5").write_bytes(b"no")
     with pytest.raises(MmdistError, match="not a readable HDF5"):
-        load_features(tmp_path / "bad.hdf5", ["a"], length=7)
+        load_features({"rgb": tmp_path / "bad.hdf5"}, ["a"], length=7)
     with h5py.File(tmp_path / "f.hdf5", "w") as file:
         file["a/i3d_features"] = np.zeros((2, 3))
     with pytest.raises(MmdistError, match=r"'a' .*holds i3d_features and not c3d_features"):
-        load_features(tmp_path / "f.hdf5", ["a"], length=7)
+        load_features({"rgb": tmp_path / "f.hdf5"}, ["a"], length=7)
 
 
 def test_places_without_features(tmp_path: Path) -> None:
     with pytest.raises(MmdistError, match="no features at"):
-        load_features(tmp_path / "none", ["a"], length=2)
+        load_features({"rgb": tmp_path / "none"}, ["a"], length=2)
     with pytest.raises(MmdistError, match="holds no rgb features; it needs"):
-        load_features(tmp_path, ["a"], length=2)
+        load_features({"rgb": tmp_path}, ["a"], length=2)
     save_video(tmp_path, "a")
     with pytest.raises(MmdistError, match="no flow features, only rgb"):
-        load_features(tmp_path, ["a"], modality="flow", length=2)
+        load_features({"flow": tmp_path}, ["a"], length=2)
 
 
 @pytest.mark.skipif("MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files")
@@ -151,5 +150,5 @@ def test_real_features() -> None:
     with open_features(path) as source:
         assert len(source.names) == 897
         raw = source.array("3MSZA")
-    table = load_features(path, ["3MSZA"], length=50)
+    table = load_features({"rgb": path}, ["3MSZA"], length=50)
     np.testing.assert_allclose(table.data_VLF[0], resampled(raw, 50), rtol=1e-3, atol=1e-5)

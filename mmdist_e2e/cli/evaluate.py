@@ -15,6 +15,9 @@ from mmdist_e2e.structures import MmdistError
 @click.command("evaluate")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--features", required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--flow-features", type=click.Path(path_type=Path), help="Where flow lies, if not beside RGB."
+)
 @click.option("--annotations", required=True, type=click.Path(path_type=Path))
 @click.option(
     "--durations",
@@ -34,6 +37,7 @@ from mmdist_e2e.structures import MmdistError
 def evaluate_command(
     runs: tuple[Path, ...],
     features: Path,
+    flow_features: Path | None,
     annotations: Path,
     durations: Path | None,
     protocol: str,
@@ -58,6 +62,7 @@ def evaluate_command(
             evaluate_run(
                 run,
                 features_path=features,
+                flow_features_path=flow_features,
                 annotations_path=annotations,
                 durations=durations,
                 protocol=protocol,

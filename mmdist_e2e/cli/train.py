@@ -10,9 +10,11 @@ from typing import Any
 import click
 
 from mmdist_e2e.cli.display import StepDisplay, results
+from mmdist_e2e.cli.extract import parse_modalities
 from mmdist_e2e.structures import MmdistError
 
 PATH = click.Path(path_type=Path)
+Option = Callable[[click.Command], click.Command]
 HELP = """\
 The checkpoint is the epoch that is best on --val, or without it on a part of the training videos;
 the last line says which. To compare settings on annotations that choose nothing, train without
@@ -30,6 +32,7 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of every recipe, in the order of the help."""
     options = (
         click.option("--features", required=True, type=PATH, help="Store, HDF5 or npy folder."),
+        click.option("--flow-features", type=PATH, help="Where flow lies, if not beside RGB."),
         click.option("--train", "train_path", required=True, type=PATH, help="Annotations."),
         click.option(
             "--val",
@@ -74,27 +77,44 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def recipe_command(recipe: str, what: str) -> click.Command:
-    """`mmdist train RECIPE`."""
+def recipe_command(recipe: str, what: str, *more: Option, modality: str = "rgb") -> click.Command:
+    """`mmdist train RECIPE`, with options of its own."""
 
     @click.command(recipe, help=f"Train the `{recipe}` recipe: {what}.\n\n{HELP}")
     @training_options
+    @click.option(
+        "--modality",
+        default=modality,
+        show_default=True,
+        help="What the network reads: rgb, flow or rgb,flow.",
+    )
     def command(**options: Any) -> None:
         _train(recipe, **options)
 
+    for option in more:
+        command = option(command)
     return command
 
 
-train_group.add_command(recipe_command("cpl", "the global branch alone (CPL)"))
-train_group.add_command(
-    recipe_command("baseline", "the global and the local branch (the paper's baseline)")
+TEACHER = click.option(
+    "--teacher", type=PATH, required=True, help="The run of a teacher to learn from."
 )
+for _command in (
+    recipe_command("cpl", "the global branch alone (CPL)"),
+    recipe_command("baseline", "the global and the local branch (the paper's baseline)"),
+    recipe_command("teacher", "two modalities that teach each other", modality="rgb,flow"),
+    recipe_command("student", "the baseline's network, taught by a teacher", TEACHER),
+):
+    train_group.add_command(_command)
 
 
 def _train(
     recipe: str,
     *,
     features: Path,
+    flow_features: Path | None,
+    modality: str,
+    teacher: Path | None = None,
     train_path: Path,
     val_path: Path | None,
     carve: float | None,
@@ -122,6 +142,9 @@ def _train(
         summary = train_run(
             recipe_name=recipe,
             features_path=features,
+            flow_features_path=flow_features,
+            modalities=parse_modalities(modality),
+            teacher=teacher,
             train_path=train_path,
             val_path=val_path,
             carve=CARVED_FRACTION if carve is None else carve,

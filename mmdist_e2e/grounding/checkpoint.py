@@ -51,8 +51,8 @@ class GroundingModel:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that `answer` needs."""
-        return tuple(self.config["features"])
+        """The modalities that `answer` needs, in the order of the network's channels."""
+        return tuple(self.config.get("modalities", self.config["features"]))
 
     @property
     def matters(self) -> Mapping[str, Mapping[str, Any]]:
@@ -67,6 +67,11 @@ class GroundingModel:
             f"{self.recipe.name} (seed {self.config['seed']}, {', '.join(self.modalities)}, "
             f"{self.recipe.model.hidden} channels), trained on {self.config['trained_on']}"
         )
+
+    def check_table(self, table: FeatureTable) -> None:
+        """`check_features` of every modality."""
+        for modality, matters in table.matters.items():
+            self.check_features(modality, matters)
 
     def check_features(self, modality: str, matters: Mapping[str, Any]) -> None:
         """Raises MmdistError when features were made unlike those of training, saying how."""
@@ -101,19 +106,20 @@ class GroundingModel:
         for features of another kind and as `check_query`. The answer depends on no seed.
         """
         sentence = self.check_query(query)
-        (modality,) = self.modalities
-        if modality not in features:
+        missing = [modality for modality in self.modalities if modality not in features]
+        if missing:
             raise MmdistError(
-                f"This model needs {modality} features; these are "
+                f"This model needs {' and '.join(missing)} features; these are "
                 f"{', '.join(sorted(features)) or 'none'}."
             )
-        given = features[modality]
-        self.check_features(modality, given.provenance.matters)
+        given = [features[modality] for modality in self.modalities]
+        for each in given:
+            self.check_features(each.modality, each.provenance.matters)
         longest = float(self.config["longest_duration_seconds"])
-        starts = window_starts(given.duration_seconds, longest)
+        starts = window_starts(given[0].duration_seconds, longest)
         if len(starts) == 1:
             return self._read([given], sentence)[0]
-        windows = [cut(given, start, longest) for start in starts]
+        windows = [[cut(each, start, longest) for each in given] for start in starts]
         return merge(
             [
                 Moment(moment.start + start, moment.end + start, moment.score)
@@ -122,19 +128,22 @@ class GroundingModel:
             ]
         )
 
-    def _read(self, videos: Sequence[Features], sentence: Sentence) -> list[list[Moment]]:
-        """K moments of each video, best first."""
+    def _read(self, videos: Sequence[Sequence[Features]], sentence: Sentence) -> list[list[Moment]]:
+        """K moments of each video, best first; of a video its modalities, in the model's order."""
         self.model.eval()
         answers = []
         for begin in range(0, len(videos), INFERENCE_BATCH):
             some = videos[begin : begin + INFERENCE_BATCH]
-            data_BLF = np.stack([v.resample(self.recipe.model.length).data for v in some])
+            length = self.recipe.model.length
+            data_BLF = np.stack(
+                [np.concatenate([m.resample(length).data for m in v], axis=1) for v in some]
+            )
             frames_BLF = torch.from_numpy(data_BLF).to(self.model.mask_vec.device)
             ranked = rank(predict_batch(self.model, collate([sentence] * len(some), frames_BLF)))
             for video, starts, ends, scores in zip(
                 some, ranked.starts, ranked.ends, ranked.scores, strict=True
             ):
-                seconds = video.duration_seconds
+                seconds = video[0].duration_seconds
                 answers.append(
                     [
                         Moment(float(s) * seconds, float(e) * seconds, float(score))
@@ -169,7 +178,8 @@ def save_checkpoint(
         "format": FORMAT,
         "kind": "grounding",
         **recipe.to_json(),
-        "features": {table.modality: dict(table.matters)},
+        "modalities": list(table.matters),  # in order, which the keys of an object have not
+        "features": {modality: dict(matters) for modality, matters in table.matters.items()},
         "word_vectors": {"name": vectors.name, "dim": vectors.dim, "digest": vectors.digest},
         **facts,
     }
@@ -191,7 +201,7 @@ def load_checkpoint(folder: Path) -> GroundingModel:
         recipe = Recipe.from_json(config)
         vectors = _vectors_of(folder, config["word_vectors"])
         weights = load_file(folder / MODEL)
-        model = GroundingNetwork(recipe.model, recipe.local)
+        model = recipe.network()
         model.load_state_dict(weights, strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, MmdistError):
@@ -219,12 +229,15 @@ def command_of(config: Mapping[str, Any]) -> str:
     """The command that trains such a model, with every setting that is not the recipe's own."""
     model, training = config["model"], config["training"]
     shape = {key: model[key] for key in ("feature_dim", "word_dim", "vocabulary_size", "length")}
-    standard = get_recipe(config["name"])(**shape, queries=config.get("queries")).to_json()
+    channels = config.get("mutual", {}).get("channels", ())
+    standard = get_recipe(config["name"])(
+        **shape, queries=config.get("queries"), channels=channels
+    ).to_json()
     changed = {
         key: value
-        for part in ("model", "loss", "training", "local", "matching")
+        for part in ("model", "loss", "training", "local", "matching", "mutual", "distill")
         for key, value in config.get(part, {}).items()
-        if value != standard[part][key] and standard[part][key] is not None
+        if value != standard[part][key] and standard[part][key] is not None and key != "channels"
     }
     epochs = changed.pop("epochs", training["epochs"])
     words = ["mmdist train", config["name"], f"--length {model['length']}", f"--epochs {epochs}"]

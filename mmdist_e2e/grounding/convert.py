@@ -256,9 +256,9 @@ def convert_cpl(
         "longest_duration_seconds": dataset.longest_seconds,
         "converted_from": {"sha256": sha256, "released": is_released, "updates": released.updates},
     }
-    table = FeatureTable(
-        (), torch.empty(0, recipe.model.length, recipe.model.feature_dim), {}, matters, modality
-    )
+    channels = recipe.model.feature_dim
+    none_VLF = torch.empty(0, recipe.model.length, channels)
+    table = FeatureTable((), none_VLF, {}, {modality: matters}, {modality: channels})
     save_checkpoint(
         out, model=model, recipe=recipe, vocabulary=vocabulary, table=table, facts=facts
     )

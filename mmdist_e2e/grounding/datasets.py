@@ -89,7 +89,8 @@ class Batch:
     """frames_BLF, words_BWE float32; ids_BW int64; is_word_BW, content_BW bool (False: padding).
 
     videos_B, sentences_B int64: equal numbers where two members share a video, or a sentence.
-    Left out, all videos and sentences count as different.
+    Left out, all videos and sentences count as different. items_B: where the members stand among
+    the items, by default from 0.
     """
 
     frames_BLF: Tensor
@@ -99,17 +100,21 @@ class Batch:
     content_BW: Tensor
     videos_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     sentences_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    items_B: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def __post_init__(self) -> None:
         each_B = torch.arange(len(self.frames_BLF), device=self.frames_BLF.device)
-        for name in ("videos_B", "sentences_B"):
+        for name in ("videos_B", "sentences_B", "items_B"):
             if not len(getattr(self, name)):
                 object.__setattr__(self, name, each_B)
             assert getattr(self, name).shape == each_B.shape
 
 
 def collate(
-    sentences: Sequence[Sentence], frames_BLF: Tensor, videos_B: Tensor | None = None
+    sentences: Sequence[Sentence],
+    frames_BLF: Tensor,
+    videos_B: Tensor | None = None,
+    items_B: Tensor | None = None,
 ) -> Batch:
     """Pad sentences to the longest of them; the batch lies where `frames_BLF` does."""
     longest = max(len(s.tokens) for s in sentences)
@@ -129,9 +134,17 @@ def collate(
     words_BWE, ids_BW, is_word_BW, content_BW, sentences_B = (
         torch.from_numpy(array).to(device) for array in (words, ids, is_word, content, same)
     )
-    if videos_B is None:
-        videos_B = torch.arange(len(sentences), device=device)
-    return Batch(frames_BLF, words_BWE, ids_BW, is_word_BW, content_BW, videos_B, sentences_B)
+    each_B = torch.arange(len(sentences), device=device)
+    return Batch(
+        frames_BLF,
+        words_BWE,
+        ids_BW,
+        is_word_BW,
+        content_BW,
+        each_B if videos_B is None else videos_B,
+        sentences_B,
+        each_B if items_B is None else items_B,
+    )
 
 
 def batches(
@@ -139,9 +152,13 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of `size` items in this order, on the table's device; the last may be smaller."""
     for begin in range(0, len(order), size):
-        chosen = [items[i] for i in order[begin : begin + size]]
-        rows_B = torch.tensor([item.row for item in chosen], device=table.data_VLF.device)
-        yield collate([item.sentence for item in chosen], table.data_VLF[rows_B], rows_B)
+        indices = order[begin : begin + size]
+        chosen = [items[i] for i in indices]
+        device = table.data_VLF.device
+        rows_B, items_B = (
+            torch.tensor(numbers, device=device) for numbers in ([i.row for i in chosen], indices)
+        )
+        yield collate([item.sentence for item in chosen], table.data_VLF[rows_B], rows_B, items_B)
 
 
 def draw_masks(batch: Batch, generator: torch.Generator) -> Tensor:

@@ -25,8 +25,10 @@ from mmdist_e2e.grounding.datasets import (
     make_items,
     protocol_of,
 )
+from mmdist_e2e.grounding.features import places_of
 from mmdist_e2e.grounding.inference import Predictions, Progress, predict
 from mmdist_e2e.grounding.models import GroundingNetwork
+from mmdist_e2e.grounding.recipes import Recipe
 from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 
@@ -127,6 +129,7 @@ def with_shuffled_queries(items: Sequence[Item]) -> list[Item]:
 
 def evaluate_items(
     model: GroundingNetwork,
+    recipe: Recipe,
     items: Sequence[Item],
     table: FeatureTable,
     *,
@@ -139,8 +142,7 @@ def evaluate_items(
     shuffled = predict(model, with_shuffled_queries(items), table, progress=progress)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        local = model.local.config if model.local else None
-        untrained_model = GroundingNetwork(model.config, local).to(table.data_VLF.device)
+        untrained_model = recipe.network().to(table.data_VLF.device)
     untrained = predict(untrained_model, items, table, progress=progress)
     result = {
         "metrics": recall_metrics(iou_QK),
@@ -189,6 +191,7 @@ def evaluate_run(
     *,
     features_path: Path,
     annotations_path: Path,
+    flow_features_path: Path | None = None,
     durations: Path | None = None,
     protocol: str = "official",
     out: Path | None = None,
@@ -198,22 +201,24 @@ def evaluate_run(
     """Evaluate a checkpoint folder on annotations; metrics, controls and what they are of.
 
     Writes `out`/predictions.jsonl and metrics.json (default: `RUN/evaluations/NAME`, of the
-    annotation file's name). Raises MmdistError for files that do not fit together.
+    annotation file's name). flow_features_path: where flow lies, if not beside RGB.
+    Raises MmdistError for files that do not fit together.
     """
     from mmdist_e2e.grounding.checkpoint import load_checkpoint  # it answers; this scores
 
     trained = load_checkpoint(run)
     annotations = load_annotations(annotations_path, durations=durations, protocol=protocol)
-    (modality,) = trained.modalities
     table = load_features(
-        features_path,
+        places_of(trained.modalities, features_path, flow_features_path),
         [a.video for a in annotations],
-        modality=modality,
         length=trained.recipe.model.length,
     ).to(device)
-    trained.check_features(modality, table.matters)
+    trained.check_table(table)
     items = make_items(annotations, table, trained.vocabulary)
-    result, predictions = evaluate_items(trained.model.to(device), items, table, progress=progress)
+    trained.model.to(device)
+    result, predictions = evaluate_items(
+        trained.model, trained.recipe, items, table, progress=progress
+    )
     result |= {
         "protocol": protocol_of(
             annotations_path,

@@ -27,15 +27,21 @@ GROUP_KEY = "c3d_features"  # where the published ActivityNet features keep a vi
 class FeatureTable:
     """Features of many videos at L positions, resident as one tensor.
 
-    data_VLF float32. matters: the provenance all of them share, which a model must agree with.
+    data_VLF float32; of several modalities it holds one after the other along the channels.
     durations_seconds: None where the features do not know (HDF5, .npy).
+    matters: by modality, in the order of the channels, the provenance that all videos share and
+    that a model must agree with. channels: how many each has.
     """
 
     videos: tuple[str, ...]
     data_VLF: Tensor
     durations_seconds: Mapping[str, float | None]
-    matters: Mapping[str, Any]
-    modality: str
+    matters: Mapping[str, Mapping[str, Any]]
+    channels: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        assert list(self.matters) == list(self.channels)
+        assert sum(self.channels.values()) == self.data_VLF.shape[2]
 
     @property
     def rows(self) -> dict[str, int]:
@@ -44,6 +50,22 @@ class FeatureTable:
     def to(self, device: torch.device | str) -> FeatureTable:
         """The same table with its tensor on another device."""
         return replace(self, data_VLF=self.data_VLF.to(device))
+
+    def only(self, modalities: Sequence[str]) -> FeatureTable:
+        """The same videos with some of the modalities, in this order."""
+        parts = dict(
+            zip(
+                self.channels,
+                torch.split(self.data_VLF, list(self.channels.values()), dim=2),
+                strict=True,
+            )
+        )
+        return replace(
+            self,
+            data_VLF=torch.cat([parts[m] for m in modalities], dim=2),
+            matters={m: self.matters[m] for m in modalities},
+            channels={m: self.channels[m] for m in modalities},
+        )
 
 
 @dataclass(frozen=True)
@@ -181,15 +203,42 @@ def _by_id(path: Path, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def places_of(
+    modalities: Sequence[str], features_path: Path, flow_features_path: Path | None
+) -> dict[str, Path]:
+    """Where each modality lies: all in one place, or flow in one of its own."""
+    own = {"flow": flow_features_path} if flow_features_path is not None else {}
+    return {modality: own.get(modality, features_path) for modality in modalities}
+
+
 def load_features(
-    path: Path, videos: Sequence[str], *, modality: str = "rgb", length: int
+    places: Mapping[str, Path], videos: Sequence[str], *, length: int
 ) -> FeatureTable:
     """Features of `videos`, resampled to `length`, from any place that `open_features` opens.
 
+    places: by modality, in the order in which the channels shall stand.
     Raises MmdistError when videos lack features (how many, and which first), when their features
     were not made in one way, and when one is unreadable or not finite.
     """
     wanted = sorted(set(videos))
+    tables = [_load(path, wanted, modality, length) for modality, path in places.items()]
+    durations = {
+        video: next(
+            (t.durations_seconds[video] for t in tables if t.durations_seconds[video]), None
+        )
+        for video in wanted
+    }
+    return FeatureTable(
+        videos=tuple(wanted),
+        data_VLF=torch.cat([t.data_VLF for t in tables], dim=2),
+        durations_seconds=durations,
+        matters={m: dict(t.matters[m]) for t in tables for m in t.matters},
+        channels={m: t.channels[m] for t in tables for m in t.channels},
+    )
+
+
+def _load(path: Path, wanted: Sequence[str], modality: str, length: int) -> FeatureTable:
+    """One modality of `load_features`."""
     with open_features(path, modality) as source:
         missing = [video for video in wanted if video not in source.names]
         if missing:
@@ -215,6 +264,6 @@ def load_features(
         videos=tuple(wanted),
         data_VLF=torch.from_numpy(data_VLF),
         durations_seconds=durations,
-        matters=dict(first.provenance.matters),
-        modality=modality,
+        matters={modality: dict(first.provenance.matters)},
+        channels={modality: data_VLF.shape[2]},
     )

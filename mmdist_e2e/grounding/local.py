@@ -5,6 +5,7 @@ Shape suffixes: B videos, Q sentences, L positions, F feature channels, D channe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,3 +113,8 @@ def matched_maps(local_BLD: Tensor, query_BD: Tensor) -> Tensor:
     return F.cosine_similarity(
         local_BLD.float(), query_BD.float().unsqueeze(1), dim=-1, eps=MINIMUM_NORM
     )
+
+
+def mean_map(maps: Sequence[Tensor]) -> Tensor:
+    """Eq. 13: m_T, the mean of the modalities' maps; of one modality its own."""
+    return maps[0] if len(maps) == 1 else torch.stack(list(maps)).mean(0)

@@ -98,3 +98,30 @@ def match_log_probability(fit_BB: Tensor, temperature: float, negatives_BB: Tens
 def local_loss(log_p_B: Tensor) -> Tensor:
     """Eq. 7, a scalar: -(1/N) Σ_j log p_j."""
     return -log_p_B.mean()
+
+
+def map_distance(maps_BL: Tensor, reference_BL: Tensor, kind: str) -> Tensor:
+    """φ of Eqs. 11 and 14, a scalar: |m - m'| ("l1") or (m - m')² ("l2"), mean over B and L.
+
+    The reference gets no gradient.
+    """
+    difference_BL = maps_BL - reference_BL.detach()
+    return (difference_BL.abs() if kind == "l1" else difference_BL.square()).mean()
+
+
+def mutual_loss(first_BL: Tensor, second_BL: Tensor, kind: str) -> Tensor:
+    """Eq. 14, a scalar: φ(m_1, δ(m_2)) + φ(m_2, δ(m_1)), δ stopping the gradient."""
+    return map_distance(first_BL, second_BL, kind) + map_distance(second_BL, first_BL, kind)
+
+
+def nearest_span(
+    centers_BK: Tensor, widths_BK: Tensor, center_B: Tensor, width_B: Tensor
+) -> Tensor:
+    """[B]: the proposal of highest IoU with a span, both cut at the video's ends."""
+    starts_BK, ends_BK = (centers_BK - widths_BK / 2), (centers_BK + widths_BK / 2)
+    start_B1 = (center_B - width_B / 2).clamp_min(0).unsqueeze(1)
+    end_B1 = (center_B + width_B / 2).clamp_max(1).unsqueeze(1)
+    starts_BK, ends_BK = starts_BK.clamp_min(0), ends_BK.clamp_max(1)
+    shared_BK = (torch.minimum(ends_BK, end_B1) - torch.maximum(starts_BK, start_B1)).clamp_min(0)
+    union_BK = (ends_BK - starts_BK) + (end_B1 - start_B1) - shared_BK
+    return (shared_BK / union_BK.clamp_min(torch.finfo(union_BK.dtype).tiny)).argmax(dim=1)

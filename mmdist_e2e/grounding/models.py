@@ -8,7 +8,8 @@ K proposals, M masks (whatever they are), N kept frames, V output words + 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from mmdist_e2e.grounding.local import (
     LocalConfig,
     activation_maps,
     matched_maps,
+    mean_map,
     sentence_vector,
 )
 from mmdist_e2e.grounding.modules import (
@@ -238,38 +240,69 @@ class GlobalBranch(nn.Module):
 
 
 class GroundingNetwork(GlobalBranch):
-    """The network of the baseline and the student: a global branch, and a local one if configured.
+    """The network of baseline, student and teacher: a global branch, local ones if configured.
 
-    Without it this is CPL's network with CPL's keys. The global branch is made first, so that one
-    seed gives both networks the same weights there.
+    local: without it this is CPL's network with CPL's keys. The global branch is made first, so
+    that one seed gives all networks the same weights there.
+    channels: of the teacher, how many of F each modality has. The global branch reads them all
+    through one Linear; each has a local branch with a Linear and convolutions of its own.
     """
 
-    def __init__(self, config: GlobalConfig, local: LocalConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: GlobalConfig,
+        local: LocalConfig | None = None,
+        channels: Sequence[int] = (),
+    ) -> None:
         super().__init__(config)
-        self.local: LocalBranch | None = None
-        if local is not None:
+        self.local_config, self.channels = local, tuple(channels)
+        self.local: LocalBranch | nn.ModuleList | None = None
+        if local is not None and not channels:
             self.local = LocalBranch(local, feature_dim=config.feature_dim, hidden=config.hidden)
+        elif local is not None:
+            assert sum(channels) == config.feature_dim
+            own = replace(local, own_frames=True)
+            self.local = nn.ModuleList(
+                LocalBranch(own, feature_dim=each, hidden=config.hidden) for each in channels
+            )
 
     @property
     def score_weight(self) -> float:
         """γ of Eq. 9; 0 without a local branch."""
-        return self.local.config.score_weight if self.local else 0.0
+        return self.local_config.score_weight if self.local_config else 0.0
 
     @property
     def ranks_by_contrast(self) -> bool:
         """Whether the rest of the video counts when proposals are ranked."""
-        return self.local is not None and self.local.config.ranking == "contrast"
+        return self.local_config is not None and self.local_config.ranking == "contrast"
 
     def activate(self, batch: Batch, proposals: Proposals, *, all_pairs: bool = False) -> Tensor:
         """Eq. 4: activation maps [B, L], or with `all_pairs` [B, B, L] of video i and sentence j.
 
-        The query vector is read from the unmasked words without a memory, so it knows no video.
+        Of several modalities their mean, m_T of Eq. 13.
+        """
+        return mean_map(self.activate_each(batch, proposals, all_pairs=all_pairs))
+
+    def activate_each(
+        self, batch: Batch, proposals: Proposals, *, all_pairs: bool = False
+    ) -> list[Tensor]:
+        """`activate` of every modality on its own.
+
+        The query vector is read from the unmasked words without a memory, so it knows no video;
+        the modalities share it.
         """
         assert self.local is not None
-        config = self.local.config
-        frames_BLX = self._drop(batch.frames_BLF) if config.own_frames else proposals.frames_BLD
+        assert self.local_config is not None
         query_BD = sentence_vector(
-            proposals.encoded_BTD, batch.is_word_BW, batch.content_BW, config.query
+            proposals.encoded_BTD, batch.is_word_BW, batch.content_BW, self.local_config.query
         )
         maps = activation_maps if all_pairs else matched_maps
-        return maps(self.local(frames_BLX), query_BD)
+        if isinstance(self.local, LocalBranch):
+            own = self.local_config.own_frames
+            frames_BLX = self._drop(batch.frames_BLF) if own else proposals.frames_BLD
+            return [maps(self.local(frames_BLX), query_BD)]
+        parts = torch.split(self._drop(batch.frames_BLF), list(self.channels), dim=-1)
+        return [
+            maps(local(part_BLF), query_BD)
+            for local, part_BLF in zip(self.local, parts, strict=True)
+        ]

@@ -5,18 +5,23 @@ Shape suffixes: B batch, M masks, K proposals, W words, N grid positions, L posi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mmdist_e2e.grounding.datasets import Batch
+from mmdist_e2e.grounding.local import mean_map
 from mmdist_e2e.grounding.losses import (
     best_proposal,
     diversity_loss,
     hinge,
     local_loss,
+    map_distance,
     match_log_probability,
+    mutual_loss,
+    nearest_span,
     negative_pairs,
     reconstruction_loss,
     scored_words,
@@ -24,6 +29,8 @@ from mmdist_e2e.grounding.losses import (
 )
 from mmdist_e2e.grounding.models import GlobalBranch, GroundingNetwork, Proposals
 from mmdist_e2e.structures import MmdistError
+
+DISTANCES = ("l1", "l2")
 
 
 @dataclass(frozen=True)
@@ -70,21 +77,92 @@ class MatchingConfig:
             )
 
 
+@dataclass(frozen=True)
+class MutualConfig:
+    """The teacher's local branches, Eqs. 13 and 14.
+
+    channels: of each modality, in the order of the features. mutual_weight: μ; 0 switches L_mutual
+    off. mutual_distance: φ, "l1" or "l2". taught_map: what L_local is of, the "mean" map m_T or
+    the mean over "each" modality's own.
+    """
+
+    channels: tuple[int, ...]
+    mutual_weight: float = 1.0
+    mutual_distance: str = "l1"
+    taught_map: str = "mean"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))  # JSON knows lists alone
+        _one_of("mutual_distance", self.mutual_distance, DISTANCES)
+        _one_of("taught_map", self.taught_map, ("mean", "each"))
+        if len(self.channels) != 2:
+            raise MmdistError(
+                f"A teacher reads two modalities; these features have {len(self.channels)}."
+            )
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What a student takes from its teacher, Eqs. 10-12.
+
+    distill_weight: β. distill_global, distill_local: switches of Eqs. 10 and 11.
+    student_proposal: which one learns that it is right: that of highest "iou" with the teacher's
+    moment, the one of the same "index", or the "teacher"'s own span. distill_distance: φ.
+    """
+
+    distill_weight: float = 0.9
+    distill_global: bool = True
+    distill_local: bool = True
+    student_proposal: str = "iou"
+    distill_distance: str = "l1"
+
+    def __post_init__(self) -> None:
+        _one_of("student_proposal", self.student_proposal, ("iou", "index", "teacher"))
+        _one_of("distill_distance", self.distill_distance, DISTANCES)
+        if self.distill_weight < 0:
+            raise MmdistError(f"distill_weight must not be negative; got {self.distill_weight}.")
+
+
+def _one_of(name: str, value: str, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise MmdistError(f"{name} {value!r} is unknown; valid: {', '.join(valid)}.")
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A teacher's answers to a batch: k^T int64, its span in units of the video, and m^T."""
+
+    proposals_B: Tensor
+    centers_B: Tensor
+    widths_B: Tensor
+    maps_BL: Tensor
+
+
 def batch_loss(
     model: GlobalBranch,
     batch: Batch,
     masked_BW: Tensor,
     config: LossConfig,
     matching: MatchingConfig | None = None,
+    mutual: MutualConfig | None = None,
+    distill: DistillConfig | None = None,
+    taught: Taught | None = None,
     *,
     ratio: float,
 ) -> dict[str, Tensor]:
-    """Eq. 8: every term of a batch (scalars) and their weighted sum as `loss`.
+    """Eqs. 8, 12 and the teacher's: every term of a batch (scalars), their weighted sum as `loss`.
 
     masked_BW: the words hidden from reconstruction. ratio: how far CPL's negatives reach.
+    taught: the teacher's answers, with `distill`.
     """
     proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-    terms = global_terms(model, proposals, batch.ids_BW, masked_BW, config, ratio=ratio)
+    pseudo = None
+    if distill is not None and distill.distill_global:
+        assert taught is not None
+        pseudo = pseudo_span(proposals, taught, distill.student_proposal)
+    terms = global_terms(
+        model, proposals, batch.ids_BW, masked_BW, config, ratio=ratio, pseudo=pseudo
+    )
     hinges = [terms[name] for name in terms if name.startswith("hinge")]
     loss = (
         config.reconstruction_weight * terms["reconstruction"]
@@ -94,10 +172,39 @@ def batch_loss(
     )
     if matching is not None and matching.local_weight:
         assert isinstance(model, GroundingNetwork)
-        maps_BBL = model.activate(batch, proposals, all_pairs=True)
-        terms["local"] = local_term(maps_BBL, batch, matching)
+        maps = model.activate_each(batch, proposals, all_pairs=True)
+        apart = mutual is not None and mutual.taught_map == "each"
+        each = [local_term(m, batch, matching) for m in (maps if apart else [mean_map(maps)])]
+        terms["local"] = torch.stack(each).mean()
         loss = loss + matching.local_weight * terms["local"]
+        own = [maps_BBL.diagonal().T for maps_BBL in maps]  # [B, L] of the matched pairs
+        if mutual is not None and mutual.mutual_weight:
+            terms["mutual"] = mutual_loss(own[0], own[1], mutual.mutual_distance)
+            loss = loss + mutual.mutual_weight * terms["mutual"]
+        if distill is not None and distill.distill_local:
+            assert taught is not None
+            terms["distill_local"] = map_distance(
+                mean_map(own), taught.maps_BL, distill.distill_distance
+            )
+            weight = distill.distill_weight * matching.local_weight
+            loss = loss + weight * terms["distill_local"]
+    if distill is not None and distill.distill_global:
+        loss = loss + distill.distill_weight * terms["distill_global"]
     return terms | {"loss": loss}
+
+
+def pseudo_span(proposals: Proposals, taught: Taught, kind: str) -> tuple[Tensor, Tensor]:
+    """Center and width [B] of what the student takes for right; of its own with gradient."""
+    if kind == "teacher":
+        return taught.centers_B, taught.widths_B
+    centers_BK, widths_BK = proposals.centers_BK, proposals.widths_BK
+    chosen_B = taught.proposals_B
+    if kind == "iou":
+        chosen_B = nearest_span(
+            centers_BK.detach(), widths_BK.detach(), taught.centers_B, taught.widths_B
+        )
+    rows = torch.arange(len(chosen_B), device=chosen_B.device)
+    return centers_BK[rows, chosen_B], widths_BK[rows, chosen_B]
 
 
 def global_terms(
@@ -108,8 +215,9 @@ def global_terms(
     config: LossConfig,
     *,
     ratio: float,
+    pseudo: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The terms of Eq. 3, CPL's hinges to its negatives and its diversity.
+    """The terms of Eq. 3, CPL's hinges to its negatives and its diversity; Eq. 10 of `pseudo`.
 
     k* is chosen without gradient and without dropout; then only what enters the loss is computed
     with gradient: k*, its two negatives, and the whole video. The rest has no gradient (Eq. 2 is
@@ -125,6 +233,8 @@ def global_terms(
             proposals.centers_BK[rows, best_B], proposals.widths_BK[rows, best_B], ratio
         )
         masks_BMN = torch.cat([masks_BMN, negatives_B2N], dim=1)
+    if pseudo is not None:
+        masks_BMN = torch.cat([masks_BMN, model.proposal_masks(*pseudo).unsqueeze(1)], dim=1)
     memory = model.remember(proposals.kept_BND, masks_BMN, whole=True)
     logits_BMWV = model.reconstruct(proposals, masked_BW, memory)
     scored_BW = scored_words(ids_BW, masked_BW, model.config.scored_words)
@@ -140,6 +250,11 @@ def global_terms(
     if with_negatives:
         terms["hinge_left"] = hinge(best_loss_B, loss_BM[:, 1], config.margin_negatives)
         terms["hinge_right"] = hinge(best_loss_B, loss_BM[:, 2], config.margin_negatives)
+    if pseudo is not None:
+        pseudo_B = loss_BM[:, -2]
+        terms["distill_global"] = (
+            pseudo_B.mean() + whole_B.mean() + hinge(pseudo_B, whole_B, config.margin_whole)
+        )
     return terms
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mmdist_e2e.grounding.local import LocalConfig
-from mmdist_e2e.grounding.models import GlobalConfig
-from mmdist_e2e.grounding.objective import LossConfig, MatchingConfig
+from mmdist_e2e.grounding.models import GlobalConfig, GroundingNetwork
+from mmdist_e2e.grounding.objective import (
+    DistillConfig,
+    LossConfig,
+    MatchingConfig,
+    MutualConfig,
+)
 from mmdist_e2e.structures import MmdistError
 
 # CPL's diversity term was tuned at N = 50 kept frames. λ·(N - 1) is what sets moment length
@@ -53,7 +58,10 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete config under a name; without a local branch `local` and `matching` are None."""
+    """A complete config under a name.
+
+    local, matching: None without a local branch. mutual: a teacher's. distill: a student's.
+    """
 
     name: str
     model: GlobalConfig
@@ -61,6 +69,8 @@ class Recipe:
     training: TrainingConfig
     local: LocalConfig | None = None
     matching: MatchingConfig | None = None
+    mutual: MutualConfig | None = None
+    distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:
         assert (self.local is None) == (self.matching is None)
@@ -70,6 +80,11 @@ class Recipe:
                 "local_weight 0 leaves the activation map untrained, so it must not rank either; "
                 "set score_weight to 0 too."
             )
+
+    def network(self) -> GroundingNetwork:
+        """The untrained network; torch's global generator draws its weights."""
+        channels = self.mutual.channels if self.mutual else ()
+        return GroundingNetwork(self.model, self.local, channels)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -89,6 +104,8 @@ class Recipe:
             TrainingConfig(**raw["training"]),
             LocalConfig(**raw["local"]) if "local" in raw else None,
             MatchingConfig(**raw["matching"]) if "matching" in raw else None,
+            MutualConfig(**raw["mutual"]) if "mutual" in raw else None,
+            DistillConfig(**raw["distill"]) if "distill" in raw else None,
         )
 
     def overridden(self, values: Mapping[str, Any]) -> Recipe:
@@ -132,10 +149,13 @@ def cpl(
     vocabulary_size: int,
     length: int = 64,
     queries: int | None = None,
+    channels: Sequence[int] = (),
 ) -> Recipe:
     """CPL (Zheng et al., CVPR 2022) with the values it uses on Charades-STA.
 
     queries: how many are trained on; below `FEW_QUERIES` the network is smaller than CPL's.
+    channels: of each modality; only a teacher tells them apart, any other recipe reads them all
+    as one.
     """
     # CPL's divisor 4 keeps 50 of 200 frames; shorter videos keep more of them, in quarters.
     divisor = min(4.0, max(1.0, int(4 * length / MINIMUM_KEPT_FRAMES) / 4))
@@ -173,7 +193,40 @@ def baseline(**shape: Any) -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[..., Recipe]] = {"baseline": baseline, "cpl": cpl}
+def teacher(*, channels: Sequence[int], **shape: Any) -> Recipe:
+    """The paper's teacher of two modalities: the baseline's terms, Eqs. 13 and 14.
+
+    15 epochs, learning rate 3.5e-4.
+    """
+    plain = baseline(**shape)
+    return replace(
+        plain,
+        name="teacher",
+        training=replace(plain.training, learning_rate=3.5e-4),
+        mutual=MutualConfig(tuple(channels)),
+    )
+
+
+def student(**shape: Any) -> Recipe:
+    """The paper's student: the baseline's network, taught by a teacher (Eqs. 10-12).
+
+    15 epochs, learning rate 5e-4, β 0.9.
+    """
+    plain = baseline(**shape)
+    return replace(
+        plain,
+        name="student",
+        training=replace(plain.training, learning_rate=5e-4),
+        distill=DistillConfig(),
+    )
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "baseline": baseline,
+    "cpl": cpl,
+    "student": student,
+    "teacher": teacher,
+}
 
 
 def get_recipe(name: str) -> Callable[..., Recipe]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmdist_e2e.grounding.checkpoint import save_checkpoint
+from mmdist_e2e.grounding.checkpoint import load_checkpoint, save_checkpoint
 from mmdist_e2e.grounding.datasets import (
     Annotation,
     FeatureTable,
@@ -25,7 +25,14 @@ from mmdist_e2e.grounding.datasets import (
     make_items,
     protocol_of,
 )
+from mmdist_e2e.grounding.distill import (
+    TeacherAnswers,
+    cached_answers,
+    check_teacher,
+    tensors_digest,
+)
 from mmdist_e2e.grounding.evaluate import prediction_iou, recall_metrics
+from mmdist_e2e.grounding.features import places_of
 from mmdist_e2e.grounding.inference import Progress, predict
 from mmdist_e2e.grounding.recipes import TrainingConfig, get_recipe
 from mmdist_e2e.grounding.text import Vocabulary, tokenize
@@ -37,6 +44,7 @@ from mmdist_e2e.weights.words import WordVectors
 __all__ = ["Trainer", "learning_rate", "negative_ratio", "train_run", "validate"]
 
 STATE, HISTORY, LOG, LAST = "state.safetensors", "history.json", "log.csv", "last"
+TEACHER = "teacher.safetensors"  # its answers to the training pairs
 CARVED_FRACTION = 0.1
 SELECTED_BY = {
     "val_recall": "the epoch of highest R@1 at IoU 0.5 (by timestamps) on {}",
@@ -66,6 +74,7 @@ def train_run(
     *,
     recipe_name: str,
     features_path: Path,
+    flow_features_path: Path | None = None,
     train_path: Path,
     val_path: Path | None,
     out: Path,
@@ -74,7 +83,8 @@ def train_run(
     carve: float = CARVED_FRACTION,
     durations: Path | None = None,
     protocol: str = "official",
-    modality: str = "rgb",
+    modalities: Sequence[str] = ("rgb",),
+    teacher: Path | None = None,
     length: int = 64,
     overrides: Mapping[str, Any] | None = None,
     trained_on: str | None = None,
@@ -85,7 +95,9 @@ def train_run(
 
     Writes out/ (best), out/last/ (last epoch), out/history.json, out/log.csv, and
     out/state.safetensors (to resume by calling again). carve: without `val_path` this share of the
-    training videos is set aside as validation; 0: no validation, the last epoch. overrides:
+    training videos is set aside as validation; 0: no validation, the last epoch. modalities:
+    what the network reads; flow_features_path: where flow lies, if not beside RGB. teacher: the
+    run that a student learns from; its modalities are looked for in the same places. overrides:
     settings of the recipe by name. trained_on: what the model card says. Returns a summary.
     Training reads videos and sentences; timestamps of the validation split are used only by
     `select_by="val_recall"`. Raises MmdistError for unusable input.
@@ -105,14 +117,28 @@ def train_run(
     overrides = dict(overrides or {})
     length = int(overrides.pop("length", length))
     videos = [a.video for a in (*train_annotations, *val_annotations)]
-    table = load_features(features_path, videos, modality=modality, length=length).to(device)
+    table = load_features(
+        places_of(modalities, features_path, flow_features_path), videos, length=length
+    ).to(device)
     recipe = get_recipe(recipe_name)(
         feature_dim=table.data_VLF.shape[2],
         word_dim=word_vectors.dim,
         vocabulary_size=len(vocabulary),
         length=length,
         queries=len(train_annotations),
+        channels=tuple(table.channels.values()),
     ).overridden(overrides)
+    answers = None
+    if recipe.distill is not None:
+        answers = _ask(
+            teacher,
+            places=lambda each: places_of(each, features_path, flow_features_path),
+            annotations=train_annotations,
+            length=length,
+            device=device,
+            cache=out / TEACHER,
+            progress=progress,
+        )
     if not val_annotations and recipe.training.select_by != "last":
         recipe = recipe.overridden({"select_by": "last"})
     items = make_items(train_annotations, table, vocabulary)
@@ -122,13 +148,14 @@ def train_run(
     named = [*items, *([] if val_path else val_items)]
     known = [replace(i.annotation, duration_seconds=i.duration_seconds) for i in named]
     source = trained_on or f"{len(items)} sentences of {protocol_of(train_path, known)}"
-    trainer = Trainer(recipe, items, table, seed)
+    trainer = Trainer(recipe, items, table, seed, answers)
     identity = {
         "recipe": recipe.to_json(),
         "seed": seed,
         "training sentences": len(items),
         "validation": where,
-        "features": dict(table.matters),
+        "features": {modality: dict(matters) for modality, matters in table.matters.items()},
+        "teacher": tensors_digest(vars(answers)) if answers else None,
         "word vectors": word_vectors.digest,
     }
     facts = {
@@ -176,6 +203,28 @@ def train_run(
         "validation": state.history[state.best_epoch - 1]["validation"],
         "history": state.history,
     }
+
+
+def _ask(
+    teacher: Path | None,
+    *,
+    places: Callable[[Sequence[str]], Mapping[str, Path]],
+    annotations: Sequence[Annotation],
+    length: int,
+    device: str,
+    cache: Path,
+    progress: Progress | None,
+) -> TeacherAnswers:
+    """The teacher's answers to the training pairs; `places` tells where its modalities lie."""
+    if teacher is None:
+        raise MmdistError(
+            "A student needs a teacher; give --teacher RUN, a run of mmdist train teacher."
+        )
+    trained = load_checkpoint(teacher)
+    check_teacher(trained, length)
+    wanted = [annotation.video for annotation in annotations]
+    table = load_features(places(trained.modalities), wanted, length=length).to(device)
+    return cached_answers(cache, trained, annotations, table, progress=progress)
 
 
 def _epochs(

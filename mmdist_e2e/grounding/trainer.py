@@ -20,8 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmdist_e2e.grounding.datasets import FeatureTable, Item, batches, draw_masks
+from mmdist_e2e.grounding.distill import TeacherAnswers
 from mmdist_e2e.grounding.inference import Progress
-from mmdist_e2e.grounding.models import GroundingNetwork
 from mmdist_e2e.grounding.objective import batch_loss
 from mmdist_e2e.grounding.recipes import Recipe
 from mmdist_e2e.store import write_atomically
@@ -74,11 +74,21 @@ class TrainingState:
 class Trainer:
     """A model, its optimizer and how far they are, where the features lie."""
 
-    def __init__(self, recipe: Recipe, items: Sequence[Item], table: FeatureTable, seed: int):
+    def __init__(
+        self,
+        recipe: Recipe,
+        items: Sequence[Item],
+        table: FeatureTable,
+        seed: int,
+        answers: TeacherAnswers | None = None,
+    ) -> None:
+        """answers: the teacher's, of the same items, where the recipe is a student's."""
+        assert (recipe.distill is None) == (answers is None)
         self.recipe, self.items, self.table, self.seed = recipe, items, table, seed
+        self.answers = answers
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.model = GroundingNetwork(recipe.model, recipe.local).to(table.data_VLF.device)
+            self.model = recipe.network().to(table.data_VLF.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=True)
         self.state = TrainingState()
         per_epoch = math.ceil(len(items) / recipe.training.batch_size)
@@ -110,6 +120,9 @@ class Trainer:
                         masked_BW,
                         self.recipe.loss,
                         self.recipe.matching,
+                        self.recipe.mutual,
+                        self.recipe.distill,
+                        self.answers.of(batch.items_B) if self.answers else None,
                         ratio=ratio,
                     )
                 self.update(terms["loss"])

@@ -1,0 +1,139 @@
+"""`mmdist train teacher`, then `mmdist train student --teacher RUN`, as people do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from test_cli_train import files, mmdist, train
+
+from mmdist_e2e.grounding import distill
+from mmdist_e2e.grounding.checkpoint import load_checkpoint
+from mmdist_e2e.grounding.datasets import batches, load_annotations, load_features, make_items
+from mmdist_e2e.grounding.inference import predict
+from mmdist_e2e.structures import Features, Provenance
+
+__all__ = ["files"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def both(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same files with flow, of four channels, in a file of its own; and a teacher's run."""
+    import h5py
+
+    root = tmp_path_factory.mktemp("both")
+    for path in files.iterdir():
+        shutil.copy(path, root)
+    rng = np.random.default_rng(1)
+    with h5py.File(root / "F.hdf5") as rgb, h5py.File(root / "flow.hdf5", "w") as flow:
+        mixing = rng.normal(size=(6, 4))
+        for video in rgb:
+            flow[video] = (rgb[video][()].astype(np.float32) @ mixing).astype(np.float16)
+    run = train(root, root / "teacher", "--flow-features", root / "flow.hdf5", recipe="teacher")
+    assert run.exit_code == 0, run.output
+    return root
+
+
+def learn(both: Path, out: Path, *more: object) -> Result:
+    flow = ["--flow-features", both / "flow.hdf5", "--teacher", both / "teacher"]
+    return train(both, out, *flow, *more, recipe="student")
+
+
+def test_a_teacher_reads_two_modalities(both: Path, tmp_path: Path) -> None:
+    config = json.loads((both / "teacher" / "config.json").read_text())
+    assert config["modalities"] == ["rgb", "flow"]
+    assert config["mutual"]["channels"] == [6, 4]
+    assert config["model"]["feature_dim"] == 10
+    data = ["--annotations", both / "C.json", "--features", both / "F.hdf5"]
+    result = mmdist(
+        "evaluate", both / "teacher", *data, "--flow-features", both / "flow.hdf5", "--json"
+    )
+    assert json.loads(result.stdout)["recipe"] == "teacher"
+    # Without --flow-features both are looked for in one place, where HDF5 gives rgb's again.
+    assert mmdist("evaluate", both / "teacher", *data, "--json").exit_code == 1
+    model = load_checkpoint(both / "teacher")
+    rows = np.ones((16, 6), np.float32)
+    edges = np.linspace(0, 20, 17)
+    times = np.stack([edges[:-1], edges[1:]], axis=1)
+    provenance = Provenance.external("hdf5")
+    rgb = Features(rows, times, 20.0, "rgb", provenance)
+    flow = Features(rows[:, :4], times, 20.0, "flow", provenance)
+    moments = model.answer({"flow": flow, "rgb": rgb}, "person opens.")
+    assert len(moments) == 8
+    with pytest.raises(Exception, match="needs flow features; these are rgb"):
+        model.answer({"rgb": rgb}, "person opens.")
+
+
+def test_a_student_answers_without_flow(both: Path, tmp_path: Path) -> None:
+    run = learn(both, tmp_path / "student")
+    assert run.exit_code == 0, run.output
+    log = (tmp_path / "student" / "log.csv").read_text()
+    assert "distill_global" in log
+    assert "distill_local" in log
+    moved = tmp_path / "alone"
+    moved.mkdir()
+    shutil.copytree(tmp_path / "student", moved / "student")
+    shutil.copy(both / "F.hdf5", moved)
+    shutil.copy(both / "C.json", moved)
+    shutil.rmtree(tmp_path / "student")
+    (moved / "student" / "teacher.safetensors").unlink()  # not needed to answer
+    data = ["--features", moved / "F.hdf5", "--annotations", moved / "C.json"]
+    result = mmdist("evaluate", moved / "student", *data, "--json")
+    assert result.exit_code == 0, result.output
+    assert list(load_checkpoint(moved / "student").modalities) == ["rgb"]
+
+
+def test_the_teacher_is_asked_once(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    original = distill.teach
+    monkeypatch.setattr(distill, "teach", lambda *a, **k: asked.append(1) or original(*a, **k))
+    assert learn(both, tmp_path / "a").exit_code == 0
+    assert learn(both, tmp_path / "a").exit_code == 0  # finished: read from the cache
+    assert len(asked) == 1
+    (tmp_path / "a" / "teacher.safetensors").write_bytes(b"damaged")
+    assert learn(both, tmp_path / "a").exit_code == 0
+    assert len(asked) == 2
+    again = learn(both, tmp_path / "b")
+    assert again.exit_code == 0
+    weights = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_its_answers_are_what_it_answers(both: Path) -> None:
+    teacher = load_checkpoint(both / "teacher")
+    annotations = load_annotations(both / "A.json")
+    places = {"rgb": both / "F.hdf5", "flow": both / "flow.hdf5"}
+    table = load_features(places, [a.video for a in annotations], length=16)
+    answers = distill.teach(teacher, annotations, table)
+    items = make_items(annotations, table, teacher.vocabulary)
+    first = predict(teacher.model, items, table)
+    starts = (answers.centers_Q - answers.widths_Q / 2).clamp_min(0)
+    np.testing.assert_allclose(starts, first.starts[:, 0], atol=1e-6)
+    order = [3, 0, 5]
+    batch = next(batches(items, table, 3, order))
+    taught = answers.of(batch.items_B)
+    np.testing.assert_array_equal(taught.maps_BL, answers.maps_QL[order])
+    assert answers.maps_QL.shape == (len(items), 16)
+
+
+def test_a_student_without_a_fitting_teacher_is_refused(both: Path, tmp_path: Path) -> None:
+    none = train(both, tmp_path / "none", recipe="student")
+    assert none.exit_code != 0
+    assert "--teacher" in none.output
+    other = learn(both, tmp_path / "other", "--length", 8, "--set=frame_divisor=1")
+    assert other.exit_code == 1
+    assert "give --length 16" in other.output
+    assert train(both, tmp_path / "cpl", recipe="cpl").exit_code == 0
+    silent = train(both, tmp_path / "s", "--teacher", tmp_path / "cpl", recipe="student")
+    assert silent.exit_code == 1
+    assert "no activation map" in silent.output
+    single = train(both, tmp_path / "t", "--modality", "rgb", recipe="teacher")
+    assert single.exit_code == 1
+    assert "two modalities" in single.output
+    assert train(both, tmp_path / "u", "--modality", "sound", recipe="teacher").exit_code == 1
