@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from test_cli_train import files, mmdist, train
+from test_cli_train import SMALL, files, mmdist, train
 
 from mmdist_e2e.grounding import distill
 from mmdist_e2e.grounding.checkpoint import load_checkpoint
@@ -137,3 +137,37 @@ def test_a_student_without_a_fitting_teacher_is_refused(both: Path, tmp_path: Pa
     assert single.exit_code == 1
     assert "two modalities" in single.output
     assert train(both, tmp_path / "u", "--modality", "sound", recipe="teacher").exit_code == 1
+
+
+def test_from_mp4_a_teacher_takes_both_and_a_student_rgb_alone(
+    tiny_run: Path, tiny_extractor: Path, tiny_flow_extractor: Path, tmp_path: Path
+) -> None:
+    extractors = ["--extractor", tiny_extractor, "--extractor", tiny_flow_extractor]
+    made = mmdist(
+        "extract", tiny_run / "videos", "--modality", "rgb,flow", *extractors, "--out",
+        tmp_path / "features",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    data = ["--features", tmp_path / "features", "--train", tiny_run / "train.txt", "--carve", 0]
+    small = [*SMALL, "--epochs", 1, "--length", 48, "--set=proposals=3"]
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    run = mmdist("train", "teacher", *data, *small, "--out", teacher)
+    assert run.exit_code == 0, run.output
+    run = mmdist("train", "student", *data, *small, "--out", student, "--teacher", teacher)
+    assert run.exit_code == 0, run.output
+    clip, cache = tiny_run / "videos" / "v0.mp4", tmp_path / "cache"
+
+    def answers(model: Path, *given: object) -> int:
+        query = "person opens the door"
+        answer = mmdist("ground", clip, query, "--model", model, *given, "--json", "--cache", cache)
+        assert answer.exit_code == 0, answer.output
+        return len(json.loads(answer.stdout)["moments"])
+
+    assert answers(student, *extractors[:2]) == 3
+    assert not list(cache.rglob("*.flow.npz"))
+    assert answers(teacher, *extractors) == 3
+    assert list(cache.rglob("*.flow.npz"))
+    for flow in (tmp_path / "features").rglob("*.flow.npz"):
+        flow.unlink()
+    shutil.rmtree(teacher)
+    assert answers(student, *extractors[:2]) == 3
