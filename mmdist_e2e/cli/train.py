@@ -20,7 +20,9 @@ The checkpoint is the epoch that is best on --val, or without it on a part of th
 the last line says which. To compare settings on annotations that choose nothing, train without
 --val, then run `mmdist evaluate RUN --features F --annotations val.json`.
 
-A killed run goes on where it was; the same command on a finished run does nothing."""
+A killed run goes on where it was; the same command on a finished run does nothing.
+
+Several GPUs of one machine: torchrun --nproc-per-node N -m mmdist_e2e.cli.main train …"""
 
 
 @click.group("train")
@@ -129,6 +131,7 @@ def _train(
     settings: Sequence[str],
 ) -> None:
     from mmdist_e2e.extractors.networks import resolve_device
+    from mmdist_e2e.grounding.parallel import processes, rank
     from mmdist_e2e.grounding.train import CARVED_FRACTION, train_run
     from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
 
@@ -138,7 +141,7 @@ def _train(
     if epochs is not None:
         overrides["epochs"] = epochs
     vectors = load_word_vectors(glove) if glove is not None else shipped_word_vectors()
-    with StepDisplay() as display:
+    with processes(resolve_device(device)) as device, StepDisplay() as display:
         summary = train_run(
             recipe_name=recipe,
             features_path=features,
@@ -156,9 +159,12 @@ def _train(
             length=length,
             overrides=overrides,
             trained_on=training_source(train_path),
-            device=resolve_device(device),
-            progress=display,
+            device=device,
+            progress=display if rank() == 0 else None,
         )
+        first = rank() == 0
+    if not first:  # of several processes one tells
+        return
     validation = ", ".join(f"{name} {value:.2f}" for name, value in summary["validation"].items())
     results.print(
         f"{out}: recipe {summary['recipe']}, seed {seed}, {summary['queries']} queries, "

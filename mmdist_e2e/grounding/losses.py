@@ -88,11 +88,19 @@ def negative_pairs(
     return allowed_BB
 
 
-def match_log_probability(fit_BB: Tensor, temperature: float, negatives_BB: Tensor) -> Tensor:
-    """Eq. 6 as a logarithm, [B]: that video i matches sentence i, not a negative."""
-    own_BB = torch.eye(len(fit_BB), dtype=torch.bool, device=fit_BB.device)
-    scores_BB = (fit_BB / temperature).masked_fill(~(negatives_BB | own_BB), float("-inf"))
-    return scores_BB.log_softmax(dim=1).diagonal()
+def match_log_probability(
+    fit_BQ: Tensor, temperature: float, negatives_BQ: Tensor, own_B: Tensor | None = None
+) -> Tensor:
+    """Eq. 6 as a logarithm, [B]: that video i matches its own sentence, not a negative.
+
+    own_B: which of the Q sentences is the own one, by default sentence i.
+    """
+    rows = torch.arange(len(fit_BQ), device=fit_BQ.device)
+    own_B = rows if own_B is None else own_B
+    allowed_BQ = negatives_BQ.clone()
+    allowed_BQ[rows, own_B] = True
+    scores_BQ = (fit_BQ / temperature).masked_fill(~allowed_BQ, float("-inf"))
+    return scores_BQ.log_softmax(dim=1)[rows, own_B]
 
 
 def local_loss(log_p_B: Tensor) -> Tensor:

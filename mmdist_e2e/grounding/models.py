@@ -8,7 +8,7 @@ K proposals, M masks (whatever they are), N kept frames, V output words + 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -284,18 +284,25 @@ class GroundingNetwork(GlobalBranch):
         return mean_map(self.activate_each(batch, proposals, all_pairs=all_pairs))
 
     def activate_each(
-        self, batch: Batch, proposals: Proposals, *, all_pairs: bool = False
+        self,
+        batch: Batch,
+        proposals: Proposals,
+        *,
+        all_pairs: bool = False,
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
         """`activate` of every modality on its own.
 
         The query vector is read from the unmasked words without a memory, so it knows no video;
-        the modalities share it.
+        the modalities share it. gather: adds the sentences of other processes, [B, D] -> [G, D].
         """
         assert self.local is not None
         assert self.local_config is not None
         query_BD = sentence_vector(
             proposals.encoded_BTD, batch.is_word_BW, batch.content_BW, self.local_config.query
         )
+        if gather is not None:
+            query_BD = gather(query_BD)
         maps = activation_maps if all_pairs else matched_maps
         if isinstance(self.local, LocalBranch):
             own = self.local_config.own_frames

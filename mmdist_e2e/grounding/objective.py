@@ -28,6 +28,7 @@ from mmdist_e2e.grounding.losses import (
     top_mean,
 )
 from mmdist_e2e.grounding.models import GlobalBranch, GroundingNetwork, Proposals
+from mmdist_e2e.grounding.parallel import Peers
 from mmdist_e2e.structures import MmdistError
 
 DISTANCES = ("l1", "l2")
@@ -147,13 +148,15 @@ def batch_loss(
     mutual: MutualConfig | None = None,
     distill: DistillConfig | None = None,
     taught: Taught | None = None,
+    peers: Peers | None = None,
     *,
     ratio: float,
 ) -> dict[str, Tensor]:
     """Eqs. 8, 12 and the teacher's: every term of a batch (scalars), their weighted sum as `loss`.
 
     masked_BW: the words hidden from reconstruction. ratio: how far CPL's negatives reach.
-    taught: the teacher's answers, with `distill`.
+    taught: the teacher's answers, with `distill`. peers: where other processes have other rows of
+    the batch; the terms are means over this one's.
     """
     proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
     pseudo = None
@@ -172,12 +175,16 @@ def batch_loss(
     )
     if matching is not None and matching.local_weight:
         assert isinstance(model, GroundingNetwork)
-        maps = model.activate_each(batch, proposals, all_pairs=True)
+        gather = peers.gather if peers else None
+        maps = model.activate_each(batch, proposals, all_pairs=True, gather=gather)
         apart = mutual is not None and mutual.taught_map == "each"
-        each = [local_term(m, batch, matching) for m in (maps if apart else [mean_map(maps)])]
+        fitted = maps if apart else [mean_map(maps)]
+        each = [local_term(m, batch, matching, peers) for m in fitted]
         terms["local"] = torch.stack(each).mean()
         loss = loss + matching.local_weight * terms["local"]
-        own = [maps_BBL.diagonal().T for maps_BBL in maps]  # [B, L] of the matched pairs
+        rows = torch.arange(len(maps[0]), device=maps[0].device)
+        own_B = peers.own(len(rows)) if peers else rows
+        own = [maps_BQL[rows, own_B] for maps_BQL in maps]  # [B, L] of the matched pairs
         if mutual is not None and mutual.mutual_weight:
             terms["mutual"] = mutual_loss(own[0], own[1], mutual.mutual_distance)
             loss = loss + mutual.mutual_weight * terms["mutual"]
@@ -276,14 +283,21 @@ def choose_proposal(
     return best_proposal(reconstruction_loss(logits_BMWV, ids_BW, scored_BW))
 
 
-def local_term(maps_BBL: Tensor, batch: Batch, config: MatchingConfig) -> Tensor:
-    """L_local of Eqs. 5-7 from the activation maps of all pairs of the batch."""
-    count = max(1, int(maps_BBL.shape[-1] // config.top_divisor))
-    negatives_BB = negative_pairs(
-        batch.videos_B,
-        batch.sentences_B,
+def local_term(
+    maps_BQL: Tensor, batch: Batch, config: MatchingConfig, peers: Peers | None = None
+) -> Tensor:
+    """L_local of Eqs. 5-7 from the maps of this batch's videos and all processes' sentences."""
+    count = max(1, int(maps_BQL.shape[-1] // config.top_divisor))
+    videos, sentences, own_B = batch.videos_B, batch.sentences_B, None
+    if peers is not None:
+        videos, sentences = peers.videos_G, peers.sentences_G
+        own_B = peers.own(len(maps_BQL))
+    negatives = negative_pairs(
+        videos,
+        sentences,
         same_video=config.same_video_negatives,
         same_sentence=config.same_sentence_negatives,
     )
-    fit_BB = top_mean(maps_BBL, count)
-    return local_loss(match_log_probability(fit_BB, config.temperature, negatives_BB))
+    negatives_BQ = negatives if own_B is None else negatives[own_B]
+    fit_BQ = top_mean(maps_BQL, count)
+    return local_loss(match_log_probability(fit_BQ, config.temperature, negatives_BQ, own_B))

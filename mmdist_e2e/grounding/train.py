@@ -34,6 +34,7 @@ from mmdist_e2e.grounding.distill import (
 from mmdist_e2e.grounding.evaluate import prediction_iou, recall_metrics
 from mmdist_e2e.grounding.features import places_of
 from mmdist_e2e.grounding.inference import Progress, predict
+from mmdist_e2e.grounding.parallel import rank
 from mmdist_e2e.grounding.recipes import TrainingConfig, get_recipe
 from mmdist_e2e.grounding.text import Vocabulary, tokenize
 from mmdist_e2e.grounding.trainer import Trainer, learning_rate, negative_ratio
@@ -180,8 +181,12 @@ def train_run(
             "table": table,
         }
         now = facts | {"epoch": epoch, "validation": validation}
-        if score > state.best_score:
+        best = score > state.best_score
+        if best:
             state.best_score, state.best_epoch = score, epoch
+        if rank() != 0:  # of several processes, which all hold the same, one writes
+            continue
+        if best:
             save_checkpoint(out, **saved, facts=now)
         if epoch == recipe.training.epochs:
             save_checkpoint(out / LAST, **saved, facts=now | {"selected_by": SELECTED_BY["last"]})

@@ -23,6 +23,7 @@ from mmdist_e2e.grounding.datasets import FeatureTable, Item, batches, draw_mask
 from mmdist_e2e.grounding.distill import TeacherAnswers
 from mmdist_e2e.grounding.inference import Progress
 from mmdist_e2e.grounding.objective import batch_loss
+from mmdist_e2e.grounding.parallel import average_gradients, mean_over_processes, rank, share
 from mmdist_e2e.grounding.recipes import Recipe
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError
@@ -30,6 +31,7 @@ from mmdist_e2e.structures import MmdistError
 INITIAL_LEARNING_RATE = 1e-7
 MAXIMUM_WARMUP = 400
 SEEDS_APART = 100_003  # a prime above any number of epochs: epochs of two seeds never coincide
+RANKS_APART = 2**40
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of a parameter
 
 
@@ -108,10 +110,11 @@ class Trainer:
         self.model.train()
         device = self.table.data_VLF.device
         with torch.random.fork_rng(), repeatable(device):
-            torch.manual_seed(self.seed * SEEDS_APART + epoch)  # dropout
-            for batch in batches(self.items, self.table, settings.batch_size, order):
-                masked_BW = draw_masks(batch, generator)
-                size = len(batch.frames_BLF)
+            # Dropout; processes that share a batch must not drop alike.
+            torch.manual_seed((self.seed * SEEDS_APART + epoch) + RANKS_APART * rank())
+            for whole in batches(self.items, self.table, settings.batch_size, order):
+                batch, masked_BW, peers = share(whole, draw_masks(whole, generator))
+                size = len(whole.frames_BLF)
                 bf16 = settings.precision == "bf16"
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     terms = batch_loss(
@@ -123,9 +126,12 @@ class Trainer:
                         self.recipe.mutual,
                         self.recipe.distill,
                         self.answers.of(batch.items_B) if self.answers else None,
+                        peers,
                         ratio=ratio,
                     )
-                self.update(terms["loss"])
+                weight = peers.weight if peers else 1.0
+                self.update(terms["loss"] * weight if peers else terms["loss"])
+                terms = mean_over_processes(terms, weight)
                 done += size
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0) + value.detach() * size
@@ -142,6 +148,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        average_gradients(self.model.parameters())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_norm)
         self.optimizer.step()
         self.state.updates += 1
