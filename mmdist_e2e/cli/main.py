@@ -15,6 +15,7 @@ from mmdist_e2e.cli.data import data_group
 from mmdist_e2e.cli.evaluate import evaluate_command
 from mmdist_e2e.cli.extract import extract_command
 from mmdist_e2e.cli.ground import ground_command
+from mmdist_e2e.cli.reproduce import reproduce_command
 from mmdist_e2e.cli.synth import synth_command
 from mmdist_e2e.cli.train import train_group
 from mmdist_e2e.cli.weights import weights_group
@@ -49,6 +50,7 @@ for command in (
     data_group,
     train_group,
     evaluate_command,
+    reproduce_command,
     synth_command,
     weights_group,
 ):

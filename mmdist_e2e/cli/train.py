@@ -18,8 +18,8 @@ Option = Callable[[click.Command], click.Command]
 HELP = """\
 The checkpoint is the epoch that rebuilds the sentences best on --val, or without it on a part of
 the training videos, and the last line says which. That takes no timestamps; --set
-select_by=val_recall takes them. To compare settings on annotations that choose nothing, train without
---val, then run `mmdist evaluate RUN --features F --annotations val.json`.
+select_by=val_recall takes them. To compare settings on annotations that choose nothing, train
+without --val, then run `mmdist evaluate RUN --features F --annotations val.json`.
 
 A killed run goes on where it was; the same command on a finished run does nothing.
 

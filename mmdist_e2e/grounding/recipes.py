@@ -93,6 +93,11 @@ class Recipe:
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
         return {name: part for name, part in named.items() if part is not None}
 
+    @property
+    def homes(self) -> dict[str, str]:
+        """Every setting's name, and the part that holds it."""
+        return {f.name: name for name, part in self.parts.items() for f in fields(part)}
+
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, **{name: asdict(part) for name, part in self.parts.items()}}
 
@@ -115,7 +120,7 @@ class Recipe:
         Raises MmdistError for an unknown name and for a value of another kind.
         """
         changes: dict[str, dict[str, Any]] = {}
-        homes = {f.name: name for name, part in self.parts.items() for f in fields(part)}
+        homes = self.homes
         for name, value in values.items():
             if name not in homes:
                 raise MmdistError(

@@ -103,6 +103,8 @@ def train_run(
     Training reads videos and sentences; timestamps of the validation split are used only by
     `select_by="val_recall"`. Raises MmdistError for unusable input.
     """
+    if out.exists() and not out.is_dir():
+        raise MmdistError(f"'{out}' is a file; --out needs a folder (a new one is made).")
     train_annotations = load_annotations(train_path, durations=durations, protocol=protocol)
     val_annotations: list[Annotation] = []
     where = "no validation"
