@@ -7,7 +7,7 @@ Shape suffixes: S snippets, D channels, L resampled positions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,12 @@ class MmdistError(ValueError):
 
     The command line prints it and exits non-zero; anything else is a bug and keeps its traceback.
     """
+
+
+def check_choice(name: str, value: str, valid: Sequence[str]) -> None:
+    """Raises MmdistError when a setting is none of its valid words."""
+    if value not in valid:
+        raise MmdistError(f"{name} {value!r} is unknown; valid: {', '.join(valid)}.")
 
 
 @dataclass(frozen=True)

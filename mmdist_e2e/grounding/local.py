@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MmdistError, check_choice
 
 MINIMUM_NORM = 1e-8
 QUERIES = ("content", "mean", "last")
@@ -46,11 +46,8 @@ class LocalConfig:
                 f"depth must be at least 1 and kernel an odd number; got {self.depth} and "
                 f"{self.kernel}."
             )
-        for name, valid in (("query", QUERIES), ("ranking", RANKINGS)):
-            if getattr(self, name) not in valid:
-                raise MmdistError(
-                    f"{name} {getattr(self, name)!r} is unknown; valid: {', '.join(valid)}."
-                )
+        check_choice("query", self.query, QUERIES)
+        check_choice("ranking", self.ranking, RANKINGS)
         if self.score_weight < 0:
             raise MmdistError(f"score_weight must not be negative; got {self.score_weight}.")
 

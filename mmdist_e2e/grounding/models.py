@@ -33,7 +33,7 @@ from mmdist_e2e.grounding.modules import (
     padding_bias,
     sinusoids,
 )
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MmdistError, check_choice
 
 NEGATIVE_SHARPNESS = 4.5  # σ of the masks to the left and right of a proposal
 
@@ -62,8 +62,7 @@ class GlobalConfig:
     scored_words: str = "all"
 
     def __post_init__(self) -> None:
-        if self.scored_words not in ("all", "masked"):
-            raise MmdistError(f"scored_words {self.scored_words!r} is unknown; valid: all, masked.")
+        check_choice("scored_words", self.scored_words, ("all", "masked"))
         if self.kept_frames < 2:
             raise MmdistError(
                 f"{self.length} positions divided by {self.frame_divisor} keep "

@@ -5,7 +5,6 @@ Shape suffixes: B batch, M masks, K proposals, W words, N grid positions, L posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,7 @@ from mmdist_e2e.grounding.losses import (
 )
 from mmdist_e2e.grounding.models import GlobalBranch, GroundingNetwork, Proposals
 from mmdist_e2e.grounding.parallel import Peers
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MmdistError, check_choice
 
 DISTANCES = ("l1", "l2")
 
@@ -94,8 +93,8 @@ class MutualConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))  # JSON knows lists alone
-        _one_of("mutual_distance", self.mutual_distance, DISTANCES)
-        _one_of("taught_map", self.taught_map, ("mean", "each"))
+        check_choice("mutual_distance", self.mutual_distance, DISTANCES)
+        check_choice("taught_map", self.taught_map, ("mean", "each"))
         if len(self.channels) != 2:
             raise MmdistError(
                 f"A teacher reads two modalities; these features have {len(self.channels)}."
@@ -118,15 +117,10 @@ class DistillConfig:
     distill_distance: str = "l1"
 
     def __post_init__(self) -> None:
-        _one_of("student_proposal", self.student_proposal, ("iou", "index", "teacher"))
-        _one_of("distill_distance", self.distill_distance, DISTANCES)
+        check_choice("student_proposal", self.student_proposal, ("iou", "index", "teacher"))
+        check_choice("distill_distance", self.distill_distance, DISTANCES)
         if self.distill_weight < 0:
             raise MmdistError(f"distill_weight must not be negative; got {self.distill_weight}.")
-
-
-def _one_of(name: str, value: str, valid: Sequence[str]) -> None:
-    if value not in valid:
-        raise MmdistError(f"{name} {value!r} is unknown; valid: {', '.join(valid)}.")
 
 
 @dataclass(frozen=True)

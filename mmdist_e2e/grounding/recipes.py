@@ -14,7 +14,7 @@ from mmdist_e2e.grounding.objective import (
     MatchingConfig,
     MutualConfig,
 )
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MmdistError, check_choice
 
 # CPL's diversity term was tuned at N = 50 kept frames. λ·(N - 1) is what sets moment length
 # (widths of σ/(2√π·λ·(N - 1)) = 0.355 of the video on Charades-STA), so it is held as N changes.
@@ -45,14 +45,8 @@ class TrainingConfig:
     select_by: str = "val_loss"
 
     def __post_init__(self) -> None:
-        for name, valid in (
-            ("precision", ("fp32", "bf16")),
-            ("select_by", ("val_loss", "val_recall", "last")),
-        ):
-            if getattr(self, name) not in valid:
-                raise MmdistError(
-                    f"{name} {getattr(self, name)!r} is unknown; valid: {', '.join(valid)}."
-                )
+        check_choice("precision", self.precision, ("fp32", "bf16"))
+        check_choice("select_by", self.select_by, ("val_loss", "val_recall", "last"))
         if self.epochs < 1 or self.batch_size < 1 or self.learning_rate <= 0:
             raise MmdistError("epochs and batch_size must be at least 1, learning_rate above 0.")
 
