@@ -82,6 +82,11 @@ def test_mistakes_are_told(both: Path, tmp_path: Path) -> None:
     wrong = run(both, tmp_path, "--set", "temprature=1")
     assert wrong.exit_code == 1
     assert "No row has a setting 'temprature'" in wrong.output
+    for option in ("--train", "--flow-features"):  # the last of an option counts
+        wrong = run(both, tmp_path, option, tmp_path / "none")
+        assert wrong.exit_code == 1
+        assert wrong.output.count("none") == 1
+        assert not any(tmp_path.iterdir())
 
 
 def test_one_row_that_fails_does_not_stop_the_others(both: Path, tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmdist_e2e.grounding.annotations import load_annotations
 from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
+from mmdist_e2e.grounding.features import open_features, places_of
 from mmdist_e2e.grounding.inference import Progress
 from mmdist_e2e.grounding.recipes import get_recipe
 from mmdist_e2e.grounding.train import train_run
@@ -143,11 +145,13 @@ def reproduce(
     """Train and score what is not yet done; rewrites out/table.md after each.
 
     settings: of every row whose recipe has them. Returns, by row and seed, why it failed; the
-    others are done all the same. Raises MmdistError for a setting that no row has.
+    others are done all the same. Raises MmdistError for a setting that no row has, and where
+    annotations or features cannot be read at all.
     """
     unknown = sorted(set(settings) - {name for row, _ in jobs for name in _names(row)})
     if unknown:
         raise MmdistError(f"No row has a setting {unknown[0]!r}; see mmdist train --help.")
+    _check(material, {modality for row, _ in jobs for modality in row.modalities})
     failed: dict[str, str] = {}
     for row, seed in jobs:
         run, label = run_of(out, row, seed), f"{row.name}, seed {seed}"
@@ -165,6 +169,17 @@ def reproduce(
         told(f"{label}: R@1 at IoU 0.5 {result['metrics']['R@1,IoU=0.5']:.2f} ({seconds:.0f} s)")
         write_atomically(out / "table.md", table(out, jobs, material, commit).encode())
     return failed
+
+
+def _check(material: Material, modalities: Collection[str]) -> None:
+    """One sentence for a missing file, not one a row."""
+    for path in (material.train, material.val, material.test):
+        if path is not None:
+            load_annotations(path, durations=material.durations, protocol=material.protocol)
+    places = places_of(sorted(modalities), material.features, material.flow_features)
+    for modality, path in places.items():
+        with open_features(path, modality):
+            pass
 
 
 def _names(row: Row) -> set[str]:
