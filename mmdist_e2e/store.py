@@ -63,6 +63,12 @@ def _umask() -> int:
     return current
 
 
+def check_out(out: Path) -> None:
+    """Raises MmdistError when what shall become a folder is a file."""
+    if out.exists() and not out.is_dir():
+        raise MmdistError(f"{out} is a file; --out needs a folder (a new one is made).")
+
+
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """Write indented JSON atomically, with a stable key order. Raises as write_atomically."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -97,7 +97,7 @@ def extract_command(
     goes on where it was. The exit code is 1 when any video failed; the table at the end says why.
     """
     from mmdist_e2e.extractors.batch import Outcome, Report, extract_many, find_videos
-    from mmdist_e2e.store import FeatureStore
+    from mmdist_e2e.store import FeatureStore, check_out
 
     specs = choose_extractors(
         parse_modalities(modality) if modality is not None else None,
@@ -113,8 +113,7 @@ def extract_command(
             f"--flow {flow_backend} says what computes optical flow, and none is extracted; add "
             f"--modality flow, or leave --flow out."
         )
-    if out.exists() and not out.is_dir():
-        raise MmdistError(f"{out} is a file; --out needs a folder (a new one is made).")
+    check_out(out)
     videos, problems = find_videos(paths)
     for problem in problems:
         say(f"failed: {problem.cause}")

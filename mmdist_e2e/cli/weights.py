@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmdist_e2e.cli.display import results
+from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError, Provenance
 
 if TYPE_CHECKING:
@@ -155,8 +156,7 @@ def convert_network(name: str, file: Path, out: Path, digest: str | None) -> Non
     entry = public_entry(name)
     if not file.is_file():
         raise MmdistError(f"There is no file '{file}'; fetch it from {entry.url}.")
-    if out.exists() and not out.is_dir():
-        raise MmdistError(f"{out} is a file; --out needs a folder (a new one is made).")
+    check_out(out)
     check_digest(entry, file)
     if digest is not None:
         check_digest(replace(entry, git_sha1=None, sha256=parse_digest(digest)), file)

@@ -21,7 +21,7 @@ from mmdist_e2e.grounding.datasets import FeatureTable
 from mmdist_e2e.grounding.models import GlobalBranch
 from mmdist_e2e.grounding.recipes import Recipe, cpl
 from mmdist_e2e.grounding.text import Vocabulary
-from mmdist_e2e.store import write_atomically
+from mmdist_e2e.store import check_out, write_atomically
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.fits import misfits
 from mmdist_e2e.weights.pickles import load_restricted
@@ -236,8 +236,7 @@ def convert_cpl(
     released (whether the file is known to be a released one).
     Raises MmdistError for files that do not fit the network or each other.
     """
-    if out.exists() and not out.is_dir():
-        raise MmdistError(f"{out} is a file; --out needs a folder (a new one is made).")
+    check_out(out)
     dataset, recipe = released.dataset, released.recipe
     model = released.network(recipe)
     vocabulary = read_vocabulary(vocabulary_file, recipe.model.vocabulary_size)

@@ -51,22 +51,6 @@ class FeatureTable:
         """The same table with its tensor on another device."""
         return replace(self, data_VLF=self.data_VLF.to(device))
 
-    def only(self, modalities: Sequence[str]) -> FeatureTable:
-        """The same videos with some of the modalities, in this order."""
-        parts = dict(
-            zip(
-                self.channels,
-                torch.split(self.data_VLF, list(self.channels.values()), dim=2),
-                strict=True,
-            )
-        )
-        return replace(
-            self,
-            data_VLF=torch.cat([parts[m] for m in modalities], dim=2),
-            matters={m: self.matters[m] for m in modalities},
-            channels={m: self.channels[m] for m in modalities},
-        )
-
 
 @dataclass(frozen=True)
 class FeatureSource:

@@ -38,7 +38,7 @@ from mmdist_e2e.grounding.parallel import rank
 from mmdist_e2e.grounding.recipes import TrainingConfig, get_recipe
 from mmdist_e2e.grounding.text import Vocabulary, tokenize
 from mmdist_e2e.grounding.trainer import Trainer, learning_rate, negative_ratio
-from mmdist_e2e.store import write_atomically, write_json
+from mmdist_e2e.store import check_out, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
 
@@ -103,8 +103,7 @@ def train_run(
     Training reads videos and sentences; timestamps of the validation split are used only by
     `select_by="val_recall"`. Raises MmdistError for unusable input.
     """
-    if out.exists() and not out.is_dir():
-        raise MmdistError(f"'{out}' is a file; --out needs a folder (a new one is made).")
+    check_out(out)
     train_annotations = load_annotations(train_path, durations=durations, protocol=protocol)
     val_annotations: list[Annotation] = []
     where = "no validation"

@@ -130,7 +130,7 @@ class Trainer:
                         ratio=ratio,
                     )
                 weight = peers.weight if peers else 1.0
-                self.update(terms["loss"] * weight if peers else terms["loss"])
+                self.update(terms["loss"] * weight)
                 terms = mean_over_processes(terms, weight)
                 done += size
                 for name, value in terms.items():
