@@ -28,7 +28,7 @@ from mmdist_e2e.synthetic.render import Film, render_frames
 from mmdist_e2e.synthetic.rooms import sample_room
 from mmdist_e2e.synthetic.stage import Scene
 from mmdist_e2e.synthetic.story import ACTIONS, COMBINATIONS, OPPOSITES, after, state_for
-from mmdist_e2e.synthetic.world import HEIGHT, WIDTH, sample_script
+from mmdist_e2e.synthetic.world import HEIGHT, WIDTH, WORLD_VERSION, sample_script
 
 
 def scene_for(action: str, thing: str | None, seed: int) -> tuple[Actor, Scene]:
@@ -175,7 +175,7 @@ def test_a_world_on_disk_parses_and_is_kept(tmp_path: Path) -> None:
         ):
             assert line == f"{video} {start:.1f} {end:.1f}##{sentence}"
     world = json.loads((tmp_path / "world.json").read_text())
-    assert world["world_version"] == 1
+    assert world["world_version"] == WORLD_VERSION
     files = sorted((tmp_path / "videos").iterdir())
     assert [f.stem for f in files] == [s.id for s in scripts]
     with Decoder() as decoder:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import cos, pi, sin
 
-from mmdist_e2e.synthetic.figure import head_of
+from mmdist_e2e.synthetic.figure import head_of, shoulder_of
 from mmdist_e2e.synthetic.furniture import (
     BOX_FOOT,
     SEAT_FOOT,
@@ -81,13 +81,32 @@ class Actor(Loops):
 
     # What one instant looks like.
 
-    def idle(self, scene: Scene, seconds: float, *, x: float, facing: int, walk: float) -> Moment:
-        """Standing, sitting or walking; walk is the path walked so far in units, 0 standing."""
+    def idle(
+        self,
+        scene: Scene,
+        seconds: float,
+        *,
+        x: float,
+        facing: int,
+        walk: float,
+        gesture: tuple[str, float] | None = None,
+    ) -> Moment:
+        """Standing, sitting or walking; walk is the path walked so far in units, 0 standing.
+
+        gesture: where a free hand goes for no reason ("ahead", "head" or "down") and how far it
+        has come, 0 to 1.
+        """
         hip, lean = self._hip(scene, x)
         sway = 0.5 * sin(seconds * 1.7) + 0.3 * sin(seconds * 0.9 + 1.0)
         hip = (hip[0] + (sway if scene.state.seat is None else 0.2 * sway), hip[1])
         nod = 0.25 * sin(seconds * 0.8)
-        return self._moment(scene, hip, lean, facing, {}, seconds, walk=walk, nod=nod, x=x)
+        hands = {}
+        if gesture is not None and scene.state.held != "box":
+            kind, come = gesture
+            shoulder = shoulder_of(self.body, hip, lean, facing)
+            forward, down = {"ahead": (20.0, 6.0), "head": (7.0, -9.0), "down": (16.0, 34.0)}[kind]
+            hands[self._free(scene)] = ((shoulder[0] + facing * forward, shoulder[1] + down), come)
+        return self._moment(scene, hip, lean, facing, hands, seconds, walk=walk, nod=nod, x=x)
 
     def perform(
         self, action: str, thing: str | None, scene: Scene, u: float, seconds: float

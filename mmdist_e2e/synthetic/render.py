@@ -19,6 +19,7 @@ from mmdist_e2e.synthetic.pen import FINENESS, ROOM_HEIGHT, Pen, framed, turned
 from mmdist_e2e.synthetic.rooms import grain, paint_background, sample_room
 from mmdist_e2e.synthetic.stage import Moment, Scene
 from mmdist_e2e.synthetic.story import ROOM_WIDTH, after
+from mmdist_e2e.synthetic.unrest import Unrest
 from mmdist_e2e.synthetic.world import HEIGHT, IDLE, WIDTH, Script, Segment
 
 Frame_HWC = NDArray[np.uint8]
@@ -48,6 +49,8 @@ class Film:
         self._room = sample_room(rng, script.contents)
         self._body = sample_body(rng)
         self._actor = Actor(self._room, self._body)
+        apart = np.random.default_rng(np.random.SeedSequence((*script.look, 3)))
+        self._unrest = Unrest(apart, script.duration_seconds)
         self._mirrored = bool(rng.random() < 0.5)
         self._beats = self._plan(rng)
         self._scale = FINENESS * WIDTH / ROOM_WIDTH
@@ -142,7 +145,8 @@ class Film:
         since = seconds - segment.start
         if segment.action != IDLE:
             u = min(1.0, since / max(segment.end - segment.start, 1e-6))
-            return self._actor.perform(segment.action, segment.object, scene, u, since)
+            clock = self._unrest.clock(since)
+            return self._actor.perform(segment.action, segment.object, scene, u, clock)
         distance = beat.goal - scene.x
         length = max(beat.walk_end - beat.walk_start, 1e-6)
         gone = min(max((seconds - beat.walk_start) / length, 0.0), 1.0)
@@ -156,18 +160,20 @@ class Film:
             x=scene.x + distance * gone,
             facing=facing,
             walk=abs(distance) * gone if walking else 0.0,
+            gesture=None if walking else self._unrest.gesture(seconds),
         )
 
     def _paint(self, rng: np.random.Generator) -> NDArray[np.uint8]:
         shape = (FINENESS * HEIGHT, FINENESS * WIDTH, 3)
         canvas = np.zeros(shape, np.uint8)
         paint_background(Pen(canvas, self._scale), self._room, rng)
-        textured = canvas * grain(rng, shape, float(rng.uniform(0.0, 0.03)))
+        textured = canvas * grain(rng, shape, float(rng.uniform(0.0, 0.06)))
         return np.asarray(np.clip(textured, 0, 255), np.uint8)
 
     def _draw(self, moment: Moment, seconds: float) -> None:
         pen, room = self._pen, self._room
         absent = frozenset(moment.absent)
+        self._unrest.draw_behind(pen, seconds)
         draw_behind(pen, room, moment.at, moment.opened, moment.lit, absent, seconds)
         hook = moment.loose_hat
         if hook is not None:
@@ -183,6 +189,7 @@ class Film:
             else:
                 draw_carried(pen, room, thing, place, angle, phase)
             pen.disc(moment.pose.near_hand, 2.4, self._body.skin)
+        self._unrest.draw_before(pen, seconds)
 
     def _set_light(self, rng: np.random.Generator) -> None:
         y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
@@ -190,12 +197,12 @@ class Film:
         vignette = 1.0 - float(rng.uniform(0.0, 0.22)) * radius**2
         slope = 1.0 + float(rng.uniform(-0.12, 0.12)) * (x / WIDTH - 0.5)
         has_lamp = "lamp" in self._room.at
-        level = float(rng.uniform(0.66, 0.86) if has_lamp else rng.uniform(0.75, 1.08))
-        cast = 1.0 + rng.uniform(-0.09, 0.09, 3)
+        level = float(rng.uniform(0.46, 0.86) if has_lamp else rng.uniform(0.52, 1.08))
+        cast = 1.0 + rng.uniform(-0.16, 0.16, 3)
         self._ambient = (level * (vignette * slope)[..., None] * cast).astype(np.float32)
         self._xs, self._ys = x, y
         self._drift = (float(rng.uniform(0.0, 0.06)), float(rng.uniform(0.1, 0.5)))
-        strength = float(rng.uniform(1.0, 4.0))
+        strength = float(rng.uniform(1.0, 6.0))
         self._noise = rng.standard_normal((_NOISES, HEIGHT, WIDTH, 3), dtype=np.float32) * strength
 
     def _set_camera(self, rng: np.random.Generator) -> None:
@@ -206,20 +213,13 @@ class Film:
         smooth = np.convolve(padded, np.hanning(2 * reach + 3)[1:-1], mode="valid")
         smooth /= np.hanning(2 * reach + 3)[1:-1].sum()
         seconds = np.arange(frames) / self.script.fps
-        zoom = rng.uniform(1.25, 1.45) + rng.uniform(0, 0.04) * np.sin(
-            seconds * rng.uniform(0.1, 0.5) + rng.uniform(0, 6)
-        )
+        off_x, off_y, nearer = self._unrest.camera(seconds)
+        zoom = rng.uniform(1.27, 1.45) * nearer
         follow = rng.uniform(0.85, 1.0)
-        shake = rng.uniform(0.0, 0.7)
-        wobble = [
-            shake * (np.sin(seconds * rng.uniform(1, 3) + rng.uniform(0, 6))
-                     + 0.5 * np.sin(seconds * rng.uniform(4, 8) + rng.uniform(0, 6)))
-            for _ in range(2)
-        ]  # fmt: skip
         half_x, half_y = ROOM_WIDTH / 2 / zoom, ROOM_HEIGHT / 2 / zoom
         middle = ROOM_WIDTH / 2
-        x = middle + follow * (smooth - middle) + rng.uniform(-5, 5) + wobble[0]
-        y = rng.uniform(61.0, 65.0) + wobble[1]
+        x = middle + follow * (smooth - middle) + rng.uniform(-5, 5) + off_x
+        y = rng.uniform(61.0, 65.0) + off_y
         self._camera_x = np.clip(x, half_x + 0.5, ROOM_WIDTH - half_x - 0.5)
         self._camera_y = np.clip(y, half_y + 0.5, ROOM_HEIGHT - half_y - 0.5)
         self._zoom = zoom
@@ -237,7 +237,9 @@ class Film:
         )
         small = framed(self._canvas, shift, WIDTH, HEIGHT)
         swing, pace = self._drift
-        light = self._ambient * (1.0 + swing * np.sin(index / self.script.fps * pace * 6.28))
+        seconds = index / self.script.fps
+        light = self._ambient * (1.0 + swing * np.sin(seconds * pace * 6.28))
+        light *= self._unrest.light(seconds, self._xs, WIDTH)[..., None]
         for thing, strength, spread in (("lamp", 0.56, 2600.0), ("television", 0.16, 900.0)):
             level = moment.lit.get(thing, 0.0)
             if level > 0.0:

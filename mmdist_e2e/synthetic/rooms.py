@@ -15,6 +15,14 @@ WALL_FOOT = 84.0  # where wall and floor meet
 TABLE_TOP = 72.5  # on what table things stand
 PUSH_DISTANCE = 34.0
 
+# Radians: red is 0, green -2π/3, blue -4π/3.
+_HUES = {
+    "cup": 0.0,
+    "cloth": -pi / 3,
+    "broom": -2 * pi / 3,
+    "book": -4 * pi / 3,
+    "bag": -5 * pi / 3,
+}
 _INNER = ("chair", "box")  # they are pushed about, so they start away from the walls
 
 
@@ -29,6 +37,7 @@ class Room:
     floor: Colour
     trim: Colour
     texture: int
+    contrast: float  # of the wall's pattern: how bright its darker colour is
 
 
 def sample_room(rng: np.random.Generator, contents: tuple[str, ...]) -> Room:
@@ -66,6 +75,7 @@ def sample_room(rng: np.random.Generator, contents: tuple[str, ...]) -> Room:
         floor=_pastel(rng, 95, 175, 40),
         trim=_pastel(rng, 170, 245, 12),
         texture=int(rng.integers(5)),
+        contrast=float(rng.uniform(0.75, 0.95)),
     )
 
 
@@ -75,6 +85,7 @@ def paint_background(pen: Pen, room: Room, rng: np.random.Generator) -> None:
     _paint_wall(pen, room)
     _paint_floor(pen, room, rng)
     pen.box(0, WALL_FOOT - 4, ROOM_WIDTH, WALL_FOOT, room.trim)
+    _paint_clutter(pen, rng)
     tall = [room.at[t] for t in ("door", "cabinet", "refrigerator") if t in room.at]
     lamps = [room.at[t] for t in ("lamp", "hat", "television") if t in room.at]
     free = [
@@ -110,6 +121,25 @@ def paint_background(pen: Pen, room: Room, rng: np.random.Generator) -> None:
         )
 
 
+def _paint_clutter(pen: Pen, rng: np.random.Generator) -> None:
+    """Paint posters on the wall and things on the floor that nobody ever uses."""
+    for _ in range(rng.integers(0, 6)):
+        x, y = float(rng.uniform(4, ROOM_WIDTH - 4)), float(rng.uniform(22, 76))
+        wide, high = rng.uniform(3, 8), rng.uniform(3, 9)
+        pen.box(x - wide, y - high, x + wide, y + high, _pastel(rng, 60, 220, 80))
+        for _ in range(rng.integers(1, 5)):
+            spot = (x + wide * rng.uniform(-0.7, 0.7), y + high * rng.uniform(-0.7, 0.7))
+            if rng.random() < 0.5:
+                pen.disc(spot, rng.uniform(0.8, 2.6), _pastel(rng, 40, 230, 90))
+            else:
+                end = (x + wide * rng.uniform(-0.8, 0.8), y + high * rng.uniform(-0.8, 0.8))
+                pen.line(spot, end, rng.uniform(0.8, 2.5), _pastel(rng, 40, 230, 90))
+    for _ in range(rng.integers(0, 4)):
+        x, y = float(rng.uniform(4, ROOM_WIDTH - 4)), float(rng.uniform(88, 106))
+        wide = rng.uniform(2, 6)
+        pen.box(x - wide, y - rng.uniform(1, 6), x + wide, y, _pastel(rng, 60, 220, 80))
+
+
 def grain(
     rng: np.random.Generator, shape: tuple[int, int, int], strength: float
 ) -> NDArray[np.float32]:
@@ -120,7 +150,7 @@ def grain(
 
 
 def _paint_wall(pen: Pen, room: Room) -> None:
-    other = shade(room.wall, 0.93)
+    other = shade(room.wall, room.contrast)
     if room.texture == 1:  # stripes
         for x in range(0, int(ROOM_WIDTH), 10):
             pen.box(x, 0, x + 5, WALL_FOOT, other)
@@ -182,8 +212,10 @@ def _sample_colours(rng: np.random.Generator) -> dict[str, Colour]:
     }
     metals = ((226, 228, 230), (170, 176, 182), (200, 60, 52), (120, 170, 170), (60, 64, 70))
     colours["refrigerator"] = metals[rng.integers(len(metals))]
-    for thing in ("couch", "cup", "book", "bag", "broom", "cloth"):
-        colours[thing] = _pastel(rng, 60, 220, 80)
+    colours["couch"] = _pastel(rng, 60, 220, 80)
+    # Small things have typical colours, so that a still picture tells what is in a hand.
+    for thing, hue in _HUES.items():
+        colours[thing] = _pastel(rng, 90, 190, 85, hue=hue)
     colours["lamp"] = _pastel(rng, 170, 235, 40)
     colours["box"] = shade((196, 154, 104), float(rng.uniform(0.8, 1.1)))
     colours["laptop"] = metals[rng.integers(2)] if rng.random() < 0.7 else (60, 62, 66)
@@ -191,8 +223,11 @@ def _sample_colours(rng: np.random.Generator) -> dict[str, Colour]:
     return colours
 
 
-def _pastel(rng: np.random.Generator, low: float, high: float, strength: float) -> Colour:
-    level, hue = rng.uniform(low, high), rng.uniform(0, 2 * pi)
+def _pastel(
+    rng: np.random.Generator, low: float, high: float, strength: float, hue: float | None = None
+) -> Colour:
+    level = rng.uniform(low, high)
+    hue = rng.uniform(0, 2 * pi) if hue is None else hue + rng.uniform(-0.35, 0.35)
     red, green, blue = (
         int(np.clip(level + strength * cos(hue + k * 2 * pi / 3), 8, 250)) for k in range(3)
     )

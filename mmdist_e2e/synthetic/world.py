@@ -44,7 +44,7 @@ __all__ = [
     "split_of",
 ]
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 FPS = 12.0
 WIDTH, HEIGHT = 128, 96
 SPLITS = ("train", "val", "test")
