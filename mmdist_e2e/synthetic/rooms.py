@@ -15,14 +15,8 @@ WALL_FOOT = 84.0  # where wall and floor meet
 TABLE_TOP = 72.5  # on what table things stand
 PUSH_DISTANCE = 34.0
 
-# Radians: red is 0, green -2π/3, blue -4π/3.
-_HUES = {
-    "cup": 0.0,
-    "cloth": -pi / 3,
-    "broom": -2 * pi / 3,
-    "book": -4 * pi / 3,
-    "bag": -5 * pi / 3,
-}
+# In sixths of a turn: red, yellow, green, blue, magenta.
+_HUES = {"cup": 0, "cloth": 1, "broom": 2, "book": 4, "bag": 5}
 _INNER = ("chair", "box")  # they are pushed about, so they start away from the walls
 
 
@@ -215,7 +209,7 @@ def _sample_colours(rng: np.random.Generator) -> dict[str, Colour]:
     colours["couch"] = _pastel(rng, 60, 220, 80)
     # Small things have typical colours, so that a still picture tells what is in a hand.
     for thing, hue in _HUES.items():
-        colours[thing] = _pastel(rng, 90, 190, 85, hue=hue)
+        colours[thing] = _pastel(rng, 90, 190, 85, hue=-hue * pi / 3)
     colours["lamp"] = _pastel(rng, 170, 235, 40)
     colours["box"] = shade((196, 154, 104), float(rng.uniform(0.8, 1.1)))
     colours["laptop"] = metals[rng.integers(2)] if rng.random() < 0.7 else (60, 62, 66)

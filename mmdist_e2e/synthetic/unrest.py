@@ -44,10 +44,10 @@ class Unrest:
         self._waves = rng.uniform((0.5, 0.0), (2.2, 2 * pi), size=(2, 3, 2))  # axis, wave, (Hz, at)
         self._hand = 1.5 * float(rng.uniform()) ** 1.5
         # A pan goes away from the person and comes back.
-        self._pans = [
-            (rng.uniform(0, duration), rng.uniform(1.5, 4.0), rng.choice([-1, 1]) * rng.uniform(8, 20))
-            for _ in range(rng.poisson(duration / 12.0))
-        ]  # fmt: skip
+        self._pans = []
+        for _ in range(rng.poisson(duration / 12.0)):
+            middle, length = float(rng.uniform(0, duration)), float(rng.uniform(1.5, 4.0))
+            self._pans.append((middle, length, rng.choice([-1, 1]) * float(rng.uniform(8, 20))))
         self._zooming = float(rng.uniform(0.0, 0.07)), float(rng.uniform(0.1, 0.35))
         # A light that passes, as a car's does: when, how bright, which way.
         self._beams = [
@@ -72,7 +72,7 @@ class Unrest:
         self._pause = float(rng.uniform(2.6, 4.2)), float(rng.uniform(0.35, 0.6))
 
     def camera(self, seconds: Times) -> tuple[Times, Times, Times]:
-        """How far the camera is off to the right and down, and by how much it zooms in (about 1)."""
+        """How far the camera is off to the right and down, and its zoom (about 1)."""
         x, y = (
             sum(np.sin(2 * pi * hertz * seconds + at) / (1 + hertz) for hertz, at in waves)
             for waves in self._waves
