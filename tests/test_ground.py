@@ -16,10 +16,11 @@ from make_videos import make_video
 
 import mmdist_e2e as mm
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.cli.train import parse_settings, training_source
+from mmdist_e2e.cli.train import parse_settings
 from mmdist_e2e.extractors import extract as extract_module
 from mmdist_e2e.extractors.spec import describe
 from mmdist_e2e.extractors.video import Decoder
+from mmdist_e2e.grounding.annotations import world_of
 from mmdist_e2e.grounding.checkpoint import command_of
 from mmdist_e2e.grounding.recipes import get_recipe
 from mmdist_e2e.store import FeatureStore
@@ -204,12 +205,12 @@ def test_evaluate_prints_the_model_and_four_controls(tiny_run, tmp_path):
 
 def test_only_a_world_is_called_one(tmp_path):
     train = tmp_path / "train.txt"
-    assert training_source(train) is None
+    assert world_of(train) is None
     for other in ("{}", "[1]", "no json"):
         (tmp_path / "world.json").write_text(other)
-        assert training_source(train) is None
+        assert world_of(train) is None
     (tmp_path / "world.json").write_text('{"world_version": 1, "seed": 7}')
-    assert training_source(train) == "our own synthetic world, version 1 (seed 7, train.txt)"
+    assert world_of(train) == "our own synthetic world, version 1 (seed 7, train.txt)"
 
 
 def test_the_cards_command_gives_the_same_recipe_again(tiny_run):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from filelock import FileLock
 from test_cli_distill import both
 from test_cli_train import SMALL, files, mmdist
 
 from mmdist_e2e.grounding import reproduce
-from mmdist_e2e.grounding.reproduce import ROWS, plan, rows_of
+from mmdist_e2e.grounding.tables import ROWS, SHOWN, plan, rows_of, table
 from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.synthetic.world import WORLD_VERSION
 
 __all__ = ["both", "files"]  # fixtures
 
@@ -30,12 +32,11 @@ def test_the_papers_tables_have_their_rows() -> None:
     assert len(rows_of([1, 3, 4, 5])) == len(ROWS) == 10
     with pytest.raises(MmdistError, match="valid: 1, 3, 4, 5"):
         rows_of([2])
-    # Students need teachers of every seed of theirs, before them.
-    jobs = plan(rows_of([4]), range(3), range(2))
-    names = [row.name for row, _ in jobs]
-    assert names.count("teacher") == names.count("student") == 3
-    assert names.count("student without local distillation") == 2
-    assert names.index("student") > max(i for i, name in enumerate(names) if name == "teacher")
+    # Students need teachers of every seed of theirs, before them; headline rows come first.
+    jobs = [(row.name, seed) for row, seed in plan(rows_of([4]), range(3), range(2))]
+    assert len(jobs) == len(set(jobs)) == 3 * 3 + 2 * 2
+    for seed in range(3):
+        assert jobs.index(("teacher", seed)) < jobs.index(("student", seed)) < 9
 
 
 @pytest.mark.slow
@@ -61,18 +62,67 @@ def test_every_row_is_trained_once_and_told(
         assert run(both, tmp_path, *seeds).exit_code != 0  # killed at the sixth
     first = (tmp_path / "table.md").read_text()
     assert "| cpl | 1 | 0, 1 |" in first
-    assert "| teacher |" not in first
+    assert "| baseline | 1, 3, 4 | 0 |" in first
+    assert "baseline without" not in first
     again = run(both, tmp_path, *seeds)
     assert again.exit_code == 0, again.output
     table = (tmp_path / "table.md").read_text()
-    assert [line.split(" |")[0] for line in table.splitlines() if line.startswith("| ")][1:] == [
+    rows, differences = table.split("Differences")
+    assert [line.split(" |")[0] for line in rows.splitlines() if line.startswith("| ")][1:] == [
         f"| {row.name}" for row in ROWS
     ]
+    assert differences.count("−") == len(ROWS) - 1
     assert "(54.72)" in table
     assert "C.json" in table
     settings = json.loads((tmp_path / "teacher-without-mutual-0" / "config.json").read_text())
     assert settings["mutual"]["mutual_weight"] == 0
     assert "0 of 14 trainings are left" in run(both, tmp_path, *seeds, "--dry-run").output
+
+
+def test_differences_are_paired_by_seed() -> None:
+    def one(recipe: str, score: float) -> dict[str, object]:
+        metrics = dict.fromkeys(SHOWN, score)
+        result = {"metrics": metrics, "controls": {}, "recipe": recipe, "queries": 9, "videos": 3}
+        result |= {"annotations": "a", "protocol": "p", "selected_by": "s"}
+        return {"result": result, "seconds": 1.0, "commit": "c"}
+
+    scores = {"cpl": (10.0, 12.0, 14.0), "baseline": (11.0, 15.0, 19.0)}
+    done = {(n, i): one(n, score) for n, each in scores.items() for i, score in enumerate(each)}
+    jobs = [(row, seed) for row in rows_of([1]) for seed in range(3)]
+    lines = table(done, jobs, "toys").splitlines()
+    (line,) = [line for line in lines if line.startswith("| baseline − cpl")]
+    # 1, 3 and 5: their mean is 3, their deviation 2, and 2 / √3 = 1.15.
+    assert line == "| baseline − cpl | 3 | +3.00 | 1.15 | +1.00 +3.00 +5.00 |"
+    assert "toys" in lines[0]
+
+
+def test_two_calls_share_a_folder(both: Path, tmp_path: Path) -> None:
+    """What one is at the other passes over, and a lock that is left behind stops nobody."""
+    few = ["--tables", "3", "--seeds", 1, "--set", "hidden=8"]
+    (tmp_path / ".locks").mkdir()
+    with FileLock(tmp_path / ".locks" / "baseline-0"):
+        shared = run(both, tmp_path, *few)
+    assert shared.exit_code == 0, shared.output
+    assert "baseline, seed 0: another call is at it" in shared.output
+    assert {path.name for path in tmp_path.glob("base*")} == {
+        "baseline-without-local-0",
+        "baseline-without-global-0",
+    }
+    again = run(both, tmp_path, *few)
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "baseline-0" / "reproduced.json").is_file()
+
+
+@pytest.mark.slow
+def test_without_features_the_world_is_made(tmp_path: Path) -> None:
+    command = ["reproduce", "--out", tmp_path, "--world-videos", 10, "--tables", "1", "--seeds", 1]
+    done = mmdist(*command, "--length", 16, *SMALL, "--set=epochs=1")
+    assert done.exit_code == 0, done.output
+    written = (tmp_path / "table.md").read_text()
+    assert f"synthetic world, version {WORLD_VERSION} (seed 0, world_sta_test.txt)" in written
+    assert written.count("−") == 3
+    card = (tmp_path / "student-0" / "README.md").read_text()
+    assert "synthetic world" in card
 
 
 def test_mistakes_are_told(both: Path, tmp_path: Path) -> None:
@@ -82,6 +132,9 @@ def test_mistakes_are_told(both: Path, tmp_path: Path) -> None:
     wrong = run(both, tmp_path, "--set", "temprature=1")
     assert wrong.exit_code == 1
     assert "No row has a setting 'temprature'" in wrong.output
+    wrong = mmdist("reproduce", "--features", both / "F.hdf5", "--out", tmp_path)
+    assert wrong.exit_code == 1
+    assert "belong together" in wrong.output
     for option in ("--train", "--flow-features"):  # the last of an option counts
         wrong = run(both, tmp_path, option, tmp_path / "none")
         assert wrong.exit_code == 1

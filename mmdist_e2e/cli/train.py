@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +158,6 @@ def _train(
             protocol=protocol,
             length=length,
             overrides=overrides,
-            trained_on=training_source(train_path),
             device=device,
             progress=display if rank() == 0 else None,
         )
@@ -174,19 +172,6 @@ def _train(
         markup=False,
         soft_wrap=True,
     )
-
-
-def training_source(train_path: Path) -> str | None:
-    """What the model card says of annotations of a synthetic world; None for any others."""
-    facts_path = train_path.parent / "world.json"
-    if not facts_path.is_file():
-        return None
-    try:
-        facts = json.loads(facts_path.read_text())
-        version, seed = facts["world_version"], facts["seed"]
-    except (ValueError, KeyError, TypeError):
-        return None  # somebody's own file of that name
-    return f"our own synthetic world, version {version} (seed {seed}, {train_path.name})"
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

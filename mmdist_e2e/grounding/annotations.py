@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,16 @@ def load_durations(path: Path) -> dict[str, float]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise MmdistError(f"'{path}' is not readable text: {error}.") from error
     return seconds
+
+
+def world_of(path: Path) -> str | None:
+    """Which synthetic world an annotation file is of; None for any other file."""
+    try:
+        facts = json.loads((path.parent / "world.json").read_text(encoding="utf-8"))
+        version, seed = facts["world_version"], facts["seed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # or somebody's own file of that name
+    return f"our own synthetic world, version {version} (seed {seed}, {path.name})"
 
 
 def _json_durations(path: Path, text: str) -> Iterator[tuple[str, str, Any]]:

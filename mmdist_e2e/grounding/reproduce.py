@@ -2,7 +2,7 @@
 
 A row's seed is a run of its own (`train_run`, then `evaluate_run`); what is finished is not done
 again, so a killed call goes on where it was. Students learn from the teacher of their own seed,
-and seeds pair the rows.
+and seeds pair the rows. Several calls may share one folder: each trains what no other is at.
 """
 
 from __future__ import annotations
@@ -10,82 +10,32 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mmdist_e2e.grounding.annotations import load_annotations
-from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
+from mmdist_e2e.grounding.evaluate import evaluate_run
 from mmdist_e2e.grounding.features import open_features, places_of
 from mmdist_e2e.grounding.inference import Progress
 from mmdist_e2e.grounding.recipes import get_recipe
+from mmdist_e2e.grounding.tables import JUDGED, TEACHER, Job, Row, table
 from mmdist_e2e.grounding.train import train_run
-from mmdist_e2e.store import write_atomically, write_json
+from mmdist_e2e.store import check_out, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
 
-DONE = "reproduced.json"  # a row's figures and seconds, written when all of it is done
-SHOWN = ("R@1,IoU=0.3", "R@1,IoU=0.5", "R@1,IoU=0.7", "mIoU")
-BOTH, RGB = ("rgb", "flow"), ("rgb",)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: a recipe with some settings, and R@1 at IoU 0.3, 0.5, 0.7 in the paper.
-
-    headline: trained over all seeds, the others over fewer. taught: learns from the teacher.
-    """
-
-    name: str
-    recipe: str
-    tables: tuple[int, ...]
-    paper: tuple[float, float, float]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    modalities: tuple[str, ...] = RGB
-    headline: bool = False
-    taught: bool = False
-
-    @property
-    def folder(self) -> str:
-        return self.name.replace(" ", "-")
-
-
-ROWS = (
-    Row("cpl", "cpl", (1,), (66.40, 49.24, 22.39), headline=True),
-    Row("baseline", "baseline", (1, 3, 4), (67.26, 51.58, 24.22), headline=True),
-    Row(
-        "baseline without local", "baseline", (3,), (65.83, 50.54, 23.31),
-        {"local_weight": 0, "score_weight": 0},
-    ),
-    # Undefined in the paper; here the hinges go and the reconstruction stays.
-    Row(
-        "baseline without global", "baseline", (3,), (60.42, 44.36, 20.80),
-        {"contrast_weight": 0},
-    ),
-    Row("teacher", "teacher", (1, 5), (70.11, 54.72, 26.00), modalities=BOTH, headline=True),
-    Row("teacher as concatenation", "baseline", (5,), (67.92, 52.31, 24.64), modalities=BOTH),
-    Row(
-        "teacher without mutual", "teacher", (5,), (69.73, 53.86, 24.76),
-        {"mutual_weight": 0}, modalities=BOTH,
-    ),
-    Row("student", "student", (1, 4), (68.90, 53.29, 25.27), headline=True, taught=True),
-    Row(
-        "student without local distillation", "student", (4,), (68.21, 51.68, 24.45),
-        {"distill_local": "false"}, taught=True,
-    ),
-    Row(
-        "student without global distillation", "student", (4,), (68.02, 52.85, 24.98),
-        {"distill_global": "false"}, taught=True,
-    ),
-)  # fmt: skip
-TABLES = (1, 3, 4, 5)
-TEACHER = next(row for row in ROWS if row.name == "teacher")
+DONE = "reproduced.json"  # a row's figures, seconds and commit, written when all of it is done
+LOCKS = ".locks"
 
 
 @dataclass(frozen=True)
 class Material:
-    """What every row is trained and scored on."""
+    """What every row is trained and scored on; source says it in words."""
 
+    source: str
     features: Path
     flow_features: Path | None
     train: Path
@@ -98,32 +48,12 @@ class Material:
     device: str = "cpu"
 
 
-def rows_of(tables: Sequence[int]) -> list[Row]:
-    """The rows of some tables, each once. Raises MmdistError for a table that has none."""
-    unknown = sorted(set(tables) - set(TABLES))
-    if unknown or not tables:
-        raise MmdistError(
-            f"There is no table {', '.join(map(str, unknown)) or 'given'}; valid: "
-            f"{', '.join(map(str, TABLES))}."
-        )
-    return [row for row in ROWS if set(row.tables) & set(tables)]
-
-
-def plan(
-    rows: Sequence[Row], seeds: Sequence[int], ablation_seeds: Sequence[int]
-) -> list[tuple[Row, int]]:
-    """What is to be trained, in order: teachers before the students that need them."""
-    wanted = {*(row.name for row in rows), *(TEACHER.name for row in rows if row.taught)}
-    needed = [row for row in ROWS if row.name in wanted]
-    return [(row, seed) for row in needed for seed in (seeds if row.headline else ablation_seeds)]
-
-
 def run_of(out: Path, row: Row, seed: int) -> Path:
     return out / f"{row.folder}-{seed}"
 
 
-def finished(out: Path, jobs: Sequence[tuple[Row, int]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Figures and seconds of what is done, by row and seed."""
+def finished(out: Path, jobs: Sequence[Job]) -> dict[tuple[str, int], dict[str, Any]]:
+    """{"result", "seconds", "commit"} of what is done, by row and seed."""
     found = {}
     for row, seed in jobs:
         path = run_of(out, row, seed) / DONE
@@ -134,7 +64,7 @@ def finished(out: Path, jobs: Sequence[tuple[Row, int]]) -> dict[tuple[str, int]
 
 def reproduce(
     material: Material,
-    jobs: Sequence[tuple[Row, int]],
+    jobs: Sequence[Job],
     out: Path,
     *,
     settings: Mapping[str, Any],
@@ -144,31 +74,48 @@ def reproduce(
 ) -> dict[str, str]:
     """Train and score what is not yet done; rewrites out/table.md after each.
 
-    settings: of every row whose recipe has them. Returns, by row and seed, why it failed; the
-    others are done all the same. Raises MmdistError for a setting that no row has, and where
+    settings: of every row whose recipe has them. commit: of the code, kept beside the figures.
+    Returns, by row and seed, why it failed; the others are done all the same. What another call
+    is training is passed over. Raises MmdistError for a setting that no row has, and where
     annotations or features cannot be read at all.
     """
     unknown = sorted(set(settings) - {name for row, _ in jobs for name in _names(row)})
     if unknown:
         raise MmdistError(f"No row has a setting {unknown[0]!r}; see mmdist train --help.")
+    check_out(out)
     _check(material, {modality for row, _ in jobs for modality in row.modalities})
+    (out / LOCKS).mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for row, seed in jobs:
         run, label = run_of(out, row, seed), f"{row.name}, seed {seed}"
-        if (run / DONE).is_file():
-            continue
-        start = time.monotonic()
         try:
-            result = _train_and_score(material, row, seed, out, settings, progress)
+            if row.taught:  # a teacher that another call is at: its students wait
+                with FileLock(_lock(out, TEACHER, seed)):
+                    pass
+            with FileLock(_lock(out, row, seed), timeout=0):
+                if (run / DONE).is_file():
+                    continue
+                start = time.monotonic()
+                result = _train_and_score(material, row, seed, out, settings, progress)
+                seconds = round(time.monotonic() - start, 1)
+                write_json(run / DONE, {"result": result, "seconds": seconds, "commit": commit})
+        except Timeout:
+            told(f"{label}: another call is at it")
+            continue
         except MmdistError as error:
             failed[label] = str(error)
             told(f"{label} failed: {error}")
             continue
-        seconds = time.monotonic() - start
-        write_json(run / DONE, {"result": result, "seconds": round(seconds, 1)})
-        told(f"{label}: R@1 at IoU 0.5 {result['metrics']['R@1,IoU=0.5']:.2f} ({seconds:.0f} s)")
-        write_atomically(out / "table.md", table(out, jobs, material, commit).encode())
+        told(f"{label}: R@1 at IoU 0.5 {result['metrics'][JUDGED]:.2f} ({seconds:.0f} s)")
+        write_atomically(
+            out / "table.md", table(finished(out, jobs), jobs, material.source).encode()
+        )
     return failed
+
+
+def _lock(out: Path, row: Row, seed: int) -> Path:
+    """A file that says who is at a run; it is let go when its process ends, however it ends."""
+    return out / LOCKS / f"{row.folder}-{seed}"
 
 
 def _check(material: Material, modalities: Collection[str]) -> None:
@@ -226,33 +173,3 @@ def _train_and_score(
         device=material.device,
         progress=progress,
     )
-
-
-def table(out: Path, jobs: Sequence[tuple[Row, int]], material: Material, commit: str) -> str:
-    """What is done so far, in Markdown, beside the paper's Charades-STA."""
-    done = finished(out, jobs)
-    if not done:
-        return "Nothing is done yet.\n"
-    some = next(iter(done.values()))["result"]
-    lines = [
-        f"Scored on {material.test.name} ({some['queries']} queries of {some['videos']} videos), "
-        f"protocol {some['protocol']}; checkpoints chosen by {some['selected_by']}. Percent, mean "
-        f"± standard deviation over seeds; in brackets the paper's on Charades-STA. mmdist "
-        f"{commit}.\n",
-        "| row | tables | seeds | " + " | ".join(SHOWN) + " |",
-        "|---" * (3 + len(SHOWN)) + "|",
-    ]
-    for row in ROWS:
-        seeds = [seed for other, seed in jobs if other is row and (row.name, seed) in done]
-        if not seeds:
-            continue
-        results = [done[row.name, seed]["result"] for seed in seeds]
-        spread = dict(spread_over_runs(results))["model"]
-        cells = [f"{spread[c][0]:.2f} ± {spread[c][1]:.2f}" for c in SHOWN]
-        for i, figure in enumerate(row.paper):
-            cells[i] += f" ({figure:.2f})"
-        tables = ", ".join(map(str, row.tables))
-        lines.append(
-            f"| {row.name} | {tables} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmdist_e2e.grounding.annotations import world_of
 from mmdist_e2e.grounding.checkpoint import load_checkpoint, save_checkpoint
 from mmdist_e2e.grounding.datasets import (
     Annotation,
@@ -88,7 +89,6 @@ def train_run(
     teacher: Path | None = None,
     length: int = 64,
     overrides: Mapping[str, Any] | None = None,
-    trained_on: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def train_run(
     training videos is set aside as validation; 0: no validation, the last epoch. modalities:
     what the network reads; flow_features_path: where flow lies, if not beside RGB. teacher: the
     run that a student learns from; its modalities are looked for in the same places. overrides:
-    settings of the recipe by name. trained_on: what the model card says. Returns a summary.
+    settings of the recipe by name. Returns a summary.
     Training reads videos and sentences; timestamps of the validation split are used only by
     `select_by="val_recall"`. Raises MmdistError for unusable input.
     """
@@ -149,7 +149,7 @@ def train_run(
     # A carved split is a part of the file whose protocol is named.
     named = [*items, *([] if val_path else val_items)]
     known = [replace(i.annotation, duration_seconds=i.duration_seconds) for i in named]
-    source = trained_on or f"{len(items)} sentences of {protocol_of(train_path, known)}"
+    source = world_of(train_path) or f"{len(items)} sentences of {protocol_of(train_path, known)}"
     trainer = Trainer(recipe, items, table, seed, answers)
     identity = {
         "recipe": recipe.to_json(),
