@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-WORK ?= runs/world1
+WORK ?= runs/world2
 VIDEOS ?= 1000
-CLIPS ?= 10000
-RECIPES ?= baseline
-SEEDS ?= 0 1 2
+RGB_CLIPS ?= 12000
+FLOW_CLIPS ?= 8000
+TABLES ?= 1
+SEEDS ?= 5
+ABLATION_SEEDS ?= 3
 
 .PHONY: help install demo test lint types bench world clean
 .DELETE_ON_ERROR:
@@ -15,7 +17,7 @@ help:
 	@echo "make demo   install into .venv and ground a sentence in the example clip"
 	@echo "make test   install and run all tests"
 	@echo "make lint   ruff;  make types  strict mypy;  make bench  all benchmarks"
-	@echo "make world  the whole chain: render, pretrain, extract, train, evaluate"
+	@echo "make world  the whole chain: render, pretrain, extract, probe, every row of TABLES"
 
 install: $(STAMP)
 
@@ -44,8 +46,9 @@ bench: $(STAMP)
 
 # Every step goes on where it was; delete $(WORK) to begin anew.
 world: $(STAMP)
-	WORK=$(WORK) VIDEOS=$(VIDEOS) CLIPS=$(CLIPS) RECIPES="$(RECIPES)" \
-	  SEEDS="$(SEEDS)" BIN=$(BIN) bash examples/chain.sh
+	WORK=$(WORK) VIDEOS=$(VIDEOS) RGB_CLIPS=$(RGB_CLIPS) FLOW_CLIPS=$(FLOW_CLIPS) \
+	  TABLES=$(TABLES) SEEDS=$(SEEDS) ABLATION_SEEDS=$(ABLATION_SEEDS) BIN=$(BIN) \
+	  bash examples/chain.sh
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole chain of the synthetic world: render, pretrain, extract, train, evaluate.
-# Called by `make world`, which sets WORK, VIDEOS, CLIPS, RECIPES, SEEDS and BIN.
-# Every step goes on where a killed run left it.
+# The whole chain of the synthetic world: render, pretrain, extract, probe, reproduce the tables.
+# Called by `make world`, which sets WORK, VIDEOS, RGB_CLIPS, FLOW_CLIPS, TABLES, SEEDS,
+# ABLATION_SEEDS and BIN. Every step goes on where a killed run left it.
 set -euo pipefail
 world="$WORK/videos"
 features="$WORK/features"
@@ -12,10 +12,12 @@ step "render $VIDEOS videos"
 extractors=()
 for modality in rgb flow; do
   step "pretrain the small $modality network"
-  extractor="$WORK/world1-$modality"
+  extractor="$WORK/$modality"
+  clips="$RGB_CLIPS"
+  [ "$modality" = rgb ] || clips="$FLOW_CLIPS"
   if [ ! -f "$extractor/config.json" ]; then
     "$BIN/python" -m mmdist_e2e.synthetic.pretrain --modality "$modality" --out "$extractor" \
-      --cache "$WORK/clips" --clips "$CLIPS" --seed 0
+      --cache "$WORK/clips" --clips "$clips" --seed 0
   fi
   extractors+=(--extractor "$extractor")
 done
@@ -24,16 +26,9 @@ step "extract features"
 step "linear probe"
 "$BIN/python" -m mmdist_e2e.synthetic.probe --world "$world" "${extractors[@]}" \
   --features "$features" --json "$WORK/probe.json"
-for recipe in $RECIPES; do
-  runs=()
-  for seed in $SEEDS; do
-    step "train $recipe, seed $seed"
-    "$BIN/mmdist" train "$recipe" --features "$features" --train "$world/world_sta_train.txt" \
-      --val "$world/world_sta_val.txt" --out "$WORK/$recipe-$seed" --seed "$seed"
-    runs+=("$WORK/$recipe-$seed")
-  done
-  step "evaluate $recipe on the test split"
-  "$BIN/mmdist" evaluate "${runs[@]}" --features "$features" \
-    --annotations "$world/world_sta_test.txt"
-done
+step "tables $TABLES"
+"$BIN/mmdist" reproduce --tables "$TABLES" --features "$features" \
+  --train "$world/world_sta_train.txt" --val "$world/world_sta_val.txt" \
+  --annotations "$world/world_sta_test.txt" --length 40 \
+  --seeds "$SEEDS" --ablation-seeds "$ABLATION_SEEDS" --out "$WORK/rows"
 step "done"

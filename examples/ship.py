@@ -1,9 +1,10 @@
 """Put what `make world` made into the wheel's folder, its measured figures into the cards.
 
-    python examples/ship.py runs/world1
+    python examples/ship.py runs/world2
 
-Of the baseline's runs the one that is best on validation ships; the card shows the spread over
-all seeds. Without runs only the extractors ship; without probe.json only the model.
+Of the students the one that is best on validation ships; the card shows the spread over all
+seeds, and the rows beside it. Without runs only the extractors ship; without probe.json only the
+model.
 """
 
 from __future__ import annotations
@@ -69,27 +70,30 @@ def test_section(results: list[dict[str, Any]], shipped_seed: int) -> str:
 def ship_extractors(work: Path) -> None:
     section = probe_section(read(work / "probe.json"))
     for modality in ("rgb", "flow"):
-        name = name_of(modality)
-        card = (work / name / "README.md").read_text()
-        copy(work / name, SHIPPED_ROOT / name, EXTRACTOR_FILES, card, section)
+        source = work / modality
+        target = SHIPPED_ROOT / name_of(modality)
+        copy(source, target, EXTRACTOR_FILES, (source / "README.md").read_text(), section)
 
 
-def ship_model(runs: list[Path]) -> None:
-    results = [read(run / "evaluations" / "world_sta_test" / "metrics.json") for run in runs]
+def ship_model(rows: Path) -> None:
+    runs = [path.parent for path in sorted(rows.glob("student-[0-9]*/reproduced.json"))]
+    if not runs:
+        return
+    results = [read(run / "reproduced.json")["result"] for run in runs]
     best = max(runs, key=lambda run: read(run / "config.json")["validation"]["R@1,IoU=0.5"])
     config = read(best / "config.json")
-    seed = config["seed"]
-    copy(best, SHIPPED_MODEL, MODEL_FILES, model_card(config), test_section(results, seed))
-    print(test_section(results, seed))
+    section = test_section(results, config["seed"])
+    beside = (rows / "table.md").read_text()
+    section += f"\n## Beside the other rows\n\n{beside}"
+    copy(best, SHIPPED_MODEL, MODEL_FILES, model_card(config), section)
+    print(section)
 
 
 def main() -> None:
     work = Path(sys.argv[1])
     if (work / "probe.json").is_file():
         ship_extractors(work)
-    runs = sorted(path.parent for path in work.glob("baseline-*/config.json"))
-    if runs:
-        ship_model(runs)
+    ship_model(work / "rows")
 
 
 if __name__ == "__main__":
