@@ -11,8 +11,8 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from mmdist_e2e.cli import options
 from mmdist_e2e.cli.display import StepDisplay, results
-from mmdist_e2e.grounding.splits import PROTOCOLS
 from mmdist_e2e.structures import MODALITIES, MmdistError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def data_group() -> None:
 @click.option("--train", "train_path", type=click.Path(path_type=Path), help="Annotations.")
 @click.option("--val", "val_path", type=click.Path(path_type=Path), help="Annotations.")
 @click.option("--test", "test_path", type=click.Path(path_type=Path), help="Annotations.")
-@click.option("--glove", type=click.Path(path_type=Path), help="GloVe text or CPL's glove.pkl.")
+@options.glove
 @click.option(
     "--durations",
     multiple=True,
@@ -39,13 +39,7 @@ def data_group() -> None:
     help="Seconds by video: JSON, Charades' CSV or a feature store; may be repeated.",
 )
 @click.option("--modality", default="rgb", show_default=True, type=click.Choice(MODALITIES))
-@click.option(
-    "--protocol",
-    default="official",
-    show_default=True,
-    type=click.Choice(PROTOCOLS),
-    help="cpl drops queries that end past their video.",
-)
+@options.protocol
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.pass_context
 def check_command(

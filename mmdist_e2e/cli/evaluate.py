@@ -8,31 +8,20 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+from mmdist_e2e.cli import options
 from mmdist_e2e.cli.display import StepDisplay, results, say
 from mmdist_e2e.structures import MmdistError
 
 
 @click.command("evaluate")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--features", required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--flow-features", type=click.Path(path_type=Path), help="Where flow lies, if not beside RGB."
-)
-@click.option("--annotations", required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--durations",
-    type=click.Path(path_type=Path),
-    help="Seconds by video: JSON, CSV or a store.",
-)
-@click.option(
-    "--protocol",
-    default="official",
-    show_default=True,
-    type=click.Choice(["official", "cpl"]),
-    help="cpl drops queries that end past their video.",
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: in the run's folder.")
+@click.argument("runs", nargs=-1, required=True, type=options.PATH)
+@click.option("--features", required=True, type=options.PATH)
+@options.flow_features
+@click.option("--annotations", required=True, type=options.PATH)
+@options.durations
+@options.protocol
+@options.device
+@click.option("--out", type=options.PATH, help="Default: in the run's folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def evaluate_command(
     runs: tuple[Path, ...],

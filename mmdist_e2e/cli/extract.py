@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mmdist_e2e.cli import options
 from mmdist_e2e.cli.display import ExtractionProgress, extraction_summary, results, say
 from mmdist_e2e.structures import MODALITIES, MmdistError
 
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     help="What computes optical flow.",
 )
 @click.option("--overwrite", is_flag=True, help="Extract again what is already there.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
+@options.device
 @click.option(
     "--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"])
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
+from mmdist_e2e.cli import options
 from mmdist_e2e.cli.display import bar, results, say
 
 
@@ -23,7 +24,7 @@ from mmdist_e2e.cli.display import bar, results, say
 )
 @click.option("--top-k", default=5, show_default=True, help="How many moments at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
+@options.device
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder of cached features.")
 def ground_command(
     clip: Path,

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import click
 
+from mmdist_e2e.cli import options
 from mmdist_e2e.cli.display import ExtractionProgress, StepDisplay, bar, results, say
 from mmdist_e2e.cli.extract import choose_extractors
+from mmdist_e2e.cli.options import PATH
 from mmdist_e2e.cli.train import parse_settings
 from mmdist_e2e.structures import MmdistError
-
-PATH = click.Path(path_type=Path)
 
 
 @click.command("reproduce")
 @click.option("--tables", default="1,3,4,5", show_default=True, help="Which of the paper's.")
 @click.option("--features", type=PATH, help="Store, HDF5 or npy folder; without it, the world.")
-@click.option("--flow-features", type=PATH, help="Where flow lies, if not beside RGB.")
+@options.flow_features
 @click.option("--train", "train_path", type=PATH, help="Annotations.")
 @click.option("--val", "val_path", type=PATH, help="Without it a part of --train is set aside.")
 @click.option("--annotations", type=PATH, help="Annotations that score the rows.")
@@ -35,17 +35,11 @@ PATH = click.Path(path_type=Path)
 @click.option("--out", required=True, type=PATH, help="Folder of all runs and of table.md.")
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--ablation-seeds", default=3, show_default=True, type=click.IntRange(min=1))
-@click.option("--glove", type=PATH, help="GloVe text or CPL's glove.pkl.")
-@click.option("--durations", type=PATH, help="Seconds by video: JSON, CSV or a store.")
-@click.option(
-    "--protocol",
-    default="official",
-    show_default=True,
-    type=click.Choice(["official", "cpl"]),
-    help="cpl drops queries that end past their video.",
-)
-@click.option("--length", default=64, show_default=True, type=click.IntRange(min=4), help="L.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
+@options.glove
+@options.durations
+@options.protocol
+@options.length
+@options.device
 @click.option(
     "--set",
     "settings",

@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
+from mmdist_e2e.cli import options
 from mmdist_e2e.cli.display import StepDisplay, results
 from mmdist_e2e.cli.extract import parse_modalities
+from mmdist_e2e.cli.options import PATH
 from mmdist_e2e.structures import MmdistError
 
-PATH = click.Path(path_type=Path)
 Option = Callable[[click.Command], click.Command]
 HELP = """\
 The checkpoint is the epoch that rebuilds the sentences best on --val, or without it on a part of
@@ -32,9 +33,9 @@ def train_group() -> None:
 
 def training_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of every recipe, in the order of the help."""
-    options = (
+    each = (
         click.option("--features", required=True, type=PATH, help="Store, HDF5 or npy folder."),
-        click.option("--flow-features", type=PATH, help="Where flow lies, if not beside RGB."),
+        options.flow_features,
         click.option("--train", "train_path", required=True, type=PATH, help="Annotations."),
         click.option(
             "--val",
@@ -50,22 +51,12 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--out", required=True, type=PATH, help="Folder of the run."),
         click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0)),
-        click.option("--glove", type=PATH, help="GloVe text or CPL's glove.pkl."),
-        click.option("--durations", type=PATH, help="Seconds by video: JSON, CSV or a store."),
-        click.option(
-            "--protocol",
-            default="official",
-            show_default=True,
-            type=click.Choice(["official", "cpl"]),
-            help="cpl drops queries that end past their video.",
-        ),
-        click.option(
-            "--length", default=64, show_default=True, type=click.IntRange(min=4), help="L."
-        ),
+        options.glove,
+        options.durations,
+        options.protocol,
+        options.length,
         click.option("--epochs", type=click.IntRange(min=1), help="Default: the recipe's."),
-        click.option(
-            "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N."
-        ),
+        options.device,
         click.option(
             "--set",
             "settings",
@@ -74,7 +65,7 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Any other setting of the recipe; may be repeated.",
         ),
     )
-    for option in reversed(options):
+    for option in reversed(each):
         command = option(command)
     return command
 
@@ -90,8 +81,8 @@ def recipe_command(recipe: str, what: str, *more: Option, modality: str = "rgb")
         show_default=True,
         help="What the network reads: rgb, flow or rgb,flow.",
     )
-    def command(**options: Any) -> None:
-        _train(recipe, **options)
+    def command(**given: Any) -> None:
+        _train(recipe, **given)
 
     for option in more:
         command = option(command)
