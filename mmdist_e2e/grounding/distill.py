@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmdist_e2e.grounding.checkpoint import GroundingModel
 from mmdist_e2e.grounding.datasets import Annotation, FeatureTable, Item, batches, make_items
-from mmdist_e2e.grounding.inference import INFERENCE_BATCH, Progress, predict_batch
+from mmdist_e2e.grounding.inference import INFERENCE_BATCH, Progress, score_proposals
 from mmdist_e2e.grounding.objective import Taught
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError
@@ -61,10 +61,10 @@ def teach(
     parts: list[tuple[Tensor, ...]] = []
     done = 0
     for batch in batches(items, table, INFERENCE_BATCH, range(len(items))):
-        scored = predict_batch(model, batch)
+        proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
+        scored = score_proposals(model, batch, proposals)
         best_B = scored.scores_BK.argmax(dim=1)
         rows = torch.arange(len(best_B), device=best_B.device)
-        proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
         maps_BL = model.activate(batch, proposals)
         spans = scored.centers_BK[rows, best_B], scored.widths_BK[rows, best_B]
         parts.append(tuple(t.cpu().clone() for t in (best_B, *spans, maps_BL)))

@@ -82,8 +82,14 @@ def proposal_scores(activation_BK: Tensor, losses_BK: Tensor, weight: float) -> 
 @torch.inference_mode()
 def predict_batch(model: GlobalBranch, batch: Batch) -> Scored:
     """Proposals and their scores; the model must be in eval mode. No seed enters."""
-    assert not model.training
     proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
+    return score_proposals(model, batch, proposals)
+
+
+@torch.inference_mode()
+def score_proposals(model: GlobalBranch, batch: Batch, proposals: Proposals) -> Scored:
+    """`predict_batch`, from proposals that are at hand."""
+    assert not model.training
     centers_BK, widths_BK = proposals.centers_BK, proposals.widths_BK
     losses_BK = mean_reconstruction(model, batch, proposals)
     scores_BK = -losses_BK
