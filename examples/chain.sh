@@ -13,11 +13,11 @@ extractors=()
 for modality in rgb flow; do
   step "pretrain the small $modality network"
   extractor="$WORK/$modality"
-  clips="$RGB_CLIPS"
-  [ "$modality" = rgb ] || clips="$FLOW_CLIPS"
+  effort=(--clips "$RGB_CLIPS" --cycles 2)
+  [ "$modality" = rgb ] || effort=(--clips "$FLOW_CLIPS")
   if [ ! -f "$extractor/config.json" ]; then
     "$BIN/python" -m mmdist_e2e.synthetic.pretrain --modality "$modality" --out "$extractor" \
-      --cache "$WORK/clips" --clips "$clips" --seed 0
+      --cache "$WORK/clips" "${effort[@]}" --seed 0
   fi
   extractors+=(--extractor "$extractor")
 done

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmdist_e2e.extractors.networks import SnippetNetwork, describe
 from mmdist_e2e.structures import MmdistError
@@ -27,6 +28,7 @@ from mmdist_e2e.synthetic.clipset import (
 from mmdist_e2e.synthetic.flowset import augment_flow, flow_clips, flow_of, flow_windows
 from mmdist_e2e.synthetic.pretrain import Pretrainer, PretrainSettings, losses, pretrain
 from mmdist_e2e.synthetic.resume import Run
+from mmdist_e2e.synthetic.world import WORLD_VERSION
 
 TINY = PretrainSettings(
     clips=20, validation_clips=6, width=0.125, stages=((32, 1, 0.6), (48, 1, 0.85)), batch=10
@@ -241,6 +243,36 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_cycle_goes_on_from_the_first_and_resumes_to_the_bit(tmp_path):
+    def run(name: str, cycles: int, progress: clipset.Progress) -> dict[str, torch.Tensor]:
+        settings = replace(TINY, cycles=cycles)
+        cache = tmp_path / "clips"
+        pretrain(tmp_path / name, settings, cache=cache, workers=2, progress=progress)
+        return load_file(tmp_path / name / "state.safetensors")
+
+    def quiet(line: str) -> None:
+        pass
+
+    def until(epoch: int) -> clipset.Progress:
+        def progress(line: str) -> None:
+            if line.startswith(f"epoch {epoch} "):
+                raise KeyboardInterrupt
+
+        return progress
+
+    once, twice = run("once", 1, quiet), run("twice", 2, quiet)
+    assert any(not torch.equal(once[k], twice[k]) for k in once if k.startswith("model."))
+    for epoch in (2, 3):  # at the end of the first cycle, and within the second
+        with pytest.raises(KeyboardInterrupt):
+            run("killed", 2, until(epoch))
+        state = load_file(tmp_path / "killed" / "state.safetensors")
+        if epoch == 2:
+            assert all(torch.equal(once[k], state[k]) for k in once)
+    killed = run("killed", 2, quiet)
+    assert all(torch.equal(twice[k], killed[k]) for k in twice)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("modality", ["rgb", "flow"])
 def test_a_tiny_pretraining_gives_an_extractor(tmp_path, modality):
     said: list[str] = []
@@ -265,7 +297,7 @@ def test_a_tiny_pretraining_gives_an_extractor(tmp_path, modality):
     assert len(config["classes"]) == len(ACTION_NAMES) + len(OBJECT_NAMES)
     card = (out / "README.md").read_text()
     assert str(accuracy) in card
-    assert f"# world1-{modality}\n" in card
+    assert f"# world{WORLD_VERSION}-{modality}\n" in card
     assert ("TV-L1" in card) == (modality == "flow")
     spec = describe(str(out))
     assert spec.modality == modality

@@ -92,7 +92,8 @@ def model_card(settings: PretrainSettings, figures: Mapping[str, Any], parameter
   one); one logits layer read as two groups. In training only, two helpers learn where the
   person's joints are and how they move, which the renderer knows.
 - **Seed**: {settings.seed}. **Command**: `python -m mmdist_e2e.synthetic.pretrain
-  --modality {modality} --out OUT --clips {settings.clips} --seed {settings.seed}`
+  --modality {modality} --out OUT --clips {settings.clips} --cycles {settings.cycles}
+  --seed {settings.seed}`
 - **Validation** ({settings.validation_clips:,} further clips, seed {settings.seed + 1}): actions
   {figures["validation_action_accuracy"]} % (chance {100 / len(ACTION_NAMES):.1f} %), objects
   {figures["validation_object_accuracy"]} % (chance {100 / len(OBJECT_NAMES):.1f} %).

@@ -66,7 +66,8 @@ class PretrainSettings:
     """Everything that decides the weights.
 
     stages: (input size, epochs, smallest crop), in order; small inputs first because they cost
-    a third, with crops that show things as large as the full size will.
+    a third, with crops that show things as large as the full size will. cycles: how often all
+    stages are gone through, each time with the whole rise and fall of the learning rate.
     """
 
     modality: str = "rgb"
@@ -75,6 +76,7 @@ class PretrainSettings:
     seed: int = 0
     width: float = 0.25
     stages: tuple[tuple[int, int, float], ...] = ((64, 5, 0.6), (80, 1, 0.7), (112, 1, 0.85))
+    cycles: int = 1
     batch: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.02
@@ -199,15 +201,20 @@ def pretrain(
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
     )
-    epochs = [(size, crop) for size, count, crop in settings.stages for _ in range(count)]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        settings.learning_rate,
-        total_steps=len(epochs) * (settings.clips // settings.batch),
-        pct_start=0.15,
-        anneal_strategy="linear",
-    )
-    run = Run(model, optimizer, schedule, generator)
+    cycle = [(size, crop) for size, count, crop in settings.stages for _ in range(count)]
+    epochs = cycle * settings.cycles
+
+    def one_cycle() -> Run:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            settings.learning_rate,
+            total_steps=len(cycle) * (settings.clips // settings.batch),
+            pct_start=0.15,
+            anneal_strategy="linear",
+        )
+        return Run(model, optimizer, schedule, generator)
+
+    run = one_cycle()
     identity = {"world_version": WORLD_VERSION, **asdict(settings)}
     done = run.load(out / STATE, identity)
     if done:
@@ -216,6 +223,8 @@ def pretrain(
     for epoch, (size, crop) in enumerate(epochs[done:], start=done + 1):
         sums: dict[str, float] = {}
         steps = 0
+        if epoch > 1 and (epoch - 1) % len(cycle) == 0:
+            run = one_cycle()
         for chosen in batches(settings.clips, settings.batch, generator):
             # fp32 throughout: torch's bf16 backward of these convolutions gave infinities.
             frames, poses_BTP = augmented(
@@ -230,7 +239,7 @@ def pretrain(
             torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
             optimizer.step()
-            schedule.step()
+            run.schedule.step()
             steps += 1
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
@@ -267,11 +276,14 @@ def main() -> None:
         help="folder of clips and their flow, which both modalities can share; default OUT-clips",
     )
     parser.add_argument("--clips", type=int, default=defaults.clips)
+    parser.add_argument("--cycles", type=int, default=defaults.cycles)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     cache = args.cache or args.out.with_name(args.out.name + "-clips")
-    settings = PretrainSettings(modality=args.modality, clips=args.clips, seed=args.seed)
+    settings = PretrainSettings(
+        modality=args.modality, clips=args.clips, cycles=args.cycles, seed=args.seed
+    )
     try:
         pretrain(args.out, settings, cache=cache, workers=args.workers, progress=_say)
     except MmdistError as error:
