@@ -107,10 +107,14 @@ def reproduce(
             told(f"{label} failed: {error}")
             continue
         told(f"{label}: R@1 at IoU 0.5 {result['metrics'][JUDGED]:.2f} ({seconds:.0f} s)")
-        write_atomically(
-            out / "table.md", table(finished(out, jobs), jobs, material.source).encode()
-        )
+        _write_table(out, jobs, material)
+    _write_table(out, jobs, material)  # of these rows, whatever another call wrote
     return failed
+
+
+def _write_table(out: Path, jobs: Sequence[Job], material: Material) -> None:
+    lines = table(finished(out, jobs), jobs, material.source)
+    write_atomically(out / "table.md", lines.encode())
 
 
 def _lock(out: Path, row: Row, seed: int) -> Path:
