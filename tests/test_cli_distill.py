@@ -71,6 +71,7 @@ def test_a_teacher_reads_two_modalities(both: Path, tmp_path: Path) -> None:
 def test_a_student_answers_without_flow(both: Path, tmp_path: Path) -> None:
     run = learn(both, tmp_path / "student")
     assert run.exit_code == 0, run.output
+    assert "--teacher TEACHER" in (tmp_path / "student" / "README.md").read_text()
     log = (tmp_path / "student" / "log.csv").read_text()
     assert "distill_global" in log
     assert "distill_local" in log

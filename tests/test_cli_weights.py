@@ -150,8 +150,8 @@ def test_mistakes_are_one_sentence(narrow, tmp_path):
     unknown = sentence(weights("convert", "c3d", file, *out))
     assert "'c3d' are unknown" in unknown
     assert "c3d-sports1m-mm, c3d-sports1m, slow_r50" in unknown
-    assert "world1-rgb" not in unknown
-    assert "ship with mmdist" in sentence(weights("convert", "world1-rgb", file, *out))
+    assert "world2-rgb" not in unknown
+    assert "ship with mmdist" in sentence(weights("convert", "world2-rgb", file, *out))
     missing = sentence(weights("convert", entry.name, tmp_path / "none.pth", *out))
     assert str(tmp_path / "none.pth") in missing
     assert entry.url in missing
@@ -170,7 +170,7 @@ def test_the_list_names_every_entry_and_what_is_at_hand(narrow):
 
     before = rows()
     assert set(ENTRIES) <= set(before)
-    assert before["world1-rgb"][:4] == ["shipped", "rgb", "i3d", "ships"]
+    assert before["world2-rgb"][:4] == ["shipped", "rgb", "i3d", "ships"]
     assert before["i3d-flow-charades"][:4] == ["public", "flow", "i3d", "no"]
     assert before["slow_r50"][:4] == ["public", "rgb", "pytorchvideo", "no, bring it"]
     assert before[entry.name][3] == "no"

@@ -146,15 +146,20 @@ def test_the_probe_compares_modalities_and_untrained_copies(tmp_path, monkeypatc
     assert len({len(line) for line in lines}) == 1
     wanted = [str(accuracy["trained"][m]) for m in ("rgb", "flow", "both")]
     assert [cell.strip() for cell in lines[2].split("|")[2:-1]] == wanted
+    assert any("untrained" in line for line in lines)
+    alone = probe(tmp_path, ["rgb", "flow"], untrained=False, say=lambda line: None)
+    assert "untrained" not in alone
+    assert alone["trained"].keys() == results["trained"].keys()
+    assert len(table(alone)) == len(lines) - 2
 
 
 def test_the_probe_refuses_another_version_of_the_world(tmp_path):
     world_of(tmp_path, 1, version=99)
     with pytest.raises(MmdistError, match="version 99"):
-        probe(tmp_path, ["world1-rgb"], say=lambda line: None)
+        probe(tmp_path, ["world2-rgb"], say=lambda line: None)
 
 
 def test_the_probe_refuses_two_extractors_of_one_modality(tmp_path):
     world_of(tmp_path, 1)
     with pytest.raises(MmdistError, match="one extractor a modality; these are all rgb"):
-        probe(tmp_path, ["world1-rgb", "world1-rgb"], say=lambda line: None)
+        probe(tmp_path, ["world2-rgb", "world2-rgb"], say=lambda line: None)

@@ -82,8 +82,8 @@ def test_every_row_is_trained_once_and_told(
 def test_differences_are_paired_by_seed() -> None:
     def one(recipe: str, score: float) -> dict[str, object]:
         metrics = dict.fromkeys(SHOWN, score)
-        result = {"metrics": metrics, "controls": {}, "recipe": recipe, "queries": 9, "videos": 3}
-        result |= {"annotations": "a", "protocol": "p", "selected_by": "s"}
+        result = {"metrics": metrics, "controls": {}, "recipe": recipe, "videos": 3}
+        result |= {"protocol": "p", "selected_by": "s"}
         return {"result": result, "seconds": 1.0, "commit": "c"}
 
     scores = {"cpl": (10.0, 12.0, 14.0), "baseline": (11.0, 15.0, 19.0)}

@@ -89,7 +89,9 @@ def test_the_readmes_example_runs_as_it_stands(tmp_path):
     lines = run.stdout.splitlines()
     assert len(lines) == 6
     assert all(" s  " in line for line in lines[:5])
-    assert lines[5].startswith("(40, 256)")
+    example = json.loads((EXAMPLES / "example.json").read_text())
+    rows = round(example["duration_seconds"] * 12 / 8)  # 12 frames a second, a row every 8
+    assert lines[5].startswith(f"({rows}, 256)")
 
 
 @needs_data

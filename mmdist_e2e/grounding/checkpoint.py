@@ -241,6 +241,11 @@ def command_of(config: Mapping[str, Any]) -> str:
     }
     epochs = changed.pop("epochs", training["epochs"])
     words = ["mmdist train", config["name"], f"--length {model['length']}", f"--epochs {epochs}"]
+    read = ",".join(config.get("modalities", config["features"]))
+    if read != ("rgb,flow" if config["name"] == "teacher" else "rgb"):
+        words.append(f"--modality {read}")
+    if "distill" in config:
+        words.append("--teacher TEACHER")
     words += [f"--set {key}={value}" for key, value in sorted(changed.items())]
     if not config.get("validation"):
         words.append("--carve 0")

@@ -121,10 +121,9 @@ def table(done: Done, jobs: Sequence[Job], source: str) -> str:
     some = next(iter(done.values()))["result"]
     commits = ", ".join(sorted({str(each["commit"]) for each in done.values()}))
     lines = [
-        f"Trained and scored on {source}: {some['queries']} queries of {some['videos']} videos of "
-        f"{some['annotations']}, protocol {some['protocol']}; checkpoints chosen by "
-        f"{some['selected_by']}. Percent, mean ± standard deviation over seeds; in brackets the "
-        f"paper's on Charades-STA. mmdist {commits}.\n",
+        f"Trained and scored on {source}: {some['videos']} videos, {some['protocol']}; checkpoints "
+        f"chosen by {some['selected_by']}. Percent, mean ± standard deviation over seeds; in "
+        f"brackets the paper's on Charades-STA. mmdist {commits}.\n",
         "| row | tables | seeds | " + " | ".join(SHOWN) + " |",
         "|---" * (3 + len(SHOWN)) + "|",
     ]

@@ -1,6 +1,6 @@
 """Train a small video network on short clips of the synthetic world (our Kinetics stand-in).
 
-    python -m mmdist_e2e.synthetic.pretrain --modality flow --out runs/world1-flow
+    python -m mmdist_e2e.synthetic.pretrain --modality flow --out runs/world2/flow
 
 Clips come from rooms and seeds of their own, never from a grounding video. The one logits layer
 is read as two groups: the action, and the object that it is done with. Labels alone teach a

@@ -143,14 +143,16 @@ def probe(
     extractors: Sequence[str],
     *,
     features: Path | None = None,
+    untrained: bool = True,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Probe extractors, one a modality, and their untrained copies on one world.
 
-    features: store where the extractors' rows are looked for first, and kept.
+    features: store where the extractors' rows are looked for first, and kept. untrained: the
+    copies must extract all videos anew, which takes minutes; False leaves them out.
 
     Returns {"train_rows", "test_rows", "chance": {"majority", "uniform"}, "trained": {modality:
-    what `score` gives}, "untrained": the same}.
+    what `score` gives}, "untrained": the same, if wanted}.
     Raises MmdistError when the world is of another version, two extractors are of one modality
     or of different times, or a video cannot be extracted.
     """
@@ -177,8 +179,12 @@ def probe(
     ]
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        copies = [untrained_copy(s, Path(scratch) / f"untrained-{s.modality}") for s in specs]
-        for name, probed in (("trained", specs), ("untrained", copies)):
+        probes = {"trained": specs}
+        if untrained:
+            probes["untrained"] = [
+                untrained_copy(s, Path(scratch) / f"untrained-{s.modality}") for s in specs
+            ]
+        for name, probed in probes.items():
             kept = features if name == "trained" else None
             store = FeatureStore(kept or Path(scratch) / f"{name}-features")
             report = extract_many(videos, probed, store)
@@ -200,13 +206,14 @@ def probe(
 
 def table(results: Mapping[str, Any]) -> list[str]:
     """The lines of a Markdown table of what `probe` returns, in percent, a column a modality."""
-    trained, untrained, chance = (results[k] for k in ("trained", "untrained", "chance"))
+    trained, chance, untrained = results["trained"], results["chance"], results.get("untrained")
     columns = list(trained)
     rows: list[tuple[str, list[float]]] = []
     for key, chances in (("accuracy", "majority"), ("balanced_accuracy", "uniform")):
         name = key.replace("_", " ")
         rows.append((name, [trained[c][key] for c in columns]))
-        rows.append((f"{name}, untrained networks", [untrained[c][key] for c in columns]))
+        if untrained is not None:
+            rows.append((f"{name}, untrained networks", [untrained[c][key] for c in columns]))
         rows.append((f"{name}, chance", [chance[chances]] * len(columns)))
     for key, title in (("opposites", "of two: "), ("recall", "recall: ")):
         for name in trained[columns[0]][key]:
@@ -233,10 +240,17 @@ def main() -> None:
         "--extractor", action="append", required=True, help="name or folder; once a modality"
     )
     parser.add_argument("--features", type=Path, help="store of the extractors, to reuse")
+    parser.add_argument("--no-untrained", action="store_true", help="leave that control out")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     try:
-        results = probe(args.world, args.extractor, features=args.features, say=_say)
+        results = probe(
+            args.world,
+            args.extractor,
+            features=args.features,
+            untrained=not args.no_untrained,
+            say=_say,
+        )
     except MmdistError as error:
         sys.exit(str(error))
     for line in table(results):

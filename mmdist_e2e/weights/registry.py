@@ -34,13 +34,13 @@ WRAPPERS = ("model_state", "state_dict")
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry("world1-rgb", "shipped", "ours, trained on the synthetic world, version 1"),
-        Entry("world1-flow", "shipped", "ours, trained on the synthetic world's flow, version 1"),
+        Entry("world2-rgb", "shipped", "ours, trained on the synthetic world, version 2"),
+        Entry("world2-flow", "shipped", "ours, trained on the synthetic world's flow, version 2"),
         *PUBLIC,
     )
 }
-DEFAULT_RGB_EXTRACTOR = "world1-rgb"
-SHIPPED_MODEL = SHIPPED_ROOT / "baseline-world1"
+DEFAULT_RGB_EXTRACTOR = "world2-rgb"
+SHIPPED_MODEL = SHIPPED_ROOT / "student-world2"
 
 
 def cache_folder() -> Path:
