@@ -109,11 +109,15 @@ def local_loss(log_p_B: Tensor) -> Tensor:
 
 
 def map_distance(maps_BL: Tensor, reference_BL: Tensor, kind: str) -> Tensor:
-    """φ of Eqs. 11 and 14, a scalar: |m - m'| ("l1") or (m - m')² ("l2"), mean over B and L.
+    """φ of Eqs. 11 and 14, a scalar, mean over B: how far two maps are apart.
 
-    The reference gets no gradient.
+    The mean over L of |m - m'| ("l1") or of (m - m')² ("l2"), or the Euclidean norm over L
+    ("norm"), which weighs √L times as much as a mean does. The reference gets no gradient.
     """
     difference_BL = maps_BL - reference_BL.detach()
+    if kind == "norm":
+        # Where maps are equal, the norm has no gradient; a tiny number under the root gives 0.
+        return (difference_BL.square().sum(dim=1) + 1e-12).sqrt().mean()
     return (difference_BL.abs() if kind == "l1" else difference_BL.square()).mean()
 
 
