@@ -82,8 +82,8 @@ class MutualConfig:
     """The teacher's local branches, Eqs. 13 and 14.
 
     channels: of each modality, in the order of the features. mutual_weight: μ; 0 switches L_mutual
-    off. mutual_distance: φ, see `map_distance`. taught_map: what L_local is of, the "mean" map m_T or
-    the mean over "each" modality's own.
+    off. mutual_distance: φ, a kind of `map_distance`. taught_map: what L_local is of, the "mean"
+    map m_T or the mean over "each" modality's own.
     """
 
     channels: tuple[int, ...]
@@ -107,7 +107,8 @@ class DistillConfig:
 
     distill_weight: β. distill_global, distill_local: switches of Eqs. 10 and 11.
     student_proposal: which one learns that it is right: that of highest "iou" with the teacher's
-    moment, the one of the same "index", or the "teacher"'s own span. distill_distance: φ, see `map_distance`.
+    moment, the one of the same "index", or the "teacher"'s own span. distill_distance: φ, a kind
+    of `map_distance`.
     """
 
     distill_weight: float = 0.9
