@@ -174,7 +174,7 @@ def test_eqs_10_to_12_against_the_plain_oracle(proposal: str) -> None:
         span = (
             (float(answers.centers_B[b]), float(answers.widths_B[b]))
             if k is None
-            else (float(proposals.centers_BK[b, k]), float(proposals.widths_BK[b, k]))
+            else (proposals.centers_BK[b, k].item(), proposals.widths_BK[b, k].item())
         )
         masks = model.proposal_masks(*(torch.tensor([[value]]) for value in span))
         single = dataclasses.replace(
