@@ -17,6 +17,7 @@ from typing import Any
 
 from mmdist_e2e.grounding.checkpoint import model_card
 from mmdist_e2e.grounding.evaluate import spread_over_runs
+from mmdist_e2e.grounding.reproduce import DONE
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.synthetic.card import name_of
 from mmdist_e2e.synthetic.probe import table
@@ -76,10 +77,10 @@ def ship_extractors(work: Path) -> None:
 
 
 def ship_model(rows: Path) -> None:
-    runs = [path.parent for path in sorted(rows.glob("student-[0-9]*/reproduced.json"))]
+    runs = [path.parent for path in sorted(rows.glob(f"student-[0-9]*/{DONE}"))]
     if not runs:
         return
-    results = [read(run / "reproduced.json")["result"] for run in runs]
+    results = [read(run / DONE)["result"] for run in runs]
     best = max(runs, key=lambda run: read(run / "config.json")["validation"]["R@1,IoU=0.5"])
     config = read(best / "config.json")
     section = test_section(results, config["seed"])

@@ -27,15 +27,15 @@ def data_group() -> None:
 
 
 @data_group.command("check")
-@click.option("--features", type=click.Path(path_type=Path), help="Store, HDF5 or .npy folder.")
-@click.option("--train", "train_path", type=click.Path(path_type=Path), help="Annotations.")
-@click.option("--val", "val_path", type=click.Path(path_type=Path), help="Annotations.")
-@click.option("--test", "test_path", type=click.Path(path_type=Path), help="Annotations.")
+@click.option("--features", type=options.PATH, help="Store, HDF5 or .npy folder.")
+@click.option("--train", "train_path", type=options.PATH, help="Annotations.")
+@click.option("--val", "val_path", type=options.PATH, help="Annotations.")
+@click.option("--test", "test_path", type=options.PATH, help="Annotations.")
 @options.glove
 @click.option(
     "--durations",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     help="Seconds by video: JSON, Charades' CSV or a feature store; may be repeated.",
 )
 @click.option("--modality", default="rgb", show_default=True, type=click.Choice(MODALITIES))

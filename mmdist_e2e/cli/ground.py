@@ -13,9 +13,9 @@ from mmdist_e2e.cli.display import bar, results, say
 
 
 @click.command("ground")
-@click.argument("clip", type=click.Path(path_type=Path))
+@click.argument("clip", type=options.PATH)
 @click.argument("query")
-@click.option("--model", type=click.Path(path_type=Path), help="A run's folder; default: shipped.")
+@click.option("--model", type=options.PATH, help="A run's folder; default: shipped.")
 @click.option(
     "--extractor",
     "extractors",
@@ -25,7 +25,7 @@ from mmdist_e2e.cli.display import bar, results, say
 @click.option("--top-k", default=5, show_default=True, help="How many moments at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @options.device
-@click.option("--cache", type=click.Path(path_type=Path), help="Folder of cached features.")
+@click.option("--cache", type=options.PATH, help="Folder of cached features.")
 def ground_command(
     clip: Path,
     query: str,
