@@ -20,9 +20,9 @@ import torch
 
 from mmdist_e2e.grounding import train
 from mmdist_e2e.grounding.checkpoint import GroundingModel, load_checkpoint
-from mmdist_e2e.grounding.datasets import Annotation, FeatureTable
+from mmdist_e2e.grounding.datasets import Annotation, FeatureTable, make_items
 from mmdist_e2e.grounding.distill import TeacherAnswers, teach
-from mmdist_e2e.grounding.evaluate import evaluate_run
+from mmdist_e2e.grounding.evaluate import evaluate_run, truth_of
 from mmdist_e2e.weights.words import shipped_word_vectors
 
 
@@ -36,8 +36,8 @@ def taught_by_timestamps(
     """In place of `cached_answers`: of every pair its first annotated moment."""
     del path  # nothing is kept
     answers = teach(teacher, annotations, table, **rest)
-    seconds = [table.durations_seconds[a.video] or 0.0 for a in annotations]
-    moments_Q2 = torch.tensor([a.moments[0] for a in annotations]) / torch.tensor(seconds)[:, None]
+    spans_QT2, seconds_Q = truth_of(make_items(annotations, table, teacher.vocabulary))
+    moments_Q2 = torch.from_numpy(spans_QT2[:, 0] / seconds_Q[:, None]).float()
     starts_Q1, ends_Q1 = moments_Q2[:, :1], moments_Q2[:, 1:]
     maps_QL = answers.maps_QL
     middle_L = (torch.arange(maps_QL.shape[1]) + 0.5) / maps_QL.shape[1]
@@ -51,6 +51,8 @@ def taught_by_timestamps(
 
 
 def main() -> None:
+    if len(sys.argv) < 2 or not (Path(sys.argv[1]) / "rows").is_dir():
+        sys.exit("Give the folder that `make world` filled, as in the first lines of this file.")
     work = Path(sys.argv[1])
     videos, features = work / "videos", work / "features"
     for seed in [int(text) for text in sys.argv[2:]] or [0, 1, 2]:
