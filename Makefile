@@ -48,7 +48,7 @@ bench: $(STAMP)
 world: $(STAMP)
 	WORK=$(WORK) VIDEOS=$(VIDEOS) RGB_CLIPS=$(RGB_CLIPS) FLOW_CLIPS=$(FLOW_CLIPS) \
 	  TABLES=$(TABLES) SEEDS=$(SEEDS) ABLATION_SEEDS=$(ABLATION_SEEDS) BIN=$(BIN) \
-	  bash examples/chain.sh
+	  bash world/chain.sh
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

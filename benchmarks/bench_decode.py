@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mmdist_e2e.extractors.video import Decoder
+from mmdist_e2e.extractors.video.reader import Decoder
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "example.mp4"
 RUNS = 5

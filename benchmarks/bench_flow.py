@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdist_e2e.extractors.flow import TVL1Settings, tvl1
-from mmdist_e2e.extractors.flow_frames import FlowPreprocessing
-from mmdist_e2e.extractors.video import Decoder
+from mmdist_e2e.extractors.flow import tvl1
+from mmdist_e2e.extractors.flow.fields import FlowPreprocessing
+from mmdist_e2e.extractors.flow.settings import TVL1Settings
+from mmdist_e2e.extractors.video.reader import Decoder
 
 PAIRS, SHORTER_SIDE, RUNS = 10, 256, 3
 EXAMPLE = Path(__file__).parent.parent / "examples" / "example.mp4"

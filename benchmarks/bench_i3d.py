@@ -15,14 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmdist_e2e.extractors.fold import prepare_for_inference
-from mmdist_e2e.extractors.i3d import InceptionI3d
-from mmdist_e2e.extractors.networks import (
-    WINDOWS_PER_CALL,
-    describe,
-    fast_bf16,
-    load_network,
-)
+from mmdist_e2e.extractors.networks.fold import prepare_for_inference
+from mmdist_e2e.extractors.networks.i3d import InceptionI3d
+from mmdist_e2e.extractors.profiles import describe
+from mmdist_e2e.extractors.runner import WINDOWS_PER_CALL, fast_bf16, load_network
 
 WINDOWS, RUNS = 8, 4
 CALL = WINDOWS_PER_CALL["cpu"]

@@ -78,10 +78,11 @@ def public_step(folder: Path) -> Callable[[], None]:
 
 
 def our_step(precision: str) -> Callable[[], None]:
-    from mmdist_e2e.grounding.datasets import Batch, FeatureTable, draw_masks
-    from mmdist_e2e.grounding.objective import batch_loss
-    from mmdist_e2e.grounding.recipes import get_recipe
-    from mmdist_e2e.grounding.trainer import Trainer
+    from mmdist_e2e.grounding.config import get_recipe
+    from mmdist_e2e.grounding.data.batches import Batch, draw_masks
+    from mmdist_e2e.grounding.data.features import FeatureTable
+    from mmdist_e2e.grounding.losses import batch_loss
+    from mmdist_e2e.grounding.train import Trainer
 
     recipe = get_recipe("cpl")(
         feature_dim=FEATURES, word_dim=WORD_DIM, vocabulary_size=VOCABULARY, length=L

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from gpu_limits import seconds
 
-from mmdist_e2e.extractors import tvl1_gpu
-from mmdist_e2e.extractors.flow import TVL1Settings, pyramid
+from mmdist_e2e.extractors.flow import gpu as tvl1_gpu
+from mmdist_e2e.extractors.flow.settings import TVL1Settings, pyramid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import flow_reference

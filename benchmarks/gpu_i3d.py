@@ -12,8 +12,8 @@ import torch
 from gpu_limits import seconds
 from torch import Tensor
 
-from mmdist_e2e.extractors.fold import prepare_for_inference
-from mmdist_e2e.extractors.i3d import InceptionI3d
+from mmdist_e2e.extractors.networks.fold import prepare_for_inference
+from mmdist_e2e.extractors.networks.i3d import InceptionI3d
 
 MINIMUM_COSINE, TARGET = 0.999, 3000
 BATCHES = (16, 64)

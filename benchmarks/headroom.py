@@ -19,10 +19,13 @@ from unittest.mock import patch
 import torch
 
 from mmdist_e2e.grounding import train
-from mmdist_e2e.grounding.checkpoint import GroundingModel, load_checkpoint
-from mmdist_e2e.grounding.datasets import Annotation, FeatureTable, make_items
-from mmdist_e2e.grounding.distill import TeacherAnswers, teach
+from mmdist_e2e.grounding.answer import GroundingModel
+from mmdist_e2e.grounding.checkpoint import load_checkpoint
+from mmdist_e2e.grounding.data.annotations import Annotation
+from mmdist_e2e.grounding.data.batches import make_items
+from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.evaluate import evaluate_run, truth_of
+from mmdist_e2e.grounding.train import TeacherAnswers, teach
 from mmdist_e2e.weights.words import shipped_word_vectors
 
 

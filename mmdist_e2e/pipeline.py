@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmdist_e2e.extractors.networks import SnippetNetwork
-from mmdist_e2e.extractors.spec import ExtractorSpec, describe
+from mmdist_e2e.extractors.profiles import ExtractorSpec, describe
+from mmdist_e2e.extractors.runner import SnippetNetwork
 from mmdist_e2e.store import FeatureStore, fast_digest
 from mmdist_e2e.structures import Features, MmdistError, Moment
 from mmdist_e2e.weights.registry import (
@@ -23,7 +23,7 @@ from mmdist_e2e.weights.registry import (
 )
 
 if TYPE_CHECKING:
-    from mmdist_e2e.grounding.checkpoint import GroundingModel
+    from mmdist_e2e.grounding.answer import GroundingModel
 
 Progress = Callable[[float], None]
 DEFAULT_TOP_K = 5
@@ -93,7 +93,7 @@ class Grounder:
         decoded or an extractor cannot be had.
         """
         from mmdist_e2e.extractors.extract import extract_video
-        from mmdist_e2e.extractors.video import Decoder
+        from mmdist_e2e.extractors.video.reader import Decoder
 
         path = Path(video)
         features: dict[str, Features] = {}
@@ -194,7 +194,7 @@ def extract(
     Raises MmdistError for an unknown extractor or a video that cannot be decoded.
     """
     from mmdist_e2e.extractors.extract import extract_video
-    from mmdist_e2e.extractors.video import Decoder
+    from mmdist_e2e.extractors.video.reader import Decoder
 
     network = SnippetNetwork(describe(extractor), device=device, precision=precision)
     with Decoder() as decoder:

@@ -14,7 +14,7 @@ def make_extractor(folder: Path, **changes: Any) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from mmdist_e2e.extractors.i3d import InceptionI3d
+    from mmdist_e2e.extractors.networks.i3d import InceptionI3d
 
     config = {
         "name": folder.name,

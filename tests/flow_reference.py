@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmdist_e2e.extractors.flow import TVL1Settings
+from mmdist_e2e.extractors.flow.settings import TVL1Settings
 
 Image = np.ndarray
 

@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdist_e2e.grounding.annotations import load_annotations, load_durations, with_durations
-from mmdist_e2e.grounding.formats import Annotation, video_id
-from mmdist_e2e.grounding.splits import (
+from mmdist_e2e.grounding.data.annotations import (
     PUBLISHED,
+    Annotation,
     carve_validation,
     fingerprint,
     in_protocol,
+    load_annotations,
+    load_durations,
     protocol_of,
+    video_id,
+    with_durations,
 )
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, MmdistError, Provenance

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmdist_e2e.extractors.c3d import C3D
+from mmdist_e2e.extractors.networks.c3d import C3D
 
 Array = NDArray[np.float64]
 CLASSES = 5

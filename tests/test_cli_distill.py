@@ -11,10 +11,12 @@ import pytest
 from click.testing import Result
 from test_cli_train import SMALL, files, mmdist, train
 
-from mmdist_e2e.grounding import distill
+from mmdist_e2e.grounding import train as distill
+from mmdist_e2e.grounding.answer import predict
 from mmdist_e2e.grounding.checkpoint import load_checkpoint
-from mmdist_e2e.grounding.datasets import batches, load_annotations, load_features, make_items
-from mmdist_e2e.grounding.inference import predict
+from mmdist_e2e.grounding.data.annotations import load_annotations
+from mmdist_e2e.grounding.data.batches import batches, make_items
+from mmdist_e2e.grounding.data.features import load_features
 from mmdist_e2e.structures import Features, Provenance
 
 __all__ = ["files"]  # a fixture

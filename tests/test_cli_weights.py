@@ -11,14 +11,15 @@ import torch
 from click.testing import CliRunner, Result
 
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.extractors.c3d import C3D
-from mmdist_e2e.extractors.i3d import InceptionI3d
-from mmdist_e2e.extractors.networks import describe, load_network
+from mmdist_e2e.extractors.networks.c3d import C3D
+from mmdist_e2e.extractors.networks.i3d import InceptionI3d
+from mmdist_e2e.extractors.profiles import describe
+from mmdist_e2e.extractors.runner import load_network
+from mmdist_e2e.weights.download import file_sha256
 from mmdist_e2e.weights.registry import (
     ENTRIES,
     cached_folder,
     checkpoint_folder,
-    file_sha256,
     is_at_hand,
     read_config,
 )

@@ -16,13 +16,13 @@ from make_cpl import BY_RANK, Files, cpl_tensors, glove
 from make_videos import make_video
 
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.extractors.spec import describe
-from mmdist_e2e.grounding import convert
+from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.grounding.checkpoint import load_checkpoint
-from mmdist_e2e.grounding.text import tokenize
+from mmdist_e2e.grounding.data.text import tokenize
 from mmdist_e2e.structures import Features, MmdistError, Provenance
-from mmdist_e2e.weights.pickles import load_restricted
-from mmdist_e2e.weights.registry import file_sha256, git_blob_sha1
+from mmdist_e2e.weights import cpl as convert
+from mmdist_e2e.weights.download import file_sha256, git_blob_sha1
+from mmdist_e2e.weights.words import load_restricted
 
 
 @pytest.fixture

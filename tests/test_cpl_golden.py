@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmdist_e2e.grounding.datasets import Batch
-from mmdist_e2e.grounding.losses import diversity_loss, reconstruction_loss
-from mmdist_e2e.grounding.models import GlobalBranch, GlobalConfig
-from mmdist_e2e.grounding.objective import LossConfig, batch_loss
+from mmdist_e2e.grounding.config import GlobalConfig, LossConfig
+from mmdist_e2e.grounding.data.batches import Batch
+from mmdist_e2e.grounding.losses import batch_loss, diversity_loss
+from mmdist_e2e.grounding.network import GlobalBranch, reconstruction_loss
 
 CONFIG = GlobalConfig(
     feature_dim=6, word_dim=5, vocabulary_size=9, length=40, hidden=16, heads=2, layers=2,

@@ -10,20 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from mmdist_e2e.grounding.annotations import load_annotations
-from mmdist_e2e.grounding.datasets import (
-    Annotation,
-    Batch,
-    FeatureTable,
-    batches,
-    draw_masks,
-    make_items,
-    mask_patterns,
-)
-from mmdist_e2e.grounding.text import MAX_WORDS, Vocabulary, has_known_word, is_word, tokenize
+from mmdist_e2e.grounding.data.annotations import Annotation, load_annotations
+from mmdist_e2e.grounding.data.batches import Batch, batches, draw_masks, make_items, mask_patterns
+from mmdist_e2e.grounding.data.features import FeatureTable
+from mmdist_e2e.grounding.data.text import MAX_WORDS, Vocabulary, has_known_word, is_word, tokenize
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.weights.pickles import load_restricted
-from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
+from mmdist_e2e.weights.words import load_restricted, load_word_vectors, shipped_word_vectors
 
 needs_data = pytest.mark.skipif(
     "MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files"

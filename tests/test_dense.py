@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmdist_e2e.extractors.dense import MINIMUM_CONTEXT, STRIDE, DenseChunks, dense_row_count
-from mmdist_e2e.extractors.i3d import InceptionI3d
+from mmdist_e2e.extractors.networks.i3d import InceptionI3d
+from mmdist_e2e.extractors.profiles import DENSE_STRIDE
+from mmdist_e2e.extractors.runner import MINIMUM_CONTEXT, DenseChunks, dense_row_count
 
 LENGTHS = (1, 7, 8, 9, 16, 17, 63, 64, 65, 119, 120, 121, 127, 128, 129, 200, 287, 288, 289, 301)
 
@@ -80,7 +81,7 @@ def test_a_row_sees_the_frames_of_the_derivation_and_no_other(network):
 def test_less_context_would_not_be_enough(network):
     frames = video(320)
     whole = run(network, frames)
-    short = MINIMUM_CONTEXT - STRIDE
+    short = MINIMUM_CONTEXT - DENSE_STRIDE
     chunk = run(network, frames[: 128 + short])
     assert abs(chunk[:16] - whole[:16]).max() > 1e-6 * abs(whole).max()
     enough = run(network, frames[: 128 + MINIMUM_CONTEXT])

@@ -13,19 +13,20 @@ from test_local import local_features, query_vector
 from test_models import TINY, random_batch
 from torch.testing import assert_close
 
-from mmdist_e2e.grounding.datasets import Batch
-from mmdist_e2e.grounding.local import LocalConfig
-from mmdist_e2e.grounding.losses import map_distance, mutual_loss, nearest_span
-from mmdist_e2e.grounding.models import GroundingNetwork
-from mmdist_e2e.grounding.objective import (
+from mmdist_e2e.grounding.config import (
     DistillConfig,
+    LocalConfig,
     LossConfig,
     MatchingConfig,
     MutualConfig,
-    Taught,
-    batch_loss,
+    Recipe,
+    baseline,
+    student,
+    teacher,
 )
-from mmdist_e2e.grounding.recipes import Recipe, baseline, student, teacher
+from mmdist_e2e.grounding.data.batches import Batch
+from mmdist_e2e.grounding.losses import Taught, batch_loss, map_distance, mutual_loss, nearest_span
+from mmdist_e2e.grounding.network import GroundingNetwork, build_network
 from mmdist_e2e.structures import MmdistError
 
 LOCAL = LocalConfig(depth=1, kernel=3)
@@ -230,9 +231,9 @@ def test_recipes_are_the_papers() -> None:
     assert learner.distill.distill_weight == 0.9  # β
     assert learner.model == plain.model == ours.model
     torch.manual_seed(0)
-    theirs = learner.network().state_dict()
+    theirs = build_network(learner).state_dict()
     torch.manual_seed(0)
-    mine = plain.network().state_dict()
+    mine = build_network(plain).state_dict()
     assert theirs.keys() == mine.keys()  # the student's network is the baseline's
     assert all(torch.equal(theirs[k], mine[k]) for k in mine)
     for recipe in (ours, learner):

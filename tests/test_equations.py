@@ -12,20 +12,25 @@ from numpy.typing import NDArray
 from test_local import local_features, query_vector
 from test_models import TINY, random_batch
 
-from mmdist_e2e.grounding.inference import mean_activation, proposal_scores, spans
-from mmdist_e2e.grounding.local import LocalConfig, activation_maps, matched_maps
+from mmdist_e2e.grounding.answer import mean_activation, proposal_scores, spans
+from mmdist_e2e.grounding.config import LocalConfig, LossConfig, MatchingConfig
 from mmdist_e2e.grounding.losses import (
+    batch_loss,
     best_proposal,
     hinge,
     local_loss,
+    local_term,
     match_log_probability,
     negative_pairs,
-    reconstruction_loss,
-    scored_words,
     top_mean,
 )
-from mmdist_e2e.grounding.models import GroundingNetwork
-from mmdist_e2e.grounding.objective import LossConfig, MatchingConfig, batch_loss, local_term
+from mmdist_e2e.grounding.network import (
+    GroundingNetwork,
+    activation_maps,
+    matched_maps,
+    reconstruction_loss,
+    scored_words,
+)
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 

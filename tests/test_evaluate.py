@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdist_e2e.grounding.datasets import Annotation, Item
+from mmdist_e2e.grounding.answer import Predictions
+from mmdist_e2e.grounding.data.annotations import Annotation
+from mmdist_e2e.grounding.data.batches import Item
+from mmdist_e2e.grounding.data.text import Vocabulary
 from mmdist_e2e.grounding.evaluate import (
     best_constant_span,
     iou,
@@ -20,8 +23,6 @@ from mmdist_e2e.grounding.evaluate import (
     truth_of,
     write_predictions,
 )
-from mmdist_e2e.grounding.inference import Predictions
-from mmdist_e2e.grounding.text import Vocabulary
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import shipped_word_vectors
 

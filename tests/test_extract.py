@@ -14,8 +14,9 @@ from make_videos import cut, frames_and_times, make_audio, make_video
 
 import mmdist_e2e as mm
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.extractors.i3d import InceptionI3d
-from mmdist_e2e.extractors.networks import SnippetNetwork, describe
+from mmdist_e2e.extractors.networks.i3d import InceptionI3d
+from mmdist_e2e.extractors.profiles import describe
+from mmdist_e2e.extractors.runner import SnippetNetwork
 from mmdist_e2e.store import FeatureStore
 
 

@@ -14,13 +14,17 @@ from make_videos import make_video
 import mmdist_e2e as mm
 from mmdist_e2e import pipeline
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.extractors import flow_frames, networks, video
+from mmdist_e2e.extractors import runner as networks
 from mmdist_e2e.extractors.extract import ExtractionError, extract_video
-from mmdist_e2e.extractors.networks import SnippetNetwork, describe
-from mmdist_e2e.extractors.video import Decoder
+from mmdist_e2e.extractors.flow import fields as flow_frames
+from mmdist_e2e.extractors.profiles import describe
+from mmdist_e2e.extractors.runner import SnippetNetwork
+from mmdist_e2e.extractors.video import reader as video
+from mmdist_e2e.extractors.video.reader import Decoder
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.weights import registry
-from mmdist_e2e.weights.registry import ENTRIES, Entry
+from mmdist_e2e.weights.download import Entry
+from mmdist_e2e.weights.registry import ENTRIES
 
 RATE = 12  # the tiny extractors' frames a second
 

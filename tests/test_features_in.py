@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdist_e2e.grounding.features import load_features, open_features
+from mmdist_e2e.grounding.data.features import load_features, open_features
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, MmdistError, Provenance
 

@@ -12,12 +12,8 @@ import flow_reference
 import numpy as np
 import pytest
 
-from mmdist_e2e.extractors.flow import (
-    NATIVE_ITERATIONS,
-    TVL1Settings,
-    pyramid,
-    tvl1,
-)
+from mmdist_e2e.extractors.flow import tvl1
+from mmdist_e2e.extractors.flow.settings import NATIVE_ITERATIONS, TVL1Settings, pyramid
 from mmdist_e2e.structures import MmdistError
 
 cv2 = pytest.importorskip("cv2")
@@ -234,7 +230,7 @@ def test_the_triton_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path, m
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mmdist_e2e.extractors import tvl1_gpu as gpu
+    from mmdist_e2e.extractors.flow import gpu as gpu
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     numbers = {"height": "i32", "width": "i32", "tiles_x": "i32"}

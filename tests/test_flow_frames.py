@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmdist_e2e.extractors import flow_frames
-from mmdist_e2e.extractors.flow_frames import PAIRS_PER_CALL, FlowFrames, FlowPreprocessing, grey
+from mmdist_e2e.extractors.flow import fields as flow_frames
+from mmdist_e2e.extractors.flow.fields import PAIRS_PER_CALL, FlowFrames, FlowPreprocessing, grey
 from mmdist_e2e.structures import MmdistError
 
 SIDE = 16

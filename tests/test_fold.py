@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmdist_e2e.extractors import fold
-from mmdist_e2e.extractors.fold import fold_batch_norm, prepare_for_inference
-from mmdist_e2e.extractors.i3d import InceptionI3d, SameMaxPool3d, Unit3D
+from mmdist_e2e.extractors.networks import fold
+from mmdist_e2e.extractors.networks.fold import fold_batch_norm, prepare_for_inference
+from mmdist_e2e.extractors.networks.i3d import InceptionI3d, SameMaxPool3d, Unit3D
 
 SHAPES = [(16, 32, 32), (9, 33, 47), (1, 17, 65), (26, 40, 34)]
 FUSED = fold._fuses(torch.zeros(1))

@@ -18,11 +18,11 @@ import mmdist_e2e as mm
 from mmdist_e2e.cli.main import main
 from mmdist_e2e.cli.train import parse_settings
 from mmdist_e2e.extractors import extract as extract_module
-from mmdist_e2e.extractors.spec import describe
-from mmdist_e2e.extractors.video import Decoder
-from mmdist_e2e.grounding.annotations import world_of
+from mmdist_e2e.extractors.profiles import describe
+from mmdist_e2e.extractors.video.reader import Decoder
 from mmdist_e2e.grounding.checkpoint import command_of
-from mmdist_e2e.grounding.recipes import get_recipe
+from mmdist_e2e.grounding.config import get_recipe
+from mmdist_e2e.grounding.data.annotations import world_of
 from mmdist_e2e.store import FeatureStore
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmdist_e2e.extractors import hub
-from mmdist_e2e.extractors.fold import fold_batch_norm, prepare_for_inference
-from mmdist_e2e.extractors.hub import HUB_NAMES, HubBackbone
+from mmdist_e2e.extractors.networks import pytorchvideo as hub
+from mmdist_e2e.extractors.networks.fold import fold_batch_norm, prepare_for_inference
+from mmdist_e2e.extractors.networks.pytorchvideo import HUB_NAMES, HubBackbone
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.registry import ENTRIES
 

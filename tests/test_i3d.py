@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmdist_e2e.extractors.i3d import InceptionI3d, same_padding
+from mmdist_e2e.extractors.networks.i3d import InceptionI3d, same_padding
 
 Volume = NDArray[np.float64]
 

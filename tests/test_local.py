@@ -11,11 +11,11 @@ import torch
 from test_models import TINY, alone, random_batch, random_model
 from torch.testing import assert_close
 
-from mmdist_e2e.grounding.datasets import Batch
-from mmdist_e2e.grounding.inference import Scored, predict_batch
-from mmdist_e2e.grounding.local import LocalConfig, sentence_vector
-from mmdist_e2e.grounding.models import GlobalBranch, GroundingNetwork
-from mmdist_e2e.grounding.objective import LossConfig, MatchingConfig, batch_loss
+from mmdist_e2e.grounding.answer import Scored, predict_batch
+from mmdist_e2e.grounding.config import LocalConfig, LossConfig, MatchingConfig
+from mmdist_e2e.grounding.data.batches import Batch
+from mmdist_e2e.grounding.losses import batch_loss
+from mmdist_e2e.grounding.network import GlobalBranch, GroundingNetwork, sentence_vector
 from mmdist_e2e.structures import MmdistError
 
 Array = reference.Array

@@ -12,15 +12,10 @@ import torch
 from test_models import TINY, random_batch, random_model
 from torch.testing import assert_close
 
-from mmdist_e2e.grounding.datasets import Batch
-from mmdist_e2e.grounding.losses import diversity_loss, reconstruction_loss
-from mmdist_e2e.grounding.models import GlobalBranch
-from mmdist_e2e.grounding.objective import (
-    LossConfig,
-    MatchingConfig,
-    batch_loss,
-    choose_proposal,
-)
+from mmdist_e2e.grounding.config import LossConfig, MatchingConfig
+from mmdist_e2e.grounding.data.batches import Batch
+from mmdist_e2e.grounding.losses import batch_loss, choose_proposal, diversity_loss
+from mmdist_e2e.grounding.network import GlobalBranch, reconstruction_loss
 from mmdist_e2e.structures import MmdistError
 
 

@@ -11,11 +11,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mmdist_e2e.grounding.datasets import Batch
-from mmdist_e2e.grounding.inference import predict_batch
-from mmdist_e2e.grounding.losses import reconstruction_loss
-from mmdist_e2e.grounding.models import GlobalBranch, GlobalConfig
-from mmdist_e2e.grounding.modules import Attention, dropout, gaussian_masks, mask_bias, sinusoids
+from mmdist_e2e.grounding.answer import predict_batch
+from mmdist_e2e.grounding.config import GlobalConfig
+from mmdist_e2e.grounding.data.batches import Batch
+from mmdist_e2e.grounding.network import (
+    Attention,
+    GlobalBranch,
+    dropout,
+    gaussian_masks,
+    mask_bias,
+    reconstruction_loss,
+    sinusoids,
+)
 from mmdist_e2e.structures import MmdistError
 
 TINY = GlobalConfig(

@@ -13,11 +13,11 @@ import torch
 from conftest import edit_config, make_extractor
 from safetensors.torch import load_file, save_file
 
-from mmdist_e2e.extractors import networks
-from mmdist_e2e.extractors.c3d import C3D
-from mmdist_e2e.extractors.dense import Chunk
-from mmdist_e2e.extractors.i3d import InceptionI3d
-from mmdist_e2e.extractors.networks import SnippetNetwork, describe, load_network
+from mmdist_e2e.extractors import runner as networks
+from mmdist_e2e.extractors.networks.c3d import C3D
+from mmdist_e2e.extractors.networks.i3d import InceptionI3d
+from mmdist_e2e.extractors.profiles import describe
+from mmdist_e2e.extractors.runner import Chunk, SnippetNetwork, load_network
 from mmdist_e2e.structures import MmdistError
 
 
@@ -198,7 +198,7 @@ def test_c3d_gives_the_layer_that_was_asked_for_and_its_pca(tiny_c3d, tmp_path, 
 @pytest.mark.slow
 def test_a_pytorchvideo_backbone_is_one_more_network(tmp_path):
     pytest.importorskip("pytorchvideo")
-    from mmdist_e2e.extractors.hub import HubBackbone
+    from mmdist_e2e.extractors.networks.pytorchvideo import HubBackbone
 
     folder = make_extractor(tmp_path / "x3d")
     edit_config(
@@ -242,7 +242,7 @@ def test_bf16_rows_agree_with_fp32(tiny_extractor, tiny_flow_extractor):
 
 @pytest.mark.parametrize("good", [True, False])
 def test_auto_takes_bf16_where_it_is_fast_and_right(tiny_extractor, monkeypatch, recwarn, good):
-    from mmdist_e2e.extractors import fold
+    from mmdist_e2e.extractors.networks import fold
 
     original = fold.prepare_for_inference
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmdist_e2e.extractors.preprocess import Preprocessing, to_network
+from mmdist_e2e.extractors.profiles import Preprocessing
+from mmdist_e2e.extractors.runner import to_network
 
 
 def ramp(height, width):

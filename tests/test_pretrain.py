@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmdist_e2e.extractors.networks import SnippetNetwork, describe
+from mmdist_e2e.extractors.profiles import describe
+from mmdist_e2e.extractors.runner import SnippetNetwork
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.synthetic import clipset, flowset
-from mmdist_e2e.synthetic.clips import ACTION_NAMES, OBJECT_NAMES
-from mmdist_e2e.synthetic.clipset import (
+from world import clipset, flowset
+from world.clips import ACTION_NAMES, OBJECT_NAMES
+from world.clipset import (
     JOINT_VALUES,
     JOINTS,
     POSE_TARGETS,
@@ -25,10 +26,10 @@ from mmdist_e2e.synthetic.clipset import (
     place_targets,
     render_clips,
 )
-from mmdist_e2e.synthetic.flowset import augment_flow, flow_clips, flow_of, flow_windows
-from mmdist_e2e.synthetic.pretrain import Pretrainer, PretrainSettings, losses, pretrain
-from mmdist_e2e.synthetic.resume import Run
-from mmdist_e2e.synthetic.world import WORLD_VERSION
+from world.flowset import augment_flow, flow_clips, flow_of, flow_windows
+from world.pretrain import Pretrainer, PretrainSettings, losses, pretrain
+from world.resume import Run
+from world.world import WORLD_VERSION
 
 TINY = PretrainSettings(
     clips=20, validation_clips=6, width=0.125, stages=((32, 1, 0.6), (48, 1, 0.85)), batch=10

@@ -9,10 +9,11 @@ import pytest
 
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, MmdistError, Provenance
-from mmdist_e2e.synthetic import probe as probe_module
-from mmdist_e2e.synthetic.clips import ACTION_NAMES
-from mmdist_e2e.synthetic.probe import action_at, fit, labelled_rows, probe, score, table
-from mmdist_e2e.synthetic.world import OPPOSITES, WORLD_VERSION, Script, sample_script
+from world import probe as probe_module
+from world.clips import ACTION_NAMES
+from world.probe import action_at, fit, labelled_rows, probe, score, table
+from world.story import OPPOSITES
+from world.world import WORLD_VERSION, Script, sample_script
 
 K = len(ACTION_NAMES)
 

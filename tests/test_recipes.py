@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mmdist_e2e.grounding.recipes import Recipe, baseline, cpl, get_recipe
+from mmdist_e2e.grounding.config import Recipe, baseline, cpl, get_recipe
 from mmdist_e2e.structures import MmdistError
 
 

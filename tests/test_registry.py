@@ -14,18 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdist_e2e.extractors.i3d import InceptionI3d
-from mmdist_e2e.extractors.networks import describe, load_network
-from mmdist_e2e.extractors.preprocess import Preprocessing
+from mmdist_e2e.extractors.networks.i3d import InceptionI3d
+from mmdist_e2e.extractors.profiles import Preprocessing, describe
+from mmdist_e2e.extractors.runner import load_network
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights import registry
-from mmdist_e2e.weights.public import PUBLIC, openmmlab_c3d_key
+from mmdist_e2e.weights.download import check_digest, file_sha256, git_blob_sha1
 from mmdist_e2e.weights.registry import (
     ENTRIES,
-    check_digest,
+    PUBLIC,
     checkpoint_folder,
-    file_sha256,
-    git_blob_sha1,
+    openmmlab_c3d_key,
     read_config,
     read_state,
 )
@@ -164,7 +163,7 @@ def test_public_entries_are_whole(entry):
 
 
 def test_flow_networks_read_two_channels_of_bounded_flow():
-    from mmdist_e2e.extractors.flow_frames import FlowPreprocessing
+    from mmdist_e2e.extractors.flow.fields import FlowPreprocessing
 
     flow = [entry for entry in PUBLIC if entry.config["modality"] == "flow"]
     assert [entry.name for entry in flow] == ["i3d-flow-imagenet", "i3d-flow-charades"]
@@ -182,7 +181,7 @@ def test_flow_networks_read_two_channels_of_bounded_flow():
 
 
 def test_openmmlabs_names_become_ours():
-    from mmdist_e2e.extractors.c3d import C3D
+    from mmdist_e2e.extractors.networks.c3d import C3D
 
     with torch.device("meta"):
         ours = list(C3D(0).state_dict())

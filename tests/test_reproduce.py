@@ -11,10 +11,9 @@ from filelock import FileLock
 from test_cli_distill import both
 from test_cli_train import SMALL, files, mmdist
 
-from mmdist_e2e.grounding import reproduce
-from mmdist_e2e.grounding.tables import ROWS, SHOWN, plan, rows_of, table
+from mmdist_e2e.grounding import paper as reproduce
+from mmdist_e2e.grounding.paper import ROWS, SHOWN, plan, rows_of, table
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.synthetic.world import WORLD_VERSION
 
 __all__ = ["both", "files"]  # fixtures
 
@@ -113,18 +112,6 @@ def test_two_calls_share_a_folder(both: Path, tmp_path: Path) -> None:
     assert (tmp_path / "baseline-0" / "reproduced.json").is_file()
 
 
-@pytest.mark.slow
-def test_without_features_the_world_is_made(tmp_path: Path) -> None:
-    command = ["reproduce", "--out", tmp_path, "--world-videos", 10, "--tables", "1", "--seeds", 1]
-    done = mmdist(*command, "--length", 16, *SMALL, "--set=epochs=1")
-    assert done.exit_code == 0, done.output
-    written = (tmp_path / "table.md").read_text()
-    assert f"synthetic world, version {WORLD_VERSION} (seed 0, world_sta_test.txt)" in written
-    assert written.count("−") == 3
-    card = (tmp_path / "student-0" / "README.md").read_text()
-    assert "synthetic world" in card
-
-
 def test_mistakes_are_told(both: Path, tmp_path: Path) -> None:
     wrong = run(both, tmp_path, "--tables", "one")
     assert wrong.exit_code == 1
@@ -132,9 +119,6 @@ def test_mistakes_are_told(both: Path, tmp_path: Path) -> None:
     wrong = run(both, tmp_path, "--set", "temprature=1")
     assert wrong.exit_code == 1
     assert "No row has a setting 'temprature'" in wrong.output
-    wrong = mmdist("reproduce", "--features", both / "F.hdf5", "--out", tmp_path)
-    assert wrong.exit_code == 1
-    assert "belong together" in wrong.output
     for option in ("--train", "--flow-features"):  # the last of an option counts
         wrong = run(both, tmp_path, option, tmp_path / "none")
         assert wrong.exit_code == 1

@@ -16,9 +16,8 @@ from click.testing import CliRunner
 
 import mmdist_e2e as mm
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.extractors.networks import describe
+from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.store import FeatureStore
-from mmdist_e2e.synthetic.world import WORLD_VERSION, sample_script
 from mmdist_e2e.weights.registry import (
     DEFAULT_RGB_EXTRACTOR,
     ENTRIES,
@@ -26,6 +25,7 @@ from mmdist_e2e.weights.registry import (
     SHIPPED_ROOT,
     read_config,
 )
+from world.world import WORLD_VERSION, sample_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DATA = os.environ.get("MMDIST_DATA")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmdist_e2e.extractors.snippets import Windows, row_count, row_times
+from mmdist_e2e.extractors.runner import Windows, row_count, row_times
 
 
 def brute_force(frames: int, window: int, stride: int, tail: str) -> list[list[int]]:

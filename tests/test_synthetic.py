@@ -8,21 +8,21 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mmdist_e2e.synthetic.sentences import sample_sentence, vocabulary
-from mmdist_e2e.synthetic.statistics import best_constant_span, statistics_of
-from mmdist_e2e.synthetic.story import after, is_possible, sample_contents, state_for
-from mmdist_e2e.synthetic.world import (
+from mmdist_e2e.weights.words import shipped_word_vectors
+from world.sentences import sample_sentence, vocabulary
+from world.statistics import best_constant_span, statistics_of
+from world.story import (
     ACTIONS,
     COMBINATIONS,
-    MIN_GAP_SECONDS,
     NOVEL,
     OBJECTS,
     OPPOSITES,
-    Script,
-    sample_script,
-    split_of,
+    after,
+    is_possible,
+    sample_contents,
+    state_for,
 )
-from mmdist_e2e.weights.words import shipped_word_vectors
+from world.world import MIN_GAP_SECONDS, Script, sample_script, split_of
 
 
 @cache

@@ -11,24 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdist_e2e.extractors.video import Decoder
-from mmdist_e2e.grounding.datasets import load_annotations
+from mmdist_e2e.extractors.video.reader import Decoder
+from mmdist_e2e.grounding.data.annotations import load_annotations
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.synthetic import make
-from mmdist_e2e.synthetic.acts import Actor
-from mmdist_e2e.synthetic.clips import (
-    ACTION_NAMES,
-    OBJECT_NAMES,
-    sample_clip,
-    sample_clip_script,
-)
-from mmdist_e2e.synthetic.contact import contact_sheet
-from mmdist_e2e.synthetic.figure import middle_joint, sample_body
-from mmdist_e2e.synthetic.render import Film, render_frames
-from mmdist_e2e.synthetic.rooms import sample_room
-from mmdist_e2e.synthetic.stage import Scene
-from mmdist_e2e.synthetic.story import ACTIONS, COMBINATIONS, OPPOSITES, after, state_for
-from mmdist_e2e.synthetic.world import HEIGHT, WIDTH, WORLD_VERSION, sample_script
+from world import make
+from world.acts import Actor
+from world.clips import ACTION_NAMES, OBJECT_NAMES, sample_clip, sample_clip_script
+from world.contact import contact_sheet
+from world.figure import middle_joint, sample_body
+from world.render import Film, render_frames
+from world.rooms import sample_room
+from world.stage import Scene
+from world.story import ACTIONS, COMBINATIONS, OPPOSITES, after, state_for
+from world.world import HEIGHT, WIDTH, WORLD_VERSION, sample_script
 
 
 def scene_for(action: str, thing: str | None, seed: int) -> tuple[Actor, Scene]:

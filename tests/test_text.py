@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdist_e2e.grounding.text import (
+from mmdist_e2e.grounding.data.text import (
     FUNCTION_WORDS,
     MAX_WORDS,
     Vocabulary,
@@ -19,7 +19,6 @@ from mmdist_e2e.grounding.text import (
     tokenize,
 )
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.weights.build_glove import build
 from mmdist_e2e.weights.words import (
     SHIPPED_PATH,
     WordVectors,
@@ -27,6 +26,7 @@ from mmdist_e2e.weights.words import (
     read_safetensors,
     shipped_word_vectors,
 )
+from world.glove import build
 
 
 def toy_vectors() -> WordVectors:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmdist_e2e.synthetic.pen import Pen
-from mmdist_e2e.synthetic.render import Film
-from mmdist_e2e.synthetic.unrest import Unrest
-from mmdist_e2e.synthetic.world import FPS, WIDTH, sample_script
+from world.pen import Pen
+from world.render import Film
+from world.unrest import Unrest
+from world.world import FPS, WIDTH, sample_script
 
 
 def unrest(seed: int, duration: float = 25.0) -> Unrest:

@@ -20,7 +20,8 @@ from make_videos import (
 )
 from numpy.typing import NDArray
 
-from mmdist_e2e.extractors.video import Decoder, write_video
+from mmdist_e2e.extractors.video.reader import Decoder
+from mmdist_e2e.extractors.video.writer import write_video
 from mmdist_e2e.structures import MmdistError
 
 DATA = os.environ.get("MMDIST_DATA")
@@ -147,7 +148,7 @@ def test_a_turned_video_is_read_upright(videos: dict[str, Path], decoder: Decode
     frames, *_ = read(decoder, turned)
     assert same(frames[20], np.rot90(upright[20], -1))
     # the two decoders of the child agree on the direction
-    from mmdist_e2e.extractors.container import decode_av
+    from mmdist_e2e.extractors.video.worker import decode_av
 
     assert same(frames[3], next(itertools.islice(decode_av(turned), 3, None)))
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from make_videos import cut, frames_and_times, long_video, make_audio, make_video
 
-from mmdist_e2e.extractors import child
-from mmdist_e2e.extractors.video import Decoder, VideoError
+from mmdist_e2e.extractors.video import reader as child
+from mmdist_e2e.extractors.video.reader import Decoder, VideoError
 from mmdist_e2e.structures import MmdistError
 
 
@@ -233,7 +233,7 @@ def test_the_child_knows_no_torch_and_the_parent_no_decord(videos: dict[str, Pat
     code = (
         "import sys, mmdist_e2e.extractors.video as v;"
         "assert not {'decord', 'av', 'torch', 'cv2'} & set(sys.modules);"
-        "import mmdist_e2e.extractors.decoder, decord;"
+        "import mmdist_e2e.extractors.video.worker, decord;"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmdist_e2e.grounding.windows import cut, merge, window_starts
+from mmdist_e2e.grounding.answer import cut, merge, window_starts
 from mmdist_e2e.structures import Features, Moment, Provenance
 
 

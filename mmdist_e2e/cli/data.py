@@ -11,12 +11,12 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from mmdist_e2e.cli import options
-from mmdist_e2e.cli.display import StepDisplay, results
+from mmdist_e2e.cli import common as options
+from mmdist_e2e.cli.common import StepDisplay, results
 from mmdist_e2e.structures import MODALITIES, MmdistError
 
 if TYPE_CHECKING:
-    from mmdist_e2e.grounding.check import Report
+    from mmdist_e2e.grounding.data.check import Report
 
 Facts = Mapping[str, Any]
 
@@ -59,7 +59,7 @@ def check_command(
     Errors are what training or evaluation would refuse; with one, the exit code is 1. The number
     to beat is the best answer that is the same for every query, fitted on that very split.
     """
-    from mmdist_e2e.grounding.check import check_data
+    from mmdist_e2e.grounding.data.check import check_data
     from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
 
     given = {"train": train_path, "val": val_path, "test": test_path}

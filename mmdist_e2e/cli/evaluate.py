@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from mmdist_e2e.cli import options
-from mmdist_e2e.cli.display import StepDisplay, results, say
+from mmdist_e2e.cli import common as options
+from mmdist_e2e.cli.common import StepDisplay, results, say
 from mmdist_e2e.structures import MmdistError
 
 
@@ -41,7 +41,7 @@ def evaluate_command(
     The controls: the best constant span (fitted on the evaluated split itself), a random one of
     the model's own proposals, an untrained network, and queries shuffled among videos.
     """
-    from mmdist_e2e.extractors.networks import resolve_device
+    from mmdist_e2e.extractors.runner import resolve_device
     from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
 
     if out is not None and len(runs) > 1:

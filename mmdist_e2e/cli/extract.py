@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mmdist_e2e.cli import options
-from mmdist_e2e.cli.display import ExtractionProgress, extraction_summary, results, say
+from mmdist_e2e.cli import common as options
+from mmdist_e2e.cli.common import ExtractionProgress, extraction_summary, results, say
 from mmdist_e2e.structures import MODALITIES, MmdistError
 
 if TYPE_CHECKING:
-    from mmdist_e2e.extractors.spec import ExtractorSpec
+    from mmdist_e2e.extractors.profiles import ExtractorSpec
 
 
 @click.command("extract")
@@ -158,7 +158,7 @@ def choose_extractors(
     hold for every extractor. Raises MmdistError as `describe` does, where two extractors or none
     give a modality, and where an option can only fit one of several extractors.
     """
-    from mmdist_e2e.extractors.spec import describe
+    from mmdist_e2e.extractors.profiles import describe
     from mmdist_e2e.pipeline import default_extractors
 
     specs: dict[str, ExtractorSpec] = {}

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from mmdist_e2e.cli import options
-from mmdist_e2e.cli.display import bar, results, say
+from mmdist_e2e.cli import common as options
+from mmdist_e2e.cli.common import bar, results, say
 
 
 @click.command("ground")

@@ -16,7 +16,6 @@ from mmdist_e2e.cli.evaluate import evaluate_command
 from mmdist_e2e.cli.extract import extract_command
 from mmdist_e2e.cli.ground import ground_command
 from mmdist_e2e.cli.reproduce import reproduce_command
-from mmdist_e2e.cli.synth import synth_command
 from mmdist_e2e.cli.train import train_group
 from mmdist_e2e.cli.weights import weights_group
 from mmdist_e2e.structures import MmdistError
@@ -51,7 +50,6 @@ for command in (
     train_group,
     evaluate_command,
     reproduce_command,
-    synth_command,
     weights_group,
 ):
     main.add_command(command)

@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from mmdist_e2e.cli import options
-from mmdist_e2e.cli.display import StepDisplay, results
+from mmdist_e2e.cli import common as options
+from mmdist_e2e.cli.common import PATH, StepDisplay, results
 from mmdist_e2e.cli.extract import parse_modalities
-from mmdist_e2e.cli.options import PATH
 from mmdist_e2e.structures import MmdistError
 
 Option = Callable[[click.Command], click.Command]
@@ -121,7 +120,7 @@ def _train(
     device: str,
     settings: Sequence[str],
 ) -> None:
-    from mmdist_e2e.extractors.networks import resolve_device
+    from mmdist_e2e.extractors.runner import resolve_device
     from mmdist_e2e.grounding.parallel import processes, rank
     from mmdist_e2e.grounding.train import CARVED_FRACTION, train_run
     from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors

@@ -11,14 +11,14 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from mmdist_e2e.cli.display import results
+from mmdist_e2e.cli.common import results
 from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError, Provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmdist_e2e.weights.public import Entry
+    from mmdist_e2e.weights.download import Entry
 
 HEXADECIMAL = frozenset("0123456789abcdef")
 SHA256_DIGITS = 64
@@ -95,9 +95,8 @@ def convert_grounding(
     Raises MmdistError for files that are no CPL checkpoint and its vocabulary, have another
     digest or do not fit each other, and for an extractor of features of another size.
     """
-    from mmdist_e2e.grounding.convert import PUBLISHED_FEATURES, convert_cpl, read_cpl
-    from mmdist_e2e.weights.public import Entry
-    from mmdist_e2e.weights.registry import check_digest
+    from mmdist_e2e.weights.cpl import PUBLISHED_FEATURES, convert_cpl, read_cpl
+    from mmdist_e2e.weights.download import Entry, check_digest
 
     if vocabulary is None:
         raise MmdistError(
@@ -128,8 +127,8 @@ def extracted_features(extractor: str, channels: int) -> tuple[str, Mapping[str,
     """
     import torch
 
-    from mmdist_e2e.extractors.networks import BUILDERS
-    from mmdist_e2e.extractors.spec import describe
+    from mmdist_e2e.extractors.profiles import describe
+    from mmdist_e2e.extractors.runner import BUILDERS
 
     if extractor.startswith("external:"):
         return "rgb", Provenance.external(extractor.removeprefix("external:")).matters
@@ -151,7 +150,8 @@ def convert_network(name: str, file: Path, out: Path, digest: str | None) -> Non
     Raises MmdistError for a name without public weights, a file that is unreadable, has another
     digest or does not fit the network, and a folder that cannot be written.
     """
-    from mmdist_e2e.weights.registry import check_digest, file_sha256, read_state, write_checkpoint
+    from mmdist_e2e.weights.download import check_digest, file_sha256
+    from mmdist_e2e.weights.registry import read_state, write_checkpoint
 
     entry = public_entry(name)
     if not file.is_file():
@@ -191,8 +191,8 @@ def parse_digest(text: str) -> str:
 
 def check_fits(entry: Entry, state: Mapping[str, Tensor]) -> None:
     """Raise MmdistError unless the weights are those of the entry's network, all and no others."""
-    from mmdist_e2e.extractors.networks import BUILDERS
-    from mmdist_e2e.weights.fits import misfits
+    from mmdist_e2e.extractors.runner import BUILDERS
+    from mmdist_e2e.weights.registry import misfits
 
     assert entry.config is not None
     expected = BUILDERS[entry.config["network"]](entry.config).state_dict()

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from mmdist_e2e.extractors.networks import SnippetNetwork
-from mmdist_e2e.extractors.spec import ExtractorSpec
+from mmdist_e2e.extractors.profiles import ExtractorSpec
+from mmdist_e2e.extractors.runner import SnippetNetwork
 from mmdist_e2e.store import FeatureStore, fast_digest
 from mmdist_e2e.structures import MmdistError
 
 if TYPE_CHECKING:
-    from mmdist_e2e.extractors.video import Decoder
+    from mmdist_e2e.extractors.video.reader import Decoder
+
 
 VIDEO_SUFFIXES = frozenset(
     [".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"]
@@ -117,7 +118,7 @@ def extract_many(
     with its cause. Networks are loaded only when there is something for them to do.
     Raises MmdistError when a network cannot be loaded: no video would go well.
     """
-    from mmdist_e2e.extractors.video import Decoder
+    from mmdist_e2e.extractors.video.reader import Decoder
 
     report = Report()
     networks: dict[str, SnippetNetwork] = {}

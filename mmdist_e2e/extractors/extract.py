@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdist_e2e.extractors.dense import Chunk, DenseChunks
-from mmdist_e2e.extractors.networks import SnippetNetwork
-from mmdist_e2e.extractors.snippets import Windows, row_times
-from mmdist_e2e.extractors.spec import TAIL
-from mmdist_e2e.extractors.video import VideoError
+from mmdist_e2e.extractors.profiles import TAIL
+from mmdist_e2e.extractors.runner import Chunk, DenseChunks, SnippetNetwork, Windows, row_times
+from mmdist_e2e.extractors.video.reader import VideoError
 from mmdist_e2e.store import fast_digest
 from mmdist_e2e.structures import Features, MmdistError, Provenance
 
 if TYPE_CHECKING:
-    from mmdist_e2e.extractors.video import Decoder, FrameStream
+    from mmdist_e2e.extractors.video.reader import Decoder, FrameStream
+
 
 MINIMUM_SIDE_PIXELS = 16
 
 Progress = Callable[[float], None]
+
 T = TypeVar("T")
 
 

@@ -7,24 +7,20 @@ answers on any machine. Never a pickle.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from mmdist_e2e.grounding.datasets import FeatureTable, collate
-from mmdist_e2e.grounding.inference import INFERENCE_BATCH, predict_batch, rank
-from mmdist_e2e.grounding.models import GlobalBranch, GroundingNetwork
-from mmdist_e2e.grounding.recipes import Recipe, get_recipe
-from mmdist_e2e.grounding.text import Sentence, Vocabulary, is_content_word
-from mmdist_e2e.grounding.windows import cut, merge, window_starts
+from mmdist_e2e.grounding.answer import GroundingModel
+from mmdist_e2e.grounding.config import Recipe, get_recipe
+from mmdist_e2e.grounding.data.features import FeatureTable
+from mmdist_e2e.grounding.data.text import Vocabulary
+from mmdist_e2e.grounding.network import GlobalBranch, build_network
 from mmdist_e2e.store import write_atomically, write_json
-from mmdist_e2e.structures import Features, MmdistError, Moment, differences
+from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import (
     SHIPPED_NAME,
     WordVectors,
@@ -33,124 +29,10 @@ from mmdist_e2e.weights.words import (
 )
 
 FORMAT = 1
+
 CONFIG, MODEL, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
+
 WORDS = "words.safetensors"
-
-
-@dataclass
-class GroundingModel:
-    """A trained network with all it needs to answer.
-
-    config: the checkpoint's config.json (recipe, seed, what it was trained on and chosen by).
-    """
-
-    model: GroundingNetwork
-    recipe: Recipe
-    vocabulary: Vocabulary
-    config: Mapping[str, Any]
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """The modalities that `answer` needs, in the order of the network's channels."""
-        return tuple(self.config.get("modalities", self.config["features"]))
-
-    @property
-    def matters(self) -> Mapping[str, Mapping[str, Any]]:
-        """By modality, the provenance that features must have."""
-        matters: Mapping[str, Mapping[str, Any]] = self.config["features"]
-        return matters
-
-    @property
-    def card_line(self) -> str:
-        """Which model this is and what it was trained on, in one line."""
-        return (
-            f"{self.recipe.name} (seed {self.config['seed']}, {', '.join(self.modalities)}, "
-            f"{self.recipe.model.hidden} channels), trained on {self.config['trained_on']}"
-        )
-
-    def check_table(self, table: FeatureTable) -> None:
-        """`check_features` of every modality."""
-        for modality, matters in table.matters.items():
-            self.check_features(modality, matters)
-
-    def check_features(self, modality: str, matters: Mapping[str, Any]) -> None:
-        """Raises MmdistError when features were made unlike those of training, saying how."""
-        unlike = differences(self.matters[modality], matters)
-        if unlike:
-            raise MmdistError(
-                f"These {modality} features were not made as this model needs them: "
-                f"{'; '.join(unlike)}; extract them again with the model's extractor and settings."
-            )
-
-    def check_query(self, query: str) -> Sentence:
-        """The query as the network reads it.
-
-        Raises MmdistError when it is empty, has no known word, or no word this model can rank by:
-        reconstruction needs words of its vocabulary, an activation map any word with a vector.
-        """
-        sentence = self.vocabulary.encode(query)
-        if not (sentence.ids_W > 0).any() and not self.model.score_weight:
-            telling = [word for word in self.vocabulary.words if is_content_word(word)]
-            raise MmdistError(
-                f"None of the words of the query '{query}' occurs in the sentences that this model "
-                f"was trained on, so it cannot rank moments for it; use words like "
-                f"{', '.join(telling[:8])}."
-            )
-        return sentence
-
-    def answer(self, features: Mapping[str, Features], query: str) -> list[Moment]:
-        """All K proposals as moments in seconds, best first by the score of Eq. 9.
-
-        features: by modality, as extracted. A video longer than 1.25 × the longest of training is
-        read in windows, whose moments are merged: scores compare across them. Raises MmdistError
-        for features of another kind and as `check_query`. The answer depends on no seed.
-        """
-        sentence = self.check_query(query)
-        missing = [modality for modality in self.modalities if modality not in features]
-        if missing:
-            raise MmdistError(
-                f"This model needs {' and '.join(missing)} features; these are "
-                f"{', '.join(sorted(features)) or 'none'}."
-            )
-        given = [features[modality] for modality in self.modalities]
-        for each in given:
-            self.check_features(each.modality, each.provenance.matters)
-        longest = float(self.config["longest_duration_seconds"])
-        starts = window_starts(given[0].duration_seconds, longest)
-        if len(starts) == 1:
-            return self._read([given], sentence)[0]
-        windows = [[cut(each, start, longest) for each in given] for start in starts]
-        return merge(
-            [
-                Moment(moment.start + start, moment.end + start, moment.score)
-                for start, moments in zip(starts, self._read(windows, sentence), strict=True)
-                for moment in moments
-            ]
-        )
-
-    def _read(self, videos: Sequence[Sequence[Features]], sentence: Sentence) -> list[list[Moment]]:
-        """K moments of each video, best first; of a video its modalities, in the model's order."""
-        self.model.eval()
-        answers = []
-        for begin in range(0, len(videos), INFERENCE_BATCH):
-            some = videos[begin : begin + INFERENCE_BATCH]
-            length = self.recipe.model.length
-            data_BLF = np.stack(
-                [np.concatenate([m.resample(length).data for m in v], axis=1) for v in some]
-            )
-            frames_BLF = torch.from_numpy(data_BLF).to(self.model.mask_vec.device)
-            ranked = rank(predict_batch(self.model, collate([sentence] * len(some), frames_BLF)))
-            for video, starts, ends, scores in zip(
-                some, ranked.starts, ranked.ends, ranked.scores, strict=True
-            ):
-                seconds = video[0].duration_seconds
-                answers.append(
-                    [
-                        Moment(float(s) * seconds, float(e) * seconds, float(score))
-                        for s, e, score in zip(starts, ends, scores, strict=True)
-                    ]
-                )
-        return answers
 
 
 def save_checkpoint(
@@ -201,7 +83,7 @@ def load_checkpoint(folder: Path) -> GroundingModel:
         recipe = Recipe.from_json(config)
         vectors = _vectors_of(folder, config["word_vectors"])
         weights = load_file(folder / MODEL)
-        model = recipe.network()
+        model = build_network(recipe)
         model.load_state_dict(weights, strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, MmdistError):

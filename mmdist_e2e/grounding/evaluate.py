@@ -17,24 +17,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmdist_e2e.grounding.datasets import (
-    FeatureTable,
-    Item,
-    load_annotations,
-    load_features,
-    make_items,
-    protocol_of,
-)
-from mmdist_e2e.grounding.features import places_of
-from mmdist_e2e.grounding.inference import Predictions, Progress, predict
-from mmdist_e2e.grounding.models import GroundingNetwork
-from mmdist_e2e.grounding.recipes import Recipe
+from mmdist_e2e.grounding.answer import Predictions, Progress, predict
+from mmdist_e2e.grounding.config import Recipe
+from mmdist_e2e.grounding.data.annotations import load_annotations, protocol_of
+from mmdist_e2e.grounding.data.batches import Item, make_items
+from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
+from mmdist_e2e.grounding.network import GroundingNetwork, build_network
 from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 
 Array = NDArray[np.float64]
+
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
+
 GRID_STEPS = 20  # the best constant span lies on a grid of 1/20 = 0.05
+
 R_AT_5 = 5
 
 
@@ -142,7 +139,7 @@ def evaluate_items(
     shuffled = predict(model, with_shuffled_queries(items), table, progress=progress)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        untrained_model = recipe.network().to(table.data_VLF.device)
+        untrained_model = build_network(recipe).to(table.data_VLF.device)
     untrained = predict(untrained_model, items, table, progress=progress)
     result = {
         "metrics": recall_metrics(iou_QK),
@@ -204,7 +201,7 @@ def evaluate_run(
     annotation file's name). flow_features_path: where flow lies, if not beside RGB.
     Raises MmdistError for files that do not fit together.
     """
-    from mmdist_e2e.grounding.checkpoint import load_checkpoint  # it answers; this scores
+    from mmdist_e2e.grounding.checkpoint import load_checkpoint
 
     trained = load_checkpoint(run)
     annotations = load_annotations(annotations_path, durations=durations, protocol=protocol)

@@ -1,48 +1,30 @@
-"""One function an equation, or a term of CPL's that the paper keeps. No function knows a network.
+"""One function per equation (or term of CPL's that the paper keeps), and their sum per recipe.
 
 Every sentence is scored over its own words only, so that no reconstruction depends on the batch's
 other sentences or on their order.
 
 Shape suffixes: B batch, M masks, K proposals, W words, V output words + 1, N grid positions,
-L positions of the video; in [B, B, …] the video comes first, the sentence second.
+L positions of the video, Q sentences; in [B, B, …] the video comes first, the sentence second.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mmdist_e2e.grounding.text import PADDING_ID
-
-LABEL_SMOOTHING = 0.1
-
-
-def scored_words(ids_BW: Tensor, masked_BW: Tensor, kind: str) -> Tensor:
-    """[B, W] bool: the words of Eq. 1, "all" of a sentence or the "masked" ones alone.
-
-    Words with id 0 (padding, or outside the output vocabulary) never are.
-    """
-    scored_BW = ids_BW != PADDING_ID
-    return scored_BW & masked_BW if kind == "masked" else scored_BW
-
-
-def reconstruction_loss(
-    logits_BMWV: Tensor, ids_BW: Tensor, scored_BW: Tensor | None = None
-) -> Tensor:
-    """Eq. 1, [B, M]: mean over a sentence's scored words of 0.9·NLL + (0.1/V)·Σ_v(-log p_v).
-
-    scored_BW: as `scored_words`, by default all. A sentence with none gives 0.
-    """
-    if scored_BW is None:
-        scored_BW = ids_BW != PADDING_ID
-    log_p = F.log_softmax(logits_BMWV.float(), dim=-1)
-    ids_BMW1 = ids_BW[:, None, :, None].expand(*log_p.shape[:3], 1)
-    picked = -log_p.gather(-1, ids_BMW1).squeeze(-1)
-    spread = -log_p.mean(dim=-1)
-    word_loss = (1 - LABEL_SMOOTHING) * picked + LABEL_SMOOTHING * spread
-    scored_B1W = scored_BW.unsqueeze(1)
-    return torch.where(scored_B1W, word_loss, 0.0).sum(-1) / scored_B1W.sum(-1).clamp_min(1)
+from mmdist_e2e.grounding.config import DistillConfig, LossConfig, MatchingConfig, MutualConfig
+from mmdist_e2e.grounding.data.batches import Batch
+from mmdist_e2e.grounding.network import (
+    GlobalBranch,
+    GroundingNetwork,
+    Proposals,
+    mean_map,
+    reconstruction_loss,
+    scored_words,
+)
+from mmdist_e2e.grounding.parallel import Peers
 
 
 def best_proposal(loss_BK: Tensor) -> Tensor:
@@ -137,3 +119,177 @@ def nearest_span(
     shared_BK = (torch.minimum(ends_BK, end_B1) - torch.maximum(starts_BK, start_B1)).clamp_min(0)
     union_BK = (ends_BK - starts_BK) + (end_B1 - start_B1) - shared_BK
     return (shared_BK / union_BK.clamp_min(torch.finfo(union_BK.dtype).tiny)).argmax(dim=1)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A teacher's answers to a batch: k^T int64, its span in units of the video, and m^T."""
+
+    proposals_B: Tensor
+    centers_B: Tensor
+    widths_B: Tensor
+    maps_BL: Tensor
+
+
+def batch_loss(
+    model: GlobalBranch,
+    batch: Batch,
+    masked_BW: Tensor,
+    config: LossConfig,
+    matching: MatchingConfig | None = None,
+    mutual: MutualConfig | None = None,
+    distill: DistillConfig | None = None,
+    taught: Taught | None = None,
+    peers: Peers | None = None,
+    *,
+    ratio: float,
+) -> dict[str, Tensor]:
+    """Eqs. 8, 12 and the teacher's: every term of a batch (scalars), their weighted sum as `loss`.
+
+    masked_BW: the words hidden from reconstruction. ratio: how far CPL's negatives reach.
+    taught: the teacher's answers, with `distill`. peers: where other processes have other rows of
+    the batch; the terms are means over this one's.
+    """
+    proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
+    pseudo = None
+    if distill is not None and distill.distill_global:
+        assert taught is not None
+        pseudo = pseudo_span(proposals, taught, distill.student_proposal)
+    terms = global_terms(
+        model, proposals, batch.ids_BW, masked_BW, config, ratio=ratio, pseudo=pseudo
+    )
+    hinges = [terms[name] for name in terms if name.startswith("hinge")]
+    loss = (
+        config.reconstruction_weight * terms["reconstruction"]
+        + config.whole_weight * terms["whole"]
+        + config.diversity_weight * terms["diversity"]
+        + config.contrast_weight * sum(hinges)
+    )
+    if matching is not None and matching.local_weight:
+        assert isinstance(model, GroundingNetwork)
+        gather = peers.gather if peers else None
+        maps = model.activate_each(batch, proposals, all_pairs=True, gather=gather)
+        apart = mutual is not None and mutual.taught_map == "each"
+        fitted = maps if apart else [mean_map(maps)]
+        each = [local_term(m, batch, matching, peers) for m in fitted]
+        terms["local"] = torch.stack(each).mean()
+        loss = loss + matching.local_weight * terms["local"]
+        rows = torch.arange(len(maps[0]), device=maps[0].device)
+        own_B = peers.own(len(rows)) if peers else rows
+        own = [maps_BQL[rows, own_B] for maps_BQL in maps]  # [B, L] of the matched pairs
+        if mutual is not None and mutual.mutual_weight:
+            terms["mutual"] = mutual_loss(own[0], own[1], mutual.mutual_distance)
+            loss = loss + mutual.mutual_weight * terms["mutual"]
+        if distill is not None and distill.distill_local:
+            assert taught is not None
+            terms["distill_local"] = map_distance(
+                mean_map(own), taught.maps_BL, distill.distill_distance
+            )
+            weight = distill.distill_weight * matching.local_weight
+            loss = loss + weight * terms["distill_local"]
+    if distill is not None and distill.distill_global:
+        loss = loss + distill.distill_weight * terms["distill_global"]
+    return terms | {"loss": loss}
+
+
+def pseudo_span(proposals: Proposals, taught: Taught, kind: str) -> tuple[Tensor, Tensor]:
+    """Center and width [B] of what the student takes for right; of its own with gradient."""
+    if kind == "teacher":
+        return taught.centers_B, taught.widths_B
+    centers_BK, widths_BK = proposals.centers_BK, proposals.widths_BK
+    chosen_B = taught.proposals_B
+    if kind == "iou":
+        chosen_B = nearest_span(
+            centers_BK.detach(), widths_BK.detach(), taught.centers_B, taught.widths_B
+        )
+    rows = torch.arange(len(chosen_B), device=chosen_B.device)
+    return centers_BK[rows, chosen_B], widths_BK[rows, chosen_B]
+
+
+def global_terms(
+    model: GlobalBranch,
+    proposals: Proposals,
+    ids_BW: Tensor,
+    masked_BW: Tensor,
+    config: LossConfig,
+    *,
+    ratio: float,
+    pseudo: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The terms of Eq. 3, CPL's hinges to its negatives and its diversity; Eq. 10 of `pseudo`.
+
+    k* is chosen without gradient and without dropout; then only what enters the loss is computed
+    with gradient: k*, its two negatives, and the whole video. The rest has no gradient (Eq. 2 is
+    an argmin), so this equals computing all of it.
+    """
+    masks_BKN = model.proposal_masks(proposals.centers_BK, proposals.widths_BK)
+    best_B = choose_proposal(model, proposals, masks_BKN, ids_BW, masked_BW)
+    rows = torch.arange(len(best_B), device=best_B.device)
+    masks_BMN = masks_BKN[rows, best_B].unsqueeze(1)
+    with_negatives = config.negatives and config.contrast_weight != 0
+    if with_negatives:
+        negatives_B2N = model.negative_masks(
+            proposals.centers_BK[rows, best_B], proposals.widths_BK[rows, best_B], ratio
+        )
+        masks_BMN = torch.cat([masks_BMN, negatives_B2N], dim=1)
+    if pseudo is not None:
+        masks_BMN = torch.cat([masks_BMN, model.proposal_masks(*pseudo).unsqueeze(1)], dim=1)
+    memory = model.remember(proposals.kept_BND, masks_BMN, whole=True)
+    logits_BMWV = model.reconstruct(proposals, masked_BW, memory)
+    scored_BW = scored_words(ids_BW, masked_BW, model.config.scored_words)
+    loss_BM = reconstruction_loss(logits_BMWV, ids_BW, scored_BW)
+    best_loss_B, whole_B = loss_BM[:, 0], loss_BM[:, -1]
+    terms = {
+        "reconstruction": best_loss_B.mean(),
+        "whole": whole_B.mean(),
+        "diversity": diversity_loss(masks_BKN, config.diversity_prior),
+    }
+    if config.contrast_whole and config.contrast_weight != 0:
+        terms["hinge_whole"] = hinge(best_loss_B, whole_B, config.margin_whole)
+    if with_negatives:
+        terms["hinge_left"] = hinge(best_loss_B, loss_BM[:, 1], config.margin_negatives)
+        terms["hinge_right"] = hinge(best_loss_B, loss_BM[:, 2], config.margin_negatives)
+    if pseudo is not None:
+        pseudo_B = loss_BM[:, -2]
+        terms["distill_global"] = (
+            pseudo_B.mean() + whole_B.mean() + hinge(pseudo_B, whole_B, config.margin_whole)
+        )
+    return terms
+
+
+@torch.no_grad()
+def choose_proposal(
+    model: GlobalBranch,
+    proposals: Proposals,
+    masks_BKN: Tensor,
+    ids_BW: Tensor,
+    masked_BW: Tensor,
+) -> Tensor:
+    """Eq. 2 over all K proposals, [B]; without dropout, whose noise would choose with it."""
+    training = model.training
+    model.eval()
+    memory = model.remember(proposals.kept_BND, masks_BKN)
+    scored_BW = scored_words(ids_BW, masked_BW, model.config.scored_words)
+    logits_BMWV = model.reconstruct(proposals, masked_BW, memory)
+    model.train(training)
+    return best_proposal(reconstruction_loss(logits_BMWV, ids_BW, scored_BW))
+
+
+def local_term(
+    maps_BQL: Tensor, batch: Batch, config: MatchingConfig, peers: Peers | None = None
+) -> Tensor:
+    """L_local of Eqs. 5-7 from the maps of this batch's videos and all processes' sentences."""
+    count = max(1, int(maps_BQL.shape[-1] // config.top_divisor))
+    videos, sentences, own_B = batch.videos_B, batch.sentences_B, None
+    if peers is not None:
+        videos, sentences = peers.videos_G, peers.sentences_G
+        own_B = peers.own(len(maps_BQL))
+    negatives = negative_pairs(
+        videos,
+        sentences,
+        same_video=config.same_video_negatives,
+        same_sentence=config.same_sentence_negatives,
+    )
+    negatives_BQ = negatives if own_B is None else negatives[own_B]
+    fit_BQ = top_mean(maps_BQL, count)
+    return local_loss(match_log_probability(fit_BQ, config.temperature, negatives_BQ, own_B))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmdist_e2e.grounding.datasets import Batch
+from mmdist_e2e.grounding.data.batches import Batch
 from mmdist_e2e.structures import MmdistError
 
 ROW_FIELDS = (

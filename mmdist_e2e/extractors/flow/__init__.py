@@ -1,0 +1,67 @@
+"""TV-L1 optical flow (Zach, Pock & Bischof 2007): one function, several backends.
+
+The defaults are those of OpenCV's CUDA class, which Kinetics-I3D used. OpenCV's CPU class runs
+another algorithm by default; with the median filter off, one inner and 300 outer iterations it
+runs this one. Shapes: N pairs, H height, W width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdist_e2e.extractors.flow.opencv import _opencv, _opencv_cuda
+from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS, TVL1Settings, pyramid
+from mmdist_e2e.structures import MmdistError
+
+BACKENDS = ("auto", "native", "opencv", "opencv-cuda")
+
+
+def tvl1(
+    first_NHW: NDArray[np.uint8],
+    second_NHW: NDArray[np.uint8],
+    *,
+    backend: str = "auto",
+    settings: TVL1Settings | None = None,
+    device: str = "cpu",
+) -> NDArray[np.float32]:
+    """Flow from each first image to its second.
+
+    Args:
+        first_NHW, second_NHW: grey images, uint8.
+        backend: "native" (ours: Numba on a CPU, Triton on a GPU), "opencv" (the CPU class of the
+            PyPI OpenCV), "opencv-cuda" (an OpenCV that you built with CUDA); "auto" is native.
+        device: where the native solver runs: "cpu", "cuda", "cuda:1", …
+
+    Returns [N, 2, H, W] float32: horizontal and vertical displacement in pixels.
+    Raises MmdistError for an unknown backend or one that is not there, images that do not match,
+    or sides below 16.
+    """
+    if backend not in BACKENDS:
+        raise MmdistError(f"The flow backend {backend!r} is unknown; valid: {', '.join(BACKENDS)}.")
+    if first_NHW.shape != second_NHW.shape or first_NHW.ndim != 3:
+        raise MmdistError(
+            f"Flow needs two stacks of grey images [N, H, W] of one shape; got "
+            f"{list(first_NHW.shape)} and {list(second_NHW.shape)}."
+        )
+    if first_NHW.dtype != np.uint8 or second_NHW.dtype != np.uint8:
+        raise MmdistError("Flow needs uint8 images with intensities 0 to 255.")
+    if min(first_NHW.shape[1:]) < MINIMUM_SIDE_PIXELS:
+        height, width = first_NHW.shape[1:]
+        raise MmdistError(
+            f"Flow needs at least {MINIMUM_SIDE_PIXELS} pixels a side; got {width}×{height}."
+        )
+    settings = settings or TVL1Settings()
+    if backend == "opencv":
+        return _opencv(first_NHW, second_NHW, settings)
+    if backend == "opencv-cuda":
+        return _opencv_cuda(first_NHW, second_NHW, settings)
+    _, height, width = first_NHW.shape
+    sizes = pyramid(height, width, settings)
+    if device.startswith("cuda"):
+        from mmdist_e2e.extractors.flow import gpu as tvl1_gpu
+
+        return tvl1_gpu.solve_arrays(first_NHW, second_NHW, sizes, settings, device)
+    from mmdist_e2e.extractors.flow import cpu as tvl1_cpu
+
+    return tvl1_cpu.solve(first_NHW, second_NHW, sizes, settings.native_iterations, settings)

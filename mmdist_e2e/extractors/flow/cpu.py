@@ -1,0 +1,295 @@
+"""TV-L1 on the CPU, compiled by Numba: no compiler is needed on the user's machine.
+
+The algorithm is that of OpenCV's CUDA class (Zach, Pock & Bischof 2007; Sánchez et al. 2013).
+Two things make it fast. Every loop runs over a row without branches, so that it becomes vector
+instructions. And all iterations of a warp pass over the image as one wavefront: iteration k is
+one row behind iteration k − 1, so the rows in flight stay in the core's cache.
+
+    iteration 0 works on rows  … s                    u of row s needs p of rows s − 1 and s;
+    iteration 1 works on rows  … s − 1                p of row s − 1 needs u of rows s − 1 and s:
+    iteration 2 works on rows  … s − 2                in this order each step is in place.
+
+Layout: `fields` is [10, H + 1, S], S > W: u, v; the warped image's gradient, 1/|∇I|² and ρ's
+constant; p11, p12, p21, p22. Row r of a dual variable lies in row r + 1 and column x in column
+x + 1; their first row and column stay zero, which is the boundary of the divergence. Rows are
+worked on in whole blocks of BLOCK columns, because what a vector loop leaves over is done one by
+one; columns from W on hold numbers that nothing inside reads but u[W], which repeats u[W − 1] so
+that the gradient is zero there.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from mmdist_e2e.extractors.flow.settings import TVL1Settings
+
+
+BLOCK = 32
+
+PAD = 4  # the bicubic's reach outside the image, after clamping to two pixels outside
+
+# Below this squared gradient a pixel says nothing about motion (OpenCV's own threshold is the
+# smallest float's; flat patches of 8-bit images have exactly zero).
+FLAT = np.float32(1e-6)
+
+_compiled = njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
+
+
+@_compiled
+def _primal_row(r, width, fields, bound, theta):
+    """Thresholding step of row r, then u ← u + θ div p."""
+    u, v, gx, gy, inverse, constant = (
+        fields[0], fields[1], fields[2], fields[3], fields[4], fields[5],
+    )  # fmt: skip
+    p11, p12, p21, p22 = fields[6], fields[7], fields[8], fields[9]
+    for x in range(width):
+        a, b, ix, iy = u[r, x], v[r, x], gx[r, x], gy[r, x]
+        # ρ/|∇I|² clipped to ±λθ is the three-case threshold in one.
+        step = (constant[r, x] + ix * a + iy * b) * inverse[r, x]
+        step = min(max(step, -bound), bound)
+        div1 = (p11[r + 1, x + 1] - p11[r + 1, x]) + (p12[r + 1, x + 1] - p12[r, x + 1])
+        div2 = (p21[r + 1, x + 1] - p21[r + 1, x]) + (p22[r + 1, x + 1] - p22[r, x + 1])
+        u[r, x] = a - step * ix + theta * div1
+        v[r, x] = b - step * iy + theta * div2
+
+
+@_compiled
+def _dual_row(r, below, width, fields, taut):
+    """Dual step p ← (p + τ/θ ∇u) / (1 + τ/θ |∇u|) in row r; `below` is r in the last row."""
+    u, v = fields[0], fields[1]
+    p11, p12, p21, p22 = fields[6], fields[7], fields[8], fields[9]
+    one = np.float32(1)
+    for x in range(width):
+        a, b = u[r, x], v[r, x]
+        ax, ay = u[r, x + 1] - a, u[below, x] - a
+        bx, by = v[r, x + 1] - b, v[below, x] - b
+        shrink1 = one / (one + taut * np.sqrt(ax * ax + ay * ay))
+        shrink2 = one / (one + taut * np.sqrt(bx * bx + by * by))
+        p11[r + 1, x + 1] = (p11[r + 1, x + 1] + taut * ax) * shrink1
+        p12[r + 1, x + 1] = (p12[r + 1, x + 1] + taut * ay) * shrink1
+        p21[r + 1, x + 1] = (p21[r + 1, x + 1] + taut * bx) * shrink2
+        p22[r + 1, x + 1] = (p22[r + 1, x + 1] + taut * by) * shrink2
+
+
+@_compiled
+def _iterate(height, width, iterations, fields, bound, theta, taut):
+    """All iterations of one warp, as a wavefront over the rows."""
+    whole = (width + BLOCK - 1) // BLOCK * BLOCK
+    for s in range(height + iterations):
+        for k in range(max(0, s - height), min(iterations, s + 1)):
+            r = s - k
+            if r < height:
+                _primal_row(r, whole, fields, bound, theta)
+                fields[0, r, width] = fields[0, r, width - 1]
+                fields[1, r, width] = fields[1, r, width - 1]
+            if r > 0:
+                _dual_row(r - 1, min(r, height - 1), whole, fields, taut)
+
+
+@_compiled
+def _resize(source, height, width, target_height, target_width, factor, out):
+    """Bilinear, pixel centers at halves, borders repeated; values times `factor`."""
+    for y in range(target_height):
+        fy = (y + 0.5) * height / target_height - 0.5
+        y0 = int(np.floor(fy))
+        wy = np.float32(fy - y0)
+        ya, yb = min(max(y0, 0), height - 1), min(max(y0 + 1, 0), height - 1)
+        for x in range(target_width):
+            fx = (x + 0.5) * width / target_width - 0.5
+            x0 = int(np.floor(fx))
+            wx = np.float32(fx - x0)
+            xa, xb = min(max(x0, 0), width - 1), min(max(x0 + 1, 0), width - 1)
+            top = source[ya, xa] + wx * (source[ya, xb] - source[ya, xa])
+            bottom = source[yb, xa] + wx * (source[yb, xb] - source[yb, xa])
+            out[y, x] = factor * (top + wy * (bottom - top))
+
+
+@_compiled
+def _with_gradients(image, height, width, out):
+    """The image and its centered differences side by side: [H + 2·PAD, W + 2·PAD, 4].
+
+    Zero outside: a pixel that leaves the picture has no gradient and so no say in the flow.
+    """
+    half = np.float32(0.5)
+    out[: height + 2 * PAD, : width + 2 * PAD] = np.float32(0)
+    for y in range(height):
+        up, down = max(y - 1, 0), min(y + 1, height - 1)
+        for x in range(width):
+            left, right = max(x - 1, 0), min(x + 1, width - 1)
+            cell = out[y + PAD, x + PAD]
+            cell[0] = image[y, x]
+            cell[1] = half * (image[y, right] - image[y, left])
+            cell[2] = half * (image[down, x] - image[up, x])
+
+
+# Polynomials of the four neighbours' weights at fraction t (Keys' cubic), from the constant term
+# up. a = −3/4 as in OpenCV's CPU class: on known motions it is nearer the truth than the −1/2 of
+# its CUDA class (docs/flow.md).
+A = -0.75
+
+CUBIC = ((0, 1, 0, 0), (A, 0, -A, 0), (-2 * A, -A - 3, 2 * A + 3, A), (A, A + 2, -A - 2, -A))
+
+
+@intrinsic
+def _sample(typing_context, flat, offset, stride, tx, ty):
+    """Bicubic of a [.., .., 4] image at one point: (value, dx, dy), each float32.
+
+    flat: the image as one row; offset: of the patch's first cell; stride: of its rows; tx, ty:
+    fractions in [0, 1). Written as vector instructions, since a row of the 4 × 4 patch is 16
+    numbers side by side and the compiler does not see that by itself.
+    """
+    real = ir.FloatType()
+    fast = ("fast",)
+
+    def splat(builder, value, lanes):
+        vector = ir.VectorType(real, lanes)
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, index(0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+        return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+
+    def index(value):
+        return ir.Constant(ir.IntType(32), value)
+
+    def pick(builder, vector, lanes):
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+        return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+    def weights(builder, fraction):
+        c0, c1, c2, c3 = (ir.Constant(ir.VectorType(real, 4), list(c)) for c in CUBIC)
+        t = splat(builder, fraction, 4)
+        out = c3
+        for c in (c2, c1, c0):
+            out = builder.fadd(builder.fmul(out, t, fast), c, fast)
+        return out
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, value=arguments[0]).data
+        _, first, step, x, y = arguments
+        wide = ir.VectorType(real, 16)
+        across, down = weights(builder, x), weights(builder, y)
+        total = None
+        for row in range(4):
+            pointer = builder.bitcast(builder.gep(data, [first]), wide.as_pointer())
+            cells = builder.load(pointer, align=4)
+            weight = splat(builder, builder.extract_element(down, index(row)), 16)
+            part = builder.fmul(cells, weight, fast)
+            total = part if total is None else builder.fadd(total, part, fast)
+            first = builder.add(first, step)
+        total = builder.fmul(total, pick(builder, across, [c // 4 for c in range(16)]), fast)
+        for half in (8, 4):
+            low = pick(builder, total, list(range(half)))
+            total = builder.fadd(low, pick(builder, total, list(range(half, 2 * half))), fast)
+        values = [builder.extract_element(total, index(c)) for c in range(3)]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    signature = types.UniTuple(types.float32, 3)(
+        flat, types.intp, types.intp, types.float32, types.float32
+    )
+    return signature, generate
+
+
+@_compiled
+def _warp(first, second4, height, width, fields):
+    """Second image and gradients at x + u; ρ's constant I₁(x + u) − ∇I·u − I₀ and 1/|∇I|²."""
+    u, v, gx, gy, inverse, constant = (
+        fields[0], fields[1], fields[2], fields[3], fields[4], fields[5],
+    )  # fmt: skip
+    flat, stride = second4.reshape(-1), 4 * second4.shape[1]
+    margin = np.float32(PAD - 1)
+    low = np.float32(PAD - 3)  # two pixels outside the image, in the padded one less one
+    right, bottom = np.float32(width) + np.float32(PAD), np.float32(height) + np.float32(PAD)
+    for y in range(height):
+        for x in range(width):
+            a, b = u[y, x], v[y, x]
+            px = min(max(np.float32(x) + a + margin, low), right)
+            py = min(max(np.float32(y) + b + margin, low), bottom)
+            x0, y0 = int(px), int(py)  # neither is negative
+            i, ix, iy = _sample(
+                flat, y0 * stride + 4 * x0, stride, px - np.float32(x0), py - np.float32(y0)
+            )
+            square = ix * ix + iy * iy
+            gx[y, x], gy[y, x] = ix, iy
+            inverse[y, x] = np.float32(1) / square if square > FLAT else np.float32(0)
+            constant[y, x] = i - ix * a - iy * b - first[y, x]
+
+
+@_compiled
+def _solve(first, second, heights, widths, warps, iterations, upscale, lambda_, theta, tau, out):
+    """One pair, coarse to fine; the pyramid is the given sizes, finest first."""
+    levels = len(heights)
+    stride = (widths[0] + BLOCK - 1) // BLOCK * BLOCK + BLOCK
+    images = np.empty((2, levels, heights[0], widths[0]), np.float32)
+    images[0, 0], images[1, 0] = first, second
+    for s in range(1, levels):
+        for side in range(2):
+            _resize(
+                images[side, s - 1], heights[s - 1], widths[s - 1], heights[s], widths[s],
+                np.float32(1), images[side, s],
+            )  # fmt: skip
+    fields = np.zeros((10, heights[0] + 1, stride), np.float32)
+    second4 = np.empty((heights[0] + 2 * PAD, widths[0] + 2 * PAD, 4), np.float32)
+    for s in range(levels - 1, -1, -1):
+        height, width = heights[s], widths[s]
+        if s < levels - 1:
+            coarse = fields[:2].copy()
+            for c in range(2):
+                _resize(coarse[c], heights[s + 1], widths[s + 1], height, width, upscale, fields[c])
+        fields[2:] = np.float32(0)  # dual variables, and what lies beyond the width
+        fields[:2, :, width:] = np.float32(0)
+        _with_gradients(images[1, s], height, width, second4)
+        for _ in range(warps):
+            _warp(images[0, s], second4, height, width, fields)
+            _iterate(height, width, iterations, fields, lambda_ * theta, theta, tau / theta)
+    out[:] = fields[:2, : heights[0], : widths[0]]
+
+
+def solve(
+    first_NHW: NDArray[np.uint8],
+    second_NHW: NDArray[np.uint8],
+    sizes: list[tuple[int, int]],
+    iterations: int,
+    settings: TVL1Settings,
+) -> NDArray[np.float32]:
+    """Flow [N, 2, H, W] of every pair; the pairs share the cores.
+
+    sizes: height and width of each level of the pyramid, finest first.
+    """
+    flow_N2HW = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
+    heights, widths = (np.array(side, dtype=np.int64) for side in zip(*sizes, strict=True))
+    numbers: list[Any] = [settings.warps, iterations]
+    numbers += [np.float32(x) for x in (1 / settings.scale_step, settings.lambda_)]
+    numbers += [np.float32(x) for x in (settings.theta, settings.tau)]
+
+    def one(index: int) -> None:
+        _solve(
+            first_NHW[index].astype(np.float32),
+            second_NHW[index].astype(np.float32),
+            heights,
+            widths,
+            *numbers,
+            flow_N2HW[index],
+        )
+
+    threads = min(_cores(), len(first_NHW))
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(one, range(len(first_NHW))))
+    else:
+        for index in range(len(first_NHW)):
+            one(index)
+    return flow_N2HW
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    available = getattr(os, "sched_getaffinity", None)
+    return len(available(0)) if available else os.cpu_count() or 1

@@ -1,0 +1,60 @@
+"""Parameters of TV-L1 and the sizes of its pyramid, the same for every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmdist_e2e.structures import MmdistError
+
+MINIMUM_SIDE_PIXELS = 16
+
+# Where OpenCV stops a pair when its updates have become small, the native solver runs this many
+# iterations a warp: measured on real videos (docs/flow.md), it ends nearer the converged flow.
+NATIVE_ITERATIONS = 36
+
+
+@dataclass(frozen=True)
+class TVL1Settings:
+    """Parameters of the solver, for intensities 0–255.
+
+    tau: time step. lambda_: weight of the data term. theta: coupling. scales, scale_step:
+    the pyramid. warps and iterations per scale. epsilon: above 0 a solver may stop before all
+    iterations are done: OpenCV when the mean squared update of the flow falls below ε², the
+    native one after `NATIVE_ITERATIONS`; 0 runs them all.
+    """
+
+    tau: float = 0.25
+    lambda_: float = 0.15
+    theta: float = 0.3
+    scales: int = 5
+    scale_step: float = 0.8
+    warps: int = 5
+    iterations: int = 300
+    epsilon: float = 0.01
+
+    def __post_init__(self) -> None:
+        positive = (self.tau, self.lambda_, self.theta, self.scales, self.warps, self.iterations)
+        if min(positive) <= 0 or not 0 < self.scale_step < 1 or self.epsilon < 0:
+            raise MmdistError(
+                f"TV-L1 needs positive settings, a scale step between 0 and 1, and an epsilon of "
+                f"at least 0; got {self}."
+            )
+
+    @property
+    def native_iterations(self) -> int:
+        """Iterations a warp that the native solver runs."""
+        return min(self.iterations, NATIVE_ITERATIONS) if self.epsilon > 0 else self.iterations
+
+
+def pyramid(height: int, width: int, settings: TVL1Settings) -> list[tuple[int, int]]:
+    """Height and width of each level, finest first; none has a side below 16 but the first."""
+    sizes = [(height, width)]
+    while len(sizes) < settings.scales:
+        size = (
+            round(sizes[-1][0] * settings.scale_step),
+            round(sizes[-1][1] * settings.scale_step),
+        )
+        if min(size) < MINIMUM_SIDE_PIXELS:
+            break
+        sizes.append(size)
+    return sizes

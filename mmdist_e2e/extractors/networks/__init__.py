@@ -1,0 +1,1 @@
+"""Video networks; each keeps the contract of `runner`."""

@@ -1,0 +1,144 @@
+"""pytorchvideo's backbones by name, as networks of features (the extra `backbones`).
+
+Each was published with one clip length and sampling rate, in frames of 30 fps video: a checkpoint's
+window is `frames`, its fps 30 / `sampling_rate`. State-dict keys are pytorchvideo's, so published
+files load strictly. Nothing is downloaded here.
+
+The contract every network here keeps: `features(frames_BCTHW) -> [B, T', D]`, with T' = 1.
+
+Shapes: B clips, C = 3 channels, T frames, H height, W width, D feature channels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdist_e2e.structures import MmdistError
+
+SOURCE_FPS = 30
+
+SLOW_PART = 4  # SlowFast's α: how many frames of the fast pathway there are to one of the slow
+
+
+@dataclass(frozen=True)
+class HubInput:
+    """The clips that a backbone was published with.
+
+    frames: of a clip, each the `sampling_rate`-th of 30 fps video. size: height and width, pixels.
+    """
+
+    frames: int
+    sampling_rate: int
+    size: int
+
+    @property
+    def fps(self) -> float:
+        return SOURCE_FPS / self.sampling_rate
+
+
+# From pytorchvideo's model zoo; sizes from its pages on torch hub and, for those without one,
+# from the tests in SlowFast's configurations.
+HUB_NAMES: dict[str, HubInput] = {
+    "slow_r50": HubInput(8, 8, 256),
+    "slowfast_r50": HubInput(32, 2, 256),
+    "slowfast_r101": HubInput(32, 2, 256),
+    "i3d_r50": HubInput(8, 8, 256),
+    "c2d_r50": HubInput(8, 8, 256),
+    "x3d_xs": HubInput(4, 12, 182),
+    "x3d_s": HubInput(13, 6, 182),
+    "x3d_m": HubInput(16, 5, 256),
+    "x3d_l": HubInput(16, 5, 356),
+    "mvit_base_16x4": HubInput(16, 4, 224),
+    "mvit_base_32x3": HubInput(32, 3, 224),
+}
+
+
+class HubBackbone(nn.Module):
+    """A backbone of `HUB_NAMES` with random weights, up to its classifier.
+
+    Raises MmdistError for an unknown name, or where pytorchvideo is not installed.
+    """
+
+    in_channels = 3
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        if name not in HUB_NAMES:
+            raise MmdistError(f"The backbone {name!r} is unknown; valid: {', '.join(HUB_NAMES)}.")
+        self.name = name
+        network: Any = getattr(_hub(), name)(pretrained=False)
+        transformer = name.startswith("mvit")
+        head: Any = network.head if transformer else network.blocks[-1]
+        self.feature_channels: int = head.proj.in_features
+        head.proj = _LeftOut(head.proj.in_features, head.proj.out_features)
+        head.activation = None
+        self.network: nn.Module = network
+
+    def features(self, frames_BCTHW: Tensor) -> Tensor:
+        """Features [B, 1, D] of normalised clips: what the classifier would read, pooled.
+
+        Where the frames are larger than those of training, the published head pools by steps and
+        averages the classifier's outputs; the classifier is linear, so its input is averaged here.
+
+        Raises MmdistError when the clips do not have 3 channels and the published length.
+        """
+        frames = HUB_NAMES[self.name].frames
+        if frames_BCTHW.ndim != 5 or frames_BCTHW.shape[1:3] != (self.in_channels, frames):
+            raise MmdistError(
+                f"{self.name} reads clips of {self.in_channels} channels and {frames} frames, "
+                f"[batch, {self.in_channels}, {frames}, height, width]; "
+                f"got {list(frames_BCTHW.shape)}."
+            )
+        slowfast = self.name.startswith("slowfast")
+        given = slow_and_fast(frames_BCTHW) if slowfast else frames_BCTHW
+        rows_BD: Tensor = self.network(given)
+        return rows_BD[:, None]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The published keys: those of pytorchvideo's own network."""
+        return self.network.state_dict(*args, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load published keys; as `nn.Module.load_state_dict`."""
+        return self.network.load_state_dict(state_dict, strict, assign)
+
+
+class _LeftOut(nn.Linear):
+    """A classifier that keeps its weights, so that published files load, and does nothing."""
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return pooled
+
+
+def slow_and_fast(frames_BCTHW: Tensor) -> list[Tensor]:
+    """SlowFast's two inputs: T/4 frames spread evenly from the first to the last, and all frames.
+
+    As published, frame i of the slow ones is ⌊i · (T − 1) / (T/4 − 1)⌋: 0, 4, 8, 13, 17, 22, 26
+    and 31 of 32.
+    """
+    frames = frames_BCTHW.shape[2]
+    slow = frames // SLOW_PART
+    indices = torch.arange(slow, device=frames_BCTHW.device) * (frames - 1) // (slow - 1)
+    return [frames_BCTHW.index_select(2, indices), frames_BCTHW]
+
+
+def _hub() -> Any:
+    try:
+        with warnings.catch_warnings():
+            # torchvision compiles with torch.jit as it is imported, which is deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            return importlib.import_module("pytorchvideo.models.hub")
+    except ImportError as error:
+        raise MmdistError(
+            f"pytorchvideo's backbones need the extra `backbones` ({error}); install it with: "
+            f'pip install "mmdist-e2e[backbones]"'
+        ) from error

@@ -1,0 +1,298 @@
+"""Extractors by name, without torch: what a checkpoint says of itself and how it shall be run.
+
+An `ExtractorSpec` is light, so that a second run finds out that there is nothing to do without
+loading a network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdist_e2e.structures import MODALITIES, MmdistError
+from mmdist_e2e.weights.registry import checkpoint_folder, read_config, weights_digest
+
+if TYPE_CHECKING:
+    from mmdist_e2e.extractors.networks.c3d import Pca
+
+
+CHANNEL_ORDERS = ("rgb", "bgr")
+
+HALF_RANGE = (127.5, 127.5, 127.5)  # as mean and std: [0, 255] to [−1, 1]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How frames become a network's input. Resizing is bilinear with antialiasing.
+
+    Attributes:
+        size: height and width that the network reads, in pixels. Alone, the whole frame is
+            resized to it.
+        shorter_side: resize to it, keeping the aspect ratio, then take the center `crop`.
+        crop: equal to `size`; goes with `shorter_side` or `resize`.
+        resize: exact [height, width] to resize to, then take the center `crop`.
+        mean, std: of red, green and blue, in units of 0–255: the network reads (x − mean) / std.
+        channel_order: "rgb", or "bgr" for networks that came from OpenCV or Caffe.
+    Lists, as JSON has them, become tuples. Raises ValueError naming the value that is wrong.
+    """
+
+    size: int
+    shorter_side: int | None = None
+    crop: int | None = None
+    resize: Sequence[int] | None = None
+    mean: Sequence[float] = HALF_RANGE
+    std: Sequence[float] = HALF_RANGE
+    channel_order: str = "rgb"
+
+    def __post_init__(self) -> None:
+        _check_pixels("size", self.size, at_least=1)
+        if self.shorter_side is not None and self.resize is not None:
+            raise ValueError(
+                f"shorter_side ({self.shorter_side}) and resize ({self.resize}) exclude each other."
+            )
+        if (self.shorter_side is None and self.resize is None) != (self.crop is None):
+            raise ValueError(
+                f"crop goes with shorter_side or resize; got crop {self.crop}, "
+                f"shorter_side {self.shorter_side}, resize {self.resize}."
+            )
+        if self.crop is not None and self.crop != self.size:
+            raise ValueError(f"The crop is what the network reads: {self.crop} != {self.size}.")
+        if self.shorter_side is not None:
+            _check_pixels("shorter_side", self.shorter_side, at_least=self.size)
+        if self.resize is not None:
+            object.__setattr__(self, "resize", _numbers("resize", self.resize, 2))
+            for side in self.resize:
+                _check_pixels("resize", side, at_least=self.size)
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name), 3))
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0; got {list(self.std)}.")
+        if self.channel_order not in CHANNEL_ORDERS:
+            raise ValueError(
+                f"The channel_order {self.channel_order!r} is unknown; "
+                f"valid: {', '.join(CHANNEL_ORDERS)}."
+            )
+
+    def target(self, height: int, width: int) -> tuple[int, int]:
+        """Size (height, width) that frames are resized to before any crop, in pixels."""
+        if self.resize is not None:
+            return self.resize[0], self.resize[1]
+        if self.shorter_side is None:
+            return self.size, self.size
+        scale = self.shorter_side / min(height, width)
+        return max(round(height * scale), self.size), max(round(width * scale), self.size)
+
+    def __call__(self, frames_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Resize and crop uint8 RGB frames to uint8 RGB [N, size, size, 3].
+
+        Frames stay 8-bit, so that buffered windows take a quarter of float32; the rounding is
+        below that of the decoder.
+        """
+        import torch
+        import torch.nn.functional as F
+
+        frames_NCHW = torch.from_numpy(frames_NHWC).permute(0, 3, 1, 2)
+        height, width = frames_NCHW.shape[-2:]
+        target = self.target(height, width)
+        if target != (height, width):
+            frames_NCHW = F.interpolate(
+                frames_NCHW.float(), target, mode="bilinear", antialias=True, align_corners=False
+            )
+            frames_NCHW = frames_NCHW.round_().clamp_(0, 255).to(torch.uint8)
+        top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
+        cropped = frames_NCHW[..., top : top + self.size, left : left + self.size]
+        out: NDArray[np.uint8] = cropped.permute(0, 2, 3, 1).contiguous().numpy()
+        return out
+
+
+def _numbers(name: str, values: object, count: int) -> tuple[float, ...]:
+    if isinstance(values, Sequence) and len(values) == count:
+        numbers = tuple(v for v in values if isinstance(v, int | float) and math.isfinite(v))
+        if len(numbers) == count:
+            return numbers
+    raise ValueError(f"{name} must be {count} finite numbers; got {values!r}.")
+
+
+def _check_pixels(name: str, value: object, *, at_least: int) -> None:
+    if not isinstance(value, int) or value < at_least:
+        raise ValueError(
+            f"{name} must be a whole number of pixels, at least {at_least}; got {value!r}."
+        )
+
+
+DENSE_STRIDE = 8  # frames between rows
+
+DENSE_WINDOW = 16  # frames that a row covers nominally: two maps
+
+Mode = Literal["windows", "dense"]
+
+FpsPolicy = Literal["ceiling", "exact"]
+
+TAIL: Literal["repeat_last"] = "repeat_last"
+
+LAYERS = ("fc6", "fc7")
+
+NETWORKS = {"i3d": "I3D", "c3d": "C3D", "pytorchvideo": "pytorchvideo's"}
+
+
+@dataclass(frozen=True)
+class ExtractorSpec:
+    """An extractor's checkpoint and the way it is run; see `matters` for what models rely on.
+
+    network: "i3d", "c3d" or "pytorchvideo". window, stride: frames. layer: of a C3D. flow: how
+    flow is computed, whatever the backend that computes it. pca: what reduces the rows.
+    """
+
+    name: str
+    folder: Path
+    digest: str
+    network: str
+    modality: str
+    fps: float
+    window: int
+    stride: int
+    config: Mapping[str, Any]
+    mode: Mode = "windows"
+    fps_policy: FpsPolicy = "ceiling"
+    layer: str | None = None
+    flow: Mapping[str, Any] | None = None
+    pca: Pca | None = None
+
+    @property
+    def matters(self) -> dict[str, Any]:
+        """The part of the provenance that a model must agree with.
+
+        `layer`, `flow` and `pca` are there only where they apply.
+        """
+        matters: dict[str, Any] = {
+            "extractor": self.name,
+            "weights": self.digest,
+            "mode": self.mode,
+            "fps": self.fps,
+            "fps_policy": self.fps_policy,
+            "window": self.window,
+            "stride": self.stride,
+            "tail": TAIL,
+        }
+        if self.layer is not None:
+            matters["layer"] = self.layer
+        if self.flow is not None:
+            matters["flow"] = dict(self.flow)
+        if self.pca is not None:
+            matters["pca"] = self.pca.digest
+        return matters
+
+    @property
+    def trained_on(self) -> str:
+        return str(self.config["trained_on"])
+
+
+def describe(
+    name_or_folder: str,
+    *,
+    mode: str = "windows",
+    fps_policy: str = "ceiling",
+    layer: str | None = None,
+    pca: Path | None = None,
+) -> ExtractorSpec:
+    """The spec of an extractor by registry name or checkpoint folder, fetched if it must be.
+
+    Args:
+        mode: "windows" (overlapping ones, each alone) or "dense" (I3D run over the whole video).
+        fps_policy: "ceiling" (a slower video keeps its rate) or "exact" (its frames are repeated).
+        layer: of a C3D, "fc6" or "fc7"; by default what its checkpoint says.
+        pca: file that reduces the rows, see `Pca.load`.
+
+    Raises MmdistError for an unknown name, a damaged folder, a failed fetch, or an option that
+    is unknown or does not fit the network.
+    """
+    folder = checkpoint_folder(name_or_folder)
+    config = read_config(folder)
+    try:
+        network, modality = str(config["network"]), str(config["modality"])
+        name = str(config.get("name", folder.name))
+        _check(folder, network, modality)
+        _check_options(name, network, mode, fps_policy, layer)
+        return ExtractorSpec(
+            name=name,
+            folder=folder,
+            digest=weights_digest(folder),
+            network=network,
+            modality=modality,
+            fps=float(config["fps"]),
+            window=DENSE_WINDOW if mode == "dense" else int(config["window"]),
+            stride=DENSE_STRIDE if mode == "dense" else int(config["stride"]),
+            config=config,
+            mode=cast(Mode, mode),
+            fps_policy=cast(FpsPolicy, fps_policy),
+            layer=(layer or str(config["layer"])) if network == "c3d" else None,
+            flow=_flow(folder, config) if modality == "flow" else None,
+            pca=_load_pca(pca),
+        )
+    except KeyError as error:
+        raise MmdistError(
+            f"{folder / 'config.json'} has no {error.args[0]!r}: it is "
+            f"not an extractor's checkpoint."
+        ) from error
+
+
+def _check(folder: Path, network: str, modality: str) -> None:
+    for kind, value, valid in (
+        ("network", network, tuple(NETWORKS)),
+        ("modality", modality, MODALITIES),
+    ):
+        if value not in valid:
+            raise MmdistError(
+                f"{folder} holds the {kind} {value!r}; this version runs: {', '.join(valid)}."
+            )
+
+
+def _check_options(name: str, network: str, mode: str, fps_policy: str, layer: str | None) -> None:
+    for option, value, valid in (
+        ("mode", mode, get_args(Mode)),
+        ("fps policy", fps_policy, get_args(FpsPolicy)),
+        ("layer", layer or LAYERS[0], LAYERS),
+    ):
+        if value not in valid:
+            raise MmdistError(f"The {option} {value!r} is unknown; valid: {', '.join(valid)}.")
+    if layer is not None and network != "c3d":
+        raise MmdistError(
+            f"The extractor {name!r} is {_article(network)} network and has no layer {layer!r} to "
+            f"choose; leave the layer out, or take a C3D extractor."
+        )
+    if mode == "dense" and network != "i3d":
+        raise MmdistError(
+            f"The extractor {name!r} is {_article(network)} network, which reads windows alone; "
+            f"use the mode 'windows', or an I3D extractor."
+        )
+
+
+def _article(network: str) -> str:
+    return f"{'an' if network == 'i3d' else 'a'} {NETWORKS[network]}"
+
+
+def _load_pca(path: Path | None) -> Pca | None:
+    if path is None:
+        return None
+    from mmdist_e2e.extractors.networks.c3d import Pca
+
+    return Pca.load(path)
+
+
+def _flow(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    from mmdist_e2e.extractors.flow.fields import FlowPreprocessing
+    from mmdist_e2e.extractors.flow.settings import TVL1Settings
+
+    try:
+        preprocessing = FlowPreprocessing(**config["preprocessing"])
+    except (TypeError, ValueError) as error:
+        raise MmdistError(f"The preprocessing in {folder / 'config.json'} is wrong: {error}") from (
+            error
+        )
+    return {"algorithm": "tvl1", **asdict(preprocessing), **asdict(TVL1Settings())}

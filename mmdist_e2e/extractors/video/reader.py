@@ -1,0 +1,395 @@
+"""Decoding, the parent's side: a child process that may be killed, and frames as they come.
+
+    with Decoder() as decoder:
+        for chunk in decoder.frames("clip.mp4", fps=25):
+            chunk.frames_NHWC, chunk.times_N
+
+Decoding runs in `python -m mmdist_e2e.extractors.video.worker` (worker.py says why): a subprocess
+and not a `multiprocessing` spawn, so that a script without a main guard works. Frames come
+through a ring of memory-mapped slots. A crash or a stall of the child fails one video.
+
+Shape suffixes: N frames, H height, W width, C channels (always 3, RGB).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import mmap
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdist_e2e.structures import MmdistError
+
+FpsPolicy = Literal["ceiling", "exact"]
+
+
+class VideoError(MmdistError):
+    """One video cannot be read; the message says why, `path` which."""
+
+    def __init__(self, path: Path, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What is known before decoding.
+
+    width, height: pixels as displayed (a rotated video upright).
+    fps: average frames a second. duration_seconds: the end of the last frame, the first being
+    displayed at 0. frame_count: as the file claims; decoding tells whether it is so.
+    decoder: the library that decodes this video, "decord" or "pyav".
+    """
+
+    width: int
+    height: int
+    fps: float
+    duration_seconds: float
+    frame_count: int
+    codec: str
+    decoder: str
+
+
+@dataclass(frozen=True)
+class FrameChunk:
+    """Consecutive samples of a video, the caller's to keep.
+
+    frames_NHWC: [N, H, W, 3] uint8 RGB.
+    times_N: [N] float64 seconds at which each is sampled; the first displayed frame is at 0.
+    """
+
+    frames_NHWC: NDArray[np.uint8]
+    times_N: NDArray[np.float64]
+
+
+class FrameStream:
+    """The samples of one video, to be iterated once; another request to the decoder ends it.
+
+    info: the video's facts. fps: the effective rate (see `Decoder.frames`). sample_count: how
+    many samples there will be.
+    """
+
+    def __init__(self, decoder: Decoder, job: int, path: Path, opened: Mapping[str, Any]) -> None:
+        self.info = VideoInfo(**opened["info"])
+        self.fps: float = opened["fps"]
+        self.sample_count: int = opened["samples"]
+        self._chunks = decoder._chunks(job, path, self.info)
+
+    def __iter__(self) -> Iterator[FrameChunk]:
+        return self._chunks
+
+    def close(self) -> None:
+        """Stop decoding the rest."""
+        self._chunks.close()
+
+
+class Decoder:
+    """Reads videos, one at a time, in one child process that is started again after a failure.
+
+    Starting it takes about half a second, so keep one for many videos. Use as a context manager.
+
+    stall_seconds: the child is killed, and the video fails, when nothing comes for so long.
+    chunk_bytes: size of a chunk of frames at most (but at least one frame); the ring holds two.
+    """
+
+    def __init__(self, *, stall_seconds: float = 60.0, chunk_bytes: int = 16 * 2**20) -> None:
+        if not stall_seconds > 0:
+            raise MmdistError(f"stall_seconds must be positive; got {stall_seconds}.")
+        if not chunk_bytes > 0:
+            raise MmdistError(f"chunk_bytes must be positive; got {chunk_bytes}.")
+        self._stall_seconds = stall_seconds
+        self._chunk_bytes = chunk_bytes
+        self._child: Child | None = None
+        self._job = 0
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child and give its memory back; the decoder can be used again."""
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+
+    def probe(self, path: str | Path) -> VideoInfo:
+        """The facts of a video whose first frame decodes.
+
+        Raises:
+            VideoError: missing, empty, not a video, without pictures, cut off, or damaged.
+        """
+        return VideoInfo(**self._open("probe", Path(path))["info"])
+
+    def frames(
+        self,
+        path: str | Path,
+        *,
+        fps: float | None = 25.0,
+        fps_policy: FpsPolicy = "ceiling",
+    ) -> FrameStream:
+        """Sample a video by timestamp: sample j is the frame displayed at j / fps seconds.
+
+        "ceiling": a video that is not faster than `fps` keeps its own frames and average rate
+        (one of variable rate is sampled regularly at its average rate). "exact": frames are
+        repeated to reach `fps`. `None`: every frame once, at its own time. Memory does not grow
+        with length, and no frame is decoded twice.
+
+        Raises:
+            VideoError: here as `probe` does, or while iterating where damage shows up later,
+                when the child crashes or stalls.
+        """
+        if fps is not None and not 0 < fps <= 1000:
+            raise MmdistError(f"fps must be between 0 and 1000; got {fps}.")
+        if fps_policy not in ("ceiling", "exact"):
+            raise MmdistError(f"The fps policy {fps_policy!r} is unknown; valid: ceiling, exact.")
+        path = Path(path)
+        opened = self._open("frames", path, fps=fps, policy=fps_policy)
+        return FrameStream(self, self._job, path, opened)
+
+    def _open(self, do: str, path: Path, **options: Any) -> dict[str, Any]:
+        try:
+            size = path.stat().st_size
+        except (OSError, ValueError) as error:
+            cause = getattr(error, "strerror", None) or str(error)
+            if isinstance(error, FileNotFoundError):
+                raise VideoError(path, f"{path} does not exist; give a video file.") from None
+            raise VideoError(path, f"{path} cannot be read: {cause}.") from None
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise VideoError(path, f"{path} is {kind}; give a video file.")
+        if size == 0:
+            raise VideoError(path, f"{path} is empty (0 bytes); copy or download it again.")
+        try:
+            with path.open("rb"):
+                pass
+        except OSError as error:
+            raise VideoError(path, f"{path} cannot be read: {error.strerror}.") from None
+        if self._child is None:
+            self._child = Child()
+        self._job += 1
+        self._send(path, do=do, file=str(path.absolute()), name=str(path), **options)
+        return self._receive(self._job, path)
+
+    def _chunks(self, job: int, path: Path, info: VideoInfo) -> Generator[FrameChunk, None, None]:
+        shape = (info.height, info.width, 3)
+        self._check_current(job, path)
+        assert self._child is not None
+        ring = self._child.ring_for(max(self._chunk_bytes, info.height * info.width * 3))
+        self._send(path, do="go", ring=ring.name, slot_bytes=ring.slot_bytes)
+        last = False
+        try:
+            while not last:
+                message = self._receive(job, path)
+                ring.unlink()
+                times_N = np.array(message["times"], dtype=np.float64)
+                # A copy (4 ms for 16 MiB), so that the chunk is the caller's and the slot free.
+                frames_NHWC = ring.copy(message["slot"], (len(times_N), *shape))
+                last = message["last"]
+                if not last:
+                    self._send(path, do="free")
+                yield FrameChunk(frames_NHWC, times_N)
+                self._check_current(job, path, over=last)
+        finally:
+            if not last and self._child is not None and job == self._job:
+                with contextlib.suppress(VideoError):
+                    self._send(path, do="stop")
+
+    def _check_current(self, job: int, path: Path, *, over: bool = False) -> None:
+        if not over and (job != self._job or self._child is None):
+            raise VideoError(
+                path,
+                f"{path} is no longer being read, as its decoder was closed or given another "
+                "video; use one decoder for each video read at the same time.",
+            )
+
+    def _send(self, path: Path, **message: Any) -> None:
+        assert self._child is not None
+        try:
+            self._child.send({"job": self._job, **message})
+        except OSError:
+            raise self._crashed(path) from None
+
+    def _receive(self, job: int, path: Path) -> dict[str, Any]:
+        """The next message of this job that matters; a failure ends the child."""
+        while True:
+            assert self._child is not None
+            try:
+                message = self._child.messages.get(timeout=self._stall_seconds)
+            except queue.Empty:
+                self._child.end()
+                self._child = None
+                raise VideoError(
+                    path,
+                    f"{path} was given up because its decoder delivered nothing for "
+                    f"{self._stall_seconds:g} seconds; the file may be damaged.",
+                ) from None
+            if message is None:
+                raise self._crashed(path)
+            if message["job"] != job or "alive" in message:
+                continue
+            if "error" in message:
+                raise VideoError(path, message["error"])
+            return message
+
+    def _crashed(self, path: Path) -> VideoError:
+        assert self._child is not None
+        how = self._child.end()
+        self._child = None
+        return VideoError(path, f"{path} made its decoder crash ({how}); the file may be damaged.")
+
+
+SLOTS = 2  # as in decoder.py: one chunk is decoded while the parent works on the other
+
+PACKAGE_PARENT = Path(__file__).resolve().parents[3]
+
+GRACE_SECONDS = 0.2
+
+Messages = queue.Queue[dict[str, Any] | None]
+
+
+class Child:
+    """The process, and threads that read what it says, so that waiting can have a deadline.
+
+    messages: what it sent; None when its pipe has ended, that is when it is dead.
+    """
+
+    def __init__(self) -> None:
+        paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # -P: somebody's numpy.py in the working directory must not become ours.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "mmdist_e2e.extractors.video.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
+        )
+        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
+        assert stdin is not None
+        assert stdout is not None
+        assert stderr is not None
+        self._stdin = stdin
+        self.messages: Messages = queue.Queue()
+        self._noise: collections.deque[bytes] = collections.deque(maxlen=20)
+        self._readers = [
+            threading.Thread(target=_read_messages, args=(stdout, self.messages), daemon=True),
+            threading.Thread(target=_read_noise, args=(stderr, self._noise), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+        self.ring: Ring | None = None
+        self._finalizer = weakref.finalize(self, _kill, self._process)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Raises OSError when the process is dead."""
+        self._stdin.write(json.dumps(message).encode() + b"\n")
+        self._stdin.flush()
+
+    def ring_for(self, slot_bytes: int) -> Ring:
+        """A ring with slots of at least that size, kept as long as it is large enough."""
+        if self.ring is None or self.ring.slot_bytes < slot_bytes:
+            if self.ring is not None:
+                self.ring.close()
+            self.ring = Ring(slot_bytes)
+        return self.ring
+
+    def end(self) -> str:
+        """Make sure that the process is dead; say how it died, with its last words."""
+        with contextlib.suppress(OSError):
+            self._stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=GRACE_SECONDS)
+        code = self._process.poll()
+        self._finalizer()
+        for reader in self._readers:
+            reader.join(timeout=GRACE_SECONDS)
+        if self.ring is not None:
+            self.ring.close()
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            with contextlib.suppress(ValueError):
+                how = f"signal {signal.Signals(-code).name}"
+        words = [line.decode(errors="replace").strip() for line in self._noise]
+        return ": ".join([how, *[line for line in words if line][-1:]])
+
+
+class Ring:
+    """SLOTS slots of frames in a memory-mapped file, in memory where the system has a place."""
+
+    def __init__(self, slot_bytes: int) -> None:
+        self.slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = SLOTS * self.slot_bytes
+        for folder in ("/dev/shm", tempfile.gettempdir()):  # noqa: S108 - named by mkstemp
+            try:
+                descriptor, self.name = tempfile.mkstemp(prefix="mmdist-", dir=folder)
+            except OSError:
+                continue
+            try:
+                # Reserved now: in a container with a small /dev/shm a later write would be SIGBUS.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, size)
+                else:
+                    os.ftruncate(descriptor, size)
+                self._map = mmap.mmap(descriptor, size)
+            except OSError:
+                self.unlink()
+                continue
+            finally:
+                os.close(descriptor)
+            return
+        raise MmdistError(
+            f"The decoder needs {size / 2**20:.0f} MiB for frames, and neither /dev/shm nor "
+            f"{tempfile.gettempdir()} has them; free some space or set TMPDIR."
+        )
+
+    def copy(self, slot: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """A copy of the first frames of a slot."""
+        start = slot * self.slot_bytes
+        flat = np.frombuffer(self._map, np.uint8, int(np.prod(shape)), start)
+        return flat.reshape(shape).copy()
+
+    def unlink(self) -> None:
+        """Take the name away: once both sides have it mapped, a kill leaves nothing behind."""
+        with contextlib.suppress(OSError):
+            Path(self.name).unlink()
+
+    def close(self) -> None:
+        self.unlink()
+        self._map.close()
+
+
+def _read_messages(stdout: IO[bytes], messages: Messages) -> None:
+    with stdout:
+        for line in stdout:
+            messages.put(json.loads(line))
+    messages.put(None)
+
+
+def _read_noise(stderr: IO[bytes], noise: collections.deque[bytes]) -> None:
+    with stderr:
+        noise.extend(stderr)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()

@@ -1,0 +1,166 @@
+"""From a sentence to word vectors: tokenizer, function words, output vocabulary.
+
+Shape suffixes: W words of one sentence, E word dimension.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.weights.words import WordVectors
+
+MAX_WORDS = 20
+
+PADDING_ID = 0  # output id 0 is padding and "outside the output vocabulary": never scored
+
+# One alternative a kind of token, tried in this order at every place:
+#   clitics ('s 're n't, the second half of a contraction, as GloVe and NLTK cut them),
+#   numbers with their inner points, words with inner hyphens, any other visible character.
+_TOKEN = re.compile(
+    r"n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:]\d+)+|[^\W_]+?(?=n't\b)|[^\W_]+(?:-[^\W_]+)*|[^\w\s]|_"
+)
+
+_APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "“": '"', "”": '"'})
+
+_CANNOT = re.compile(r"\bcannot\b")
+
+# English's closed classes: everything outside them counts as a content word. Ours replaces the
+# part-of-speech tagger of CPL, whose data need a network.
+_CLOSED_CLASSES = (
+    # articles, determiners, quantifiers
+    "a an the this that these those some any no every each either neither both all half such what "
+    "which whose another other others much many more most few fewer little less least several "
+    "enough own same "
+    # pronouns
+    "i me my mine myself you your yours yourself yourselves he him his himself she her hers "
+    "herself it its itself we us our ours ourselves they them their theirs themselves one ones "
+    "who whom whoever whatever whichever someone somebody something anyone anybody anything "
+    "everyone everybody everything nobody nothing none "
+    # prepositions and particles
+    "about above across after against along alongside amid among amongst around as at before "
+    "behind below beneath beside besides between beyond by despite down during except for from in "
+    "inside into like near of off on onto opposite out outside over past per since through "
+    "throughout till to toward towards under underneath unlike until up upon via with within "
+    "without "
+    # conjunctions
+    "and or but nor so yet if then than because while whilst whereas although though unless "
+    "whether once when whenever where wherever how why "
+    # auxiliaries and modals
+    "am is are was were be been being do does did doing done have has had having can could may "
+    "might must shall should will would ought need dare "
+    # negation, pro-adverbs and clitics
+    "not n't never there here also too very just only even again still already "
+    "'s 're 've 'll 'd 'm s t"
+)
+
+FUNCTION_WORDS = frozenset(_CLOSED_CLASSES.split())
+
+
+def tokenize(sentence: str) -> list[str]:
+    """Lower-case a sentence and cut it into words, clitics and punctuation.
+
+    "The person's t-shirt doesn't fit." gives the, person, 's, t-shirt, does, n't, fit, "."
+    """
+    text = unicodedata.normalize("NFC", sentence).translate(_APOSTROPHES).lower()
+    return _TOKEN.findall(_CANNOT.sub("can not", text))
+
+
+def is_word(token: str) -> bool:
+    """Whether a token is a word or a number, not punctuation."""
+    return any(c.isalnum() for c in token)
+
+
+def is_content_word(token: str) -> bool:
+    """Whether a token carries content: a word outside the closed classes, no punctuation."""
+    return token not in FUNCTION_WORDS and is_word(token)
+
+
+def known_tokens(sentence: str, vectors: WordVectors) -> list[str]:
+    """The first 20 tokens that have a vector; punctuation stays where it has one, as in CPL.
+
+    Raises MmdistError for an empty sentence and for one without a known word: punctuation alone
+    says nothing.
+    """
+    if not sentence.strip():
+        raise MmdistError("The query is empty; describe in a few words what happens in the moment.")
+    known = _first_known(sentence, vectors)
+    if not any(map(is_word, known)):
+        raise MmdistError(
+            f"None of the words of the query '{sentence}' is among the {len(vectors.words)} words "
+            f"of '{vectors.name}'; use common English words."
+        )
+    return known
+
+
+def has_known_word(sentence: str, vectors: WordVectors) -> bool:
+    """Whether `known_tokens` takes the sentence."""
+    return any(map(is_word, _first_known(sentence, vectors)))
+
+
+def _first_known(sentence: str, vectors: WordVectors) -> list[str]:
+    return [token for token in tokenize(sentence) if token in vectors][:MAX_WORDS]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence as the networks read it, W words.
+
+    ids_W: output ids, 0 for a word outside the output vocabulary (read, but not scored).
+    content_W: True for content words. vectors_WE float32.
+    """
+
+    tokens: tuple[str, ...]
+    ids_W: NDArray[np.int64]
+    content_W: NDArray[np.bool_]
+    vectors_WE: NDArray[np.float32]
+
+
+class Vocabulary:
+    """The words that a model can predict (output ids) and those that it can read (vectors)."""
+
+    def __init__(self, words: Sequence[str], vectors: WordVectors) -> None:
+        """`words` in order of their ids, which start at 1."""
+        if len(set(words)) != len(words):
+            raise MmdistError("An output vocabulary must not hold a word twice.")
+        self.words = tuple(words)
+        self.vectors = vectors
+        self._ids = {word: i for i, word in enumerate(words, start=1)}
+
+    @classmethod
+    def from_sentences(
+        cls, sentences: Iterable[str], vectors: WordVectors, *, size: int | None = None
+    ) -> Vocabulary:
+        """The words of the training sentences: id = 1 + frequency rank, ties by first appearance.
+
+        `size` keeps the most frequent only. Raises MmdistError if no word is known.
+        """
+        counts: Counter[str] = Counter()
+        for sentence in sentences:
+            counts.update(token for token in tokenize(sentence) if token in vectors)
+        if not counts:
+            raise MmdistError(
+                f"None of the training sentences has a word among those of '{vectors.name}'."
+            )
+        # most_common is stable: ties keep the order of first appearance.
+        return cls([word for word, _ in counts.most_common(size)], vectors)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, sentence: str) -> Sentence:
+        """Raises MmdistError for a sentence that has no known word."""
+        tokens = known_tokens(sentence, self.vectors)
+        return Sentence(
+            tokens=tuple(tokens),
+            ids_W=np.array([self._ids.get(t, PADDING_ID) for t in tokens], dtype=np.int64),
+            content_W=np.array([is_content_word(t) for t in tokens]),
+            vectors_WE=self.vectors.rows(tokens),
+        )

@@ -1,0 +1,598 @@
+"""The networks: a global branch (proposals, and the query rebuilt from each) and a local one.
+
+The global branch is numerically CPL's network (Zheng et al., CVPR 2022) and has its parameters'
+names, so that CPL's checkpoints load strictly.
+
+Shape suffixes: B batch (of sequences), L positions, F feature channels, W words, E word dimension,
+D channels, K proposals, M masks (whatever they are), N kept frames or grid positions, V output
+words + 1, T queries, S keys, H heads, h channels of one head, Q sentences. A bias is added to
+attention scores, one value a key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdist_e2e.grounding.config import GlobalConfig, LocalConfig, Recipe
+from mmdist_e2e.grounding.data.batches import Batch
+from mmdist_e2e.grounding.data.text import PADDING_ID
+from mmdist_e2e.structures import MmdistError
+
+LABEL_SMOOTHING = 0.1
+MASK_FLOOR = 1e-10  # a key's weight is g + this, so that no query is left without a key
+
+MINIMUM_WIDTH = 0.01
+
+DROPOUT_STEPS = 2**15  # a share is rounded to so many steps
+
+MINUS_INFINITY = float("-inf")
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+def gaussian_masks(
+    centers: Tensor, widths: Tensor, *, positions: int, sharpness: float
+) -> tuple[Tensor, Tensor]:
+    """Gaussians on the grid t_j = j/(N-1), each divided by its largest value on the grid.
+
+    centers, widths: [...] in units of the video; `sharpness` is σ: s = max(w, 0.01)/σ.
+    Returns (g, log g), both [..., N] and fp32. As exp(-(d² - min d²)/(2s²)) it is never 0/0.
+    """
+    grid_N = torch.arange(positions, dtype=torch.float32, device=centers.device) / (positions - 1)
+    squared = (grid_N - centers.float().unsqueeze(-1)).square()
+    deviation = widths.float().clamp_min(MINIMUM_WIDTH).unsqueeze(-1) / sharpness
+    exponent = -(squared - squared.amin(-1, keepdim=True)) / (2 * deviation.square())
+    return exponent.exp(), exponent
+
+
+def mask_bias(masks: Tensor) -> Tensor:
+    """log(g + 1e-10) in fp32: added to scores it multiplies the softmax weights by g + 1e-10."""
+    return (masks.float() + MASK_FLOOR).log()
+
+
+def padding_bias(is_word: Tensor) -> Tensor:
+    """[B, S] bool, True for keys that may be read -> 0 or -inf, fp32."""
+    return torch.zeros(is_word.shape, device=is_word.device).masked_fill(~is_word, MINUS_INFINITY)
+
+
+def causal_bias(length: int, device: torch.device) -> Tensor:
+    """[T, T]: -inf above the diagonal."""
+    full = torch.full((length, length), MINUS_INFINITY, device=device)
+    return full.triu(diagonal=1)
+
+
+def sinusoids(length: int, channels: int, device: torch.device) -> Tensor:
+    """[T, D] positions: first half sines, second half cosines; position 0 is all zeros."""
+    half = channels // 2
+    rates = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=device) * (-math.log(10000.0) / (half - 1))
+    )
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * rates
+    table_TD = torch.cat([angles.sin(), angles.cos()], dim=1)
+    table_TD[0] = 0
+    return table_TD
+
+
+def dropout(x: Tensor, share: float, *, training: bool) -> Tensor:
+    """Zero a `share` of the values and scale the rest; off the CPU torch's own.
+
+    torch's CPU generator makes one number after the other and takes longer than the layers here;
+    one 64-bit number has bits for four values.
+    """
+    if not training or share == 0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, share)
+    cut = round(share * DROPOUT_STEPS)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_().view(torch.int16)
+    # The generator's 64-bit numbers are not negative, so the sign bits say nothing.
+    keep = (bits[: x.numel()].view(x.shape) & (DROPOUT_STEPS - 1)) >= cut
+    return x * (keep.to(x.dtype) * (DROPOUT_STEPS / (DROPOUT_STEPS - cut)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention; rows of `in_proj_weight` are queries, keys, values."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"{channels} channels cannot be divided among {heads} heads.")
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
+        self.out_proj = nn.Linear(channels, channels)
+        nn.init.xavier_uniform_(self.in_proj_weight)  # as one [3D, D] matrix
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def _split(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.view(*x_BTD.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, T, h] of self-attention."""
+        q, k, v = F.linear(x_BTD, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self._split(q), self._split(k), self._split(v)
+
+    def project_memory(self, memory_BSD: Tensor) -> KeysValues:
+        """Keys and values [B, H, S, h] of a memory, projected once for however many readers."""
+        channels = memory_BSD.shape[-1]
+        k, v = F.linear(
+            memory_BSD, self.in_proj_weight[channels:], self.in_proj_bias[channels:]
+        ).chunk(2, dim=-1)
+        return self._split(k), self._split(v)
+
+    def project_queries(self, x_BTD: Tensor) -> Tensor:
+        """[B, H, T, h] queries of cross-attention."""
+        channels = x_BTD.shape[-1]
+        return self._split(
+            F.linear(x_BTD, self.in_proj_weight[:channels], self.in_proj_bias[:channels])
+        )
+
+    def attend(self, q_BHTh: Tensor, k_BHSh: Tensor, v_BHSh: Tensor, bias_BTS: Tensor) -> Tensor:
+        """Scores scaled by 1/√h plus bias, softmax, values, output projection: [B, T, D].
+
+        The bias reaches -23 and needs fp32, so scores and softmax are fp32 under autocast too.
+        """
+        bias_B1TS = bias_BTS.unsqueeze(1)
+        if q_BHTh.device.type == "cpu" and q_BHTh.dtype == torch.bfloat16:
+            # torch's fused kernel is fp32 at heart on a CPU: two bf16 products are 2.5 times as
+            # fast here, and so is their backward.
+            scores = torch.add(
+                bias_B1TS, q_BHTh @ k_BHSh.transpose(-2, -1), alpha=q_BHTh.shape[-1] ** -0.5
+            )
+            mixed = scores.softmax(-1).to(v_BHSh.dtype) @ v_BHSh
+        else:
+            with torch.autocast(q_BHTh.device.type, enabled=False):
+                mixed = F.scaled_dot_product_attention(
+                    q_BHTh.float(), k_BHSh.float(), v_BHSh.float(), attn_mask=bias_B1TS
+                )
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(-2))
+        return out
+
+
+class Layer(nn.Module):
+    """Post-norm: self-attention, cross-attention when there is a memory, feed-forward."""
+
+    def __init__(self, channels: int, heads: int, feed_forward: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.self_attn = Attention(channels, heads)
+        self.self_attn_layer_norm = nn.LayerNorm(channels)
+        self.encoder_attn = Attention(channels, heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(channels)
+        self.fc1 = nn.Linear(channels, feed_forward)
+        self.fc2 = nn.Linear(feed_forward, channels)
+        self.final_layer_norm = nn.LayerNorm(channels)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return dropout(x, self.dropout, training=self.training)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        self_bias_BTT: Tensor,
+        memory: KeysValues | None,
+        memory_bias_B1S: Tensor | None,
+        *,
+        copies: int = 1,
+        last_only: bool = False,
+    ) -> Tensor:
+        """`copies` > 1: every input sequence becomes so many, which differ in bias only.
+
+        Their queries, keys and values are the same and computed once (the first layer's case).
+        last_only: read the last position alone, [B, 1, D]; the others are still its keys.
+        """
+        if last_only:
+            k, v = self.self_attn.project_memory(x_BTD)
+            x_BTD, self_bias_BTT = x_BTD[:, -1:], self_bias_BTT[:, -1:]
+            q = self.self_attn.project_queries(x_BTD)
+        else:
+            q, k, v = self.self_attn.project(x_BTD)
+        if copies > 1:
+            x_BTD, q, k, v = (t.repeat_interleave(copies, dim=0) for t in (x_BTD, q, k, v))
+        x_BTD = self.self_attn_layer_norm(
+            x_BTD + self._drop(self.self_attn.attend(q, k, v, self_bias_BTT))
+        )
+        if memory is not None:
+            assert memory_bias_B1S is not None
+            q = self.encoder_attn.project_queries(x_BTD)
+            read = self.encoder_attn.attend(q, *memory, memory_bias_B1S)
+            x_BTD = self.encoder_attn_layer_norm(x_BTD + self._drop(read))
+        hidden = self.fc2(F.relu(self.fc1(x_BTD)))
+        out: Tensor = self.final_layer_norm(x_BTD + self._drop(hidden))
+        return out
+
+
+class Stack(nn.Module):
+    """Layers over one sequence; self-attention is always causal."""
+
+    def __init__(
+        self, channels: int, *, heads: int, layers: int, feed_forward: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.decoder_layers = nn.ModuleList(
+            Layer(channels, heads, feed_forward, dropout) for _ in range(layers)
+        )
+
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.decoder_layers if isinstance(layer, Layer)]
+
+    def project_memory(self, memory_BSD: Tensor) -> list[KeysValues]:
+        """Keys and values of a memory for every layer."""
+        return [layer.encoder_attn.project_memory(memory_BSD) for layer in self._layers()]
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        key_bias_BT: Tensor | None = None,
+        *,
+        memory: list[KeysValues] | None = None,
+        memory_bias_BS: Tensor | None = None,
+        copies: int = 1,
+        last_only: bool = False,
+    ) -> Tensor:
+        """[B, T, D] -> [B·copies, T, D], or [B·copies, 1, D] of the last position alone.
+
+        key_bias_BT: added to the scores of every key of self-attention ([B·copies, T]).
+        memory_bias_BS: the same for cross-attention.
+        """
+        bias_BTT = causal_bias(x_BTD.shape[1], x_BTD.device).unsqueeze(0)
+        if key_bias_BT is not None:
+            bias_BTT = bias_BTT + key_bias_BT.unsqueeze(1)
+        memory_bias = None if memory_bias_BS is None else memory_bias_BS.unsqueeze(1)
+        layers = self._layers()
+        for i, layer in enumerate(layers):
+            x_BTD = layer(
+                x_BTD,
+                bias_BTT,
+                None if memory is None else memory[i],
+                memory_bias,
+                copies=copies if i == 0 else 1,
+                last_only=last_only and i == len(layers) - 1,
+            )
+        return x_BTD
+
+
+MINIMUM_NORM = 1e-8
+
+
+class LocalBranch(nn.Module):
+    """Context-enhanced features V̂ of every position (before Eq. 4)."""
+
+    def __init__(self, config: LocalConfig, *, feature_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.config = config
+        self.frame_fc = nn.Linear(feature_dim, hidden) if config.own_frames else None
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(hidden, hidden, config.kernel, padding=config.kernel // 2)
+            for _ in range(config.depth)
+        )
+
+    def forward(self, frames_BLX: Tensor) -> Tensor:
+        """V̂ [B, L, D] of frames: features [B, L, F] where the Linear is its own, else projected."""
+        if self.frame_fc is not None:
+            frames_BLX = self.frame_fc(frames_BLX)
+        x_BDL = frames_BLX.transpose(1, 2)
+        for i, convolution in enumerate(self.convolutions, start=1):
+            x_BDL = convolution(x_BDL)
+            if i < len(self.convolutions) or self.config.relu_last:
+                x_BDL = F.relu(x_BDL)
+        return x_BDL.transpose(1, 2)
+
+
+def sentence_vector(
+    encoded_BTD: Tensor, is_word_BW: Tensor, content_BW: Tensor, kind: str
+) -> Tensor:
+    """The query vector q [B, D], from the word stack's reading [B, W + 1, D] of start and words.
+
+    kind: as `LocalConfig.query`; the start is never read. is_word_BW, content_BW: bool.
+    """
+    if kind == "last":
+        rows = torch.arange(len(encoded_BTD), device=encoded_BTD.device)
+        return encoded_BTD[rows, is_word_BW.sum(1)]
+    read_BW = is_word_BW
+    if kind == "content":
+        read_BW = content_BW & is_word_BW
+        read_BW = torch.where(read_BW.any(1, keepdim=True), read_BW, is_word_BW)
+    read_BW1 = read_BW.unsqueeze(-1)
+    words_BWD = torch.where(read_BW1, encoded_BTD[:, 1:], 0)
+    return words_BWD.sum(1) / read_BW1.sum(1)
+
+
+def activation_maps(local_BLD: Tensor, query_QD: Tensor) -> Tensor:
+    """Eq. 4 of all pairs, [B, Q, L]: m = cos(V̂_l, q) of video i and sentence j; fp32.
+
+    Norms are clamped, so that a position of zeros gives 0. One product for all pairs.
+    """
+    local, query = (F.normalize(t.float(), dim=-1, eps=MINIMUM_NORM) for t in (local_BLD, query_QD))
+    with torch.autocast(local.device.type, enabled=False):  # a low temperature needs digits
+        return query @ local.transpose(1, 2)
+
+
+def matched_maps(local_BLD: Tensor, query_BD: Tensor) -> Tensor:
+    """Eq. 4 of the matched pairs alone, [B, L]."""
+    return F.cosine_similarity(
+        local_BLD.float(), query_BD.float().unsqueeze(1), dim=-1, eps=MINIMUM_NORM
+    )
+
+
+def mean_map(maps: Sequence[Tensor]) -> Tensor:
+    """Eq. 13: m_T, the mean of the modalities' maps; of one modality its own."""
+    return maps[0] if len(maps) == 1 else torch.stack(list(maps)).mean(0)
+
+
+NEGATIVE_SHARPNESS = 4.5  # σ of the masks to the left and right of a proposal
+
+
+def scored_words(ids_BW: Tensor, masked_BW: Tensor, kind: str) -> Tensor:
+    """[B, W] bool: the words of Eq. 1, "all" of a sentence or the "masked" ones alone.
+
+    Words with id 0 (padding, or outside the output vocabulary) never are.
+    """
+    scored_BW = ids_BW != PADDING_ID
+    return scored_BW & masked_BW if kind == "masked" else scored_BW
+
+
+def reconstruction_loss(
+    logits_BMWV: Tensor, ids_BW: Tensor, scored_BW: Tensor | None = None
+) -> Tensor:
+    """Eq. 1, [B, M]: mean over a sentence's scored words of 0.9·NLL + (0.1/V)·Σ_v(-log p_v).
+
+    scored_BW: as `scored_words`, by default all. A sentence with none gives 0.
+    """
+    if scored_BW is None:
+        scored_BW = ids_BW != PADDING_ID
+    log_p = F.log_softmax(logits_BMWV.float(), dim=-1)
+    ids_BMW1 = ids_BW[:, None, :, None].expand(*log_p.shape[:3], 1)
+    picked = -log_p.gather(-1, ids_BMW1).squeeze(-1)
+    spread = -log_p.mean(dim=-1)
+    word_loss = (1 - LABEL_SMOOTHING) * picked + LABEL_SMOOTHING * spread
+    scored_B1W = scored_BW.unsqueeze(1)
+    return torch.where(scored_B1W, word_loss, 0.0).sum(-1) / scored_B1W.sum(-1).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What the network makes of frames and a query before any mask.
+
+    centers_BK, widths_BK in (0, 1). frames_BLD: projected frames; kept_BND: those of them that
+    reconstruction reads.
+    words_BTD: projected start vector and words, T = W + 1, without positions. is_token_BT: True
+    for the start and the words. encoded_BTD: the word stack's reading of the unmasked query.
+    """
+
+    centers_BK: Tensor
+    widths_BK: Tensor
+    frames_BLD: Tensor
+    kept_BND: Tensor
+    words_BTD: Tensor
+    is_token_BT: Tensor
+    encoded_BTD: Tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Masked frames as the word stack reads them: keys and values a layer, and log masks."""
+
+    keys_values: list[KeysValues]
+    bias_BMN: Tensor
+
+
+class _Stacks(nn.Module):
+    """Named as in CPL's checkpoints: decoder1 reads frames, decoder2 words."""
+
+    def __init__(self, config: GlobalConfig) -> None:
+        super().__init__()
+        self.decoder1, self.decoder2 = (
+            Stack(
+                config.hidden,
+                heads=config.heads,
+                layers=config.layers,
+                feed_forward=config.feed_forward,
+                dropout=config.dropout,
+            )
+            for _ in range(2)
+        )
+
+
+class GlobalBranch(nn.Module):
+    """Proposals, and reconstruction of the query from masked frames."""
+
+    def __init__(self, config: GlobalConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mask_vec = nn.Parameter(torch.zeros(config.word_dim))
+        self.start_vec = nn.Parameter(torch.zeros(config.word_dim))
+        self.pred_vec = nn.Parameter(torch.zeros(config.feature_dim))
+        self.frame_fc = nn.Linear(config.feature_dim, config.hidden)
+        self.word_fc = nn.Linear(config.word_dim, config.hidden)
+        self.trans = _Stacks(config)
+        self.fc_comp = nn.Linear(config.hidden, config.vocabulary_size + 1)
+        self.fc_gauss = nn.Linear(config.hidden, 2 * config.proposals)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return dropout(x, self.config.dropout, training=self.training)
+
+    def propose(self, frames_BLF: Tensor, words_BWE: Tensor, is_word_BW: Tensor) -> Proposals:
+        """Read frames with the whole query and place K proposals.
+
+        is_word_BW: True for words, False for padding. Raises MmdistError if L or F is not the
+        config's.
+        """
+        config = self.config
+        if tuple(frames_BLF.shape[1:]) != (config.length, config.feature_dim):
+            raise MmdistError(
+                f"This model reads features of shape [{config.length}, {config.feature_dim}] a "
+                f"video; these have {list(frames_BLF.shape[1:])}: extract or resample them anew."
+            )
+        batch = len(frames_BLF)
+        prediction = self.pred_vec.expand(batch, 1, -1)
+        frames_BPD = self.frame_fc(self._drop(torch.cat([frames_BLF, prediction], dim=1)))
+        start = self.start_vec.expand(batch, 1, -1)
+        words_BTD = self.word_fc(self._drop(torch.cat([start, words_BWE], dim=1)))
+        is_token_BT = F.pad(is_word_BW, (1, 0), value=True)
+        token_bias_BT = padding_bias(is_token_BT)
+        positions_TD = sinusoids(words_BTD.shape[1], config.hidden, words_BTD.device)
+        encoded_BTD = self.trans.decoder2(words_BTD + positions_TD, token_bias_BT)
+        # The prediction position reads every frame and is itself read by none.
+        is_frame = torch.ones(1, config.length + 1, dtype=torch.bool, device=frames_BLF.device)
+        is_frame[:, -1] = False
+        read_B1D = self.trans.decoder1(
+            frames_BPD,
+            padding_bias(is_frame),
+            memory=self.trans.decoder1.project_memory(encoded_BTD),
+            memory_bias_BS=token_bias_BT,
+            last_only=True,
+        )
+        spans_BK2 = self.fc_gauss(read_B1D[:, 0]).float().sigmoid().unflatten(-1, (-1, 2))
+        kept = config.kept_frames
+        indices = torch.arange(kept, device=frames_BPD.device) * (config.length - 1) // (kept - 1)
+        return Proposals(
+            centers_BK=spans_BK2[..., 0],
+            widths_BK=spans_BK2[..., 1],
+            frames_BLD=frames_BPD[:, :-1],
+            kept_BND=frames_BPD[:, indices],
+            words_BTD=words_BTD,
+            is_token_BT=is_token_BT,
+            encoded_BTD=encoded_BTD,
+        )
+
+    def proposal_masks(self, centers: Tensor, widths: Tensor) -> Tensor:
+        """[...] -> [..., N] Gaussian masks of proposals."""
+        config = self.config
+        return gaussian_masks(
+            centers, widths, positions=config.kept_frames, sharpness=config.sharpness
+        )[0]
+
+    def negative_masks(self, center_B: Tensor, width_B: Tensor, ratio: float) -> Tensor:
+        """[B, 2, N]: masks over what lies left and right of a proposal (CPL).
+
+        `ratio` grows from 0 to 1 over training; see `recipes`.
+        """
+        left = (center_B - width_B / 2).clamp_min(0) * (ratio * 0.5)
+        right = (1 - center_B - width_B / 2).clamp_min(0) * (ratio * 0.5)
+        return gaussian_masks(
+            torch.stack([left, 1 - right], dim=1),
+            torch.stack([left, right], dim=1),
+            positions=self.config.kept_frames,
+            sharpness=NEGATIVE_SHARPNESS,
+        )[0]
+
+    def remember(self, kept_BND: Tensor, masks_BMN: Tensor, *, whole: bool = False) -> Memory:
+        """Encode the kept frames under M masks, and once more unmasked if `whole` (the last)."""
+        bias_BMN = mask_bias(masks_BMN)
+        if whole:
+            bias_BMN = torch.cat([bias_BMN, torch.zeros_like(bias_BMN[:, :1])], dim=1)
+        copies = bias_BMN.shape[1]
+        encoded = self.trans.decoder1(kept_BND, bias_BMN.flatten(0, 1), copies=copies)
+        return Memory(self.trans.decoder2.project_memory(encoded), bias_BMN)
+
+    def reconstruct(self, proposals: Proposals, masked_BW: Tensor, memory: Memory) -> Tensor:
+        """Logits [B, M, W, V]: output i predicts word i + 1 from the words before it.
+
+        masked_BW: True for words hidden behind the mask vector, the same for all M.
+        """
+        words_BTD = proposals.words_BTD
+        is_masked_BT = F.pad(masked_BW, (1, 0), value=False).unsqueeze(-1)
+        mask_D = self.word_fc(self.mask_vec).to(words_BTD.dtype)
+        words_BTD = torch.where(is_masked_BT, mask_D, words_BTD)
+        words_BTD = words_BTD + sinusoids(words_BTD.shape[1], self.config.hidden, mask_D.device)
+        copies = memory.bias_BMN.shape[1]
+        token_bias_BW = padding_bias(proposals.is_token_BT[:, :-1])
+        read = self.trans.decoder2(
+            words_BTD[:, :-1],  # the last word is not fed
+            token_bias_BW.repeat_interleave(copies, dim=0),
+            memory=memory.keys_values,
+            memory_bias_BS=memory.bias_BMN.flatten(0, 1),
+            copies=copies,
+        )
+        logits: Tensor = self.fc_comp(read)
+        return logits.reshape(-1, copies, *logits.shape[1:])
+
+
+class GroundingNetwork(GlobalBranch):
+    """The network of baseline, student and teacher: a global branch, local ones if configured.
+
+    local: without it this is CPL's network with CPL's keys. The global branch is made first, so
+    that one seed gives all networks the same weights there.
+    channels: of the teacher, how many of F each modality has. The global branch reads them all
+    through one Linear; each has a local branch with a Linear and convolutions of its own.
+    """
+
+    def __init__(
+        self,
+        config: GlobalConfig,
+        local: LocalConfig | None = None,
+        channels: Sequence[int] = (),
+    ) -> None:
+        super().__init__(config)
+        self.local_config, self.channels = local, tuple(channels)
+        self.local: LocalBranch | nn.ModuleList | None = None
+        if local is not None and not channels:
+            self.local = LocalBranch(local, feature_dim=config.feature_dim, hidden=config.hidden)
+        elif local is not None:
+            assert sum(channels) == config.feature_dim
+            own = replace(local, own_frames=True)
+            self.local = nn.ModuleList(
+                LocalBranch(own, feature_dim=each, hidden=config.hidden) for each in channels
+            )
+
+    @property
+    def score_weight(self) -> float:
+        """γ of Eq. 9; 0 without a local branch."""
+        return self.local_config.score_weight if self.local_config else 0.0
+
+    @property
+    def ranks_by_contrast(self) -> bool:
+        """Whether the rest of the video counts when proposals are ranked."""
+        return self.local_config is not None and self.local_config.ranking == "contrast"
+
+    def activate(self, batch: Batch, proposals: Proposals, *, all_pairs: bool = False) -> Tensor:
+        """Eq. 4: activation maps [B, L], or with `all_pairs` [B, B, L] of video i and sentence j.
+
+        Of several modalities their mean, m_T of Eq. 13.
+        """
+        return mean_map(self.activate_each(batch, proposals, all_pairs=all_pairs))
+
+    def activate_each(
+        self,
+        batch: Batch,
+        proposals: Proposals,
+        *,
+        all_pairs: bool = False,
+        gather: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Tensor]:
+        """`activate` of every modality on its own.
+
+        The query vector is read from the unmasked words without a memory, so it knows no video;
+        the modalities share it. gather: adds the sentences of other processes, [B, D] -> [G, D].
+        """
+        assert self.local is not None
+        assert self.local_config is not None
+        query_BD = sentence_vector(
+            proposals.encoded_BTD, batch.is_word_BW, batch.content_BW, self.local_config.query
+        )
+        if gather is not None:
+            query_BD = gather(query_BD)
+        maps = activation_maps if all_pairs else matched_maps
+        if isinstance(self.local, LocalBranch):
+            own = self.local_config.own_frames
+            frames_BLX = self._drop(batch.frames_BLF) if own else proposals.frames_BLD
+            return [maps(self.local(frames_BLX), query_BD)]
+        parts = torch.split(self._drop(batch.frames_BLF), list(self.channels), dim=-1)
+        return [
+            maps(local(part_BLF), query_BD)
+            for local, part_BLF in zip(self.local, parts, strict=True)
+        ]
+
+
+def build_network(recipe: Recipe) -> GroundingNetwork:
+    """The untrained network of a recipe; torch's global generator draws its weights."""
+    channels = recipe.mutual.channels if recipe.mutual else ()
+    return GroundingNetwork(recipe.model, recipe.local, channels)

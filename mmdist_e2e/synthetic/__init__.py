@@ -1,1 +1,0 @@
-"""A procedural world of short home videos with exact annotations."""

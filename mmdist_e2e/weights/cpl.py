@@ -1,0 +1,306 @@
+"""CPL's released checkpoints (Zheng et al., CVPR 2022) turned into checkpoint folders of ours.
+
+The file is what CPL's public code writes: `model_parameters` (119 tensors under our own names),
+`config` and `num_updates`. The words' ids come from the `counter` of its glove.pkl.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdist_e2e.grounding.checkpoint import CARD, save_checkpoint
+from mmdist_e2e.grounding.config import Recipe, cpl
+from mmdist_e2e.grounding.data.features import FeatureTable
+from mmdist_e2e.grounding.data.text import Vocabulary
+from mmdist_e2e.grounding.network import GlobalBranch
+from mmdist_e2e.store import check_out, write_atomically
+from mmdist_e2e.structures import MmdistError, Provenance
+from mmdist_e2e.weights.download import file_sha256, git_blob_sha1
+from mmdist_e2e.weights.registry import misfits
+from mmdist_e2e.weights.words import WordVectors, load_restricted
+
+LENGTH = 200  # CPL's published L
+
+# Our setting and where CPL's config has it. What a config lacks keeps the recipe's value, which
+# is that of CPL's published configuration.
+SETTINGS = {
+    "length": "dataset.max_num_frames",
+    "heads": "model.config.DualTransformer.num_heads",
+    "sharpness": "model.config.sigma",
+    "dropout": "model.config.dropout",
+    "negative_growth": "model.config.gamma",
+    "margin_whole": "loss.margin_1",
+    "margin_negatives": "loss.margin_2",
+    "contrast_weight": "loss.alpha_1",
+    "diversity_weight": "loss.alpha_2",
+    "diversity_prior": "loss.lambda",
+    "epochs": "train.max_num_epochs",
+    "batch_size": "train.batch_size",
+    "learning_rate": "train.optimizer.lr",
+    "warmup_updates": "train.optimizer.warmup_updates",
+}
+
+PUBLISHED_FEATURES: Mapping[str, Any] = Provenance.external("hdf5").matters
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What CPL was released for.
+
+    model_id, vocabulary_id: ids of the released files as git objects.
+    longest_seconds: the longest video of CPL's training rows.
+    """
+
+    title: str
+    features: str
+    longest_seconds: float
+    model_id: str
+    vocabulary_id: str
+
+
+DATASETS = {
+    "CharadesSTA": Dataset(
+        title="Charades-STA",
+        features="I3D on RGB, trained on Charades (the extractor i3d-rgb-charades)",
+        longest_seconds=194.33,
+        model_id="fce37334803d3d937de27e60f95c0bb63730c215",
+        vocabulary_id="e0320a97dc583316c2b56ace462b1fafc326691b",
+    ),
+    "ActivityNet": Dataset(
+        title="ActivityNet Captions",
+        features="C3D on RGB, reduced to 500 channels by ActivityNet's own PCA",
+        longest_seconds=745.5,  # of the two validation splits: training's own are not at hand
+        model_id="ced320db35e7109b9a17966be8ac2ef915749553",
+        vocabulary_id="4384500e128d5c450b4b8de9e46f34b1223f8e64",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Released:
+    """What a CPL checkpoint holds, read without running any code in it."""
+
+    file: Path
+    state: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+    updates: int | None
+
+    def setting(self, path: str) -> Any:
+        """The value at a dotted path of CPL's config, None where there is none."""
+        value: Any = self.settings
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    @property
+    def dataset(self) -> Dataset:
+        """Raises MmdistError for another dataset than the two that CPL's code knows."""
+        name = self.setting("dataset.dataset")
+        if name not in DATASETS:
+            raise MmdistError(
+                f"The config in '{self.file}' names the dataset {name!r}; CPL checkpoints of "
+                f"{' and '.join(DATASETS)} can be converted."
+            )
+        return DATASETS[name]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe `cpl` with the tensors' shapes and the config's settings.
+
+        Raises MmdistError when the tensors are not those of such a network.
+        """
+        try:
+            (hidden, feature_dim), (_, word_dim) = (
+                self.state[f"{name}.weight"].shape for name in ("frame_fc", "word_fc")
+            )
+            outputs, spans, feed_forward = (
+                len(self.state[f"{name}.weight"])
+                for name in ("fc_comp", "fc_gauss", "trans.decoder1.decoder_layers.0.fc1")
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise self._wrong(str(error)) from error
+        first = "trans.decoder1.decoder_layers.{}.fc1.weight"
+        layers = next(i for i in range(len(self.state) + 1) if first.format(i) not in self.state)
+        recipe = cpl(
+            feature_dim=feature_dim,
+            word_dim=word_dim,
+            vocabulary_size=outputs - 1,
+            length=LENGTH,
+        )
+        own = {ours: self.setting(theirs) for ours, theirs in SETTINGS.items()}
+        shape = {
+            "hidden": hidden, "proposals": spans // 2, "layers": layers,
+            "feed_forward": feed_forward, "frame_divisor": 4.0,
+        }  # fmt: skip
+        return recipe.overridden(shape | {k: v for k, v in own.items() if v is not None})
+
+    def network(self, recipe: Recipe) -> GlobalBranch:
+        """The network with these weights, in eval mode.
+
+        Raises MmdistError naming missing, unexpected, misshapen or non-finite tensors.
+        """
+        model = GlobalBranch(recipe.model)
+        if problems := misfits(model.state_dict(), self.state):
+            raise self._wrong(problems)
+        model.load_state_dict(self.state, strict=True)
+        return model.eval()
+
+    def _wrong(self, problems: str) -> MmdistError:
+        return MmdistError(
+            f"'{self.file}' does not hold the weights of a CPL network ({problems}); give a file "
+            f"that CPL's public code saved, like its model-best.pt."
+        )
+
+
+def read_cpl(file: Path) -> Released:
+    """Read a checkpoint of CPL's public code.
+
+    Raises MmdistError for a file that is missing, holds anything but tensors and plain values, or
+    is no such checkpoint.
+    """
+    if not file.is_file():
+        raise MmdistError(
+            f"There is no file '{file}'; fetch checkpoints/charades/model-best.pt of "
+            f"github.com/minghangz/cpl."
+        )
+    try:
+        raw: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes read as a pickle raise anything at all
+        raise MmdistError(
+            f"'{file}' is not a CPL checkpoint that can be opened without running its code; give "
+            f"the public file as it was fetched."
+        ) from error
+    parts = raw if isinstance(raw, Mapping) else {}
+    state, settings = parts.get("model_parameters"), parts.get("config")
+    if not isinstance(settings, Mapping) or not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):  # fmt: skip
+        raise MmdistError(
+            f"'{file}' has no model_parameters and config, as a CPL checkpoint has; give CPL's "
+            f"model-best.pt."
+        )
+    updates = parts.get("num_updates")
+    return Released(file, state, settings, updates if isinstance(updates, int) else None)
+
+
+def read_vocabulary(file: Path, size: int) -> Vocabulary:
+    """The `size` most frequent words of CPL's glove.pkl, ids by rank, ties by first appearance.
+
+    CPL drops every other word from a query, so only these keep their vectors. Raises MmdistError
+    for a file that is no such pickle, or has too few words.
+    """
+    if not file.is_file():
+        raise MmdistError(f"There is no vocabulary '{file}'; give CPL's glove.pkl.")
+    with file.open("rb") as stream:
+        is_pickle = stream.read(1) == b"\x80"  # every pickle since protocol 2 opens with PROTO
+    try:
+        raw = load_restricted(file) if is_pickle else {}
+        rows, table = raw["w2id"], raw["id2vec"]
+        # most_common is stable: ties keep the order of first appearance.
+        words = tuple(str(word) for word, _ in Counter(dict(raw["counter"])).most_common(size))
+        vectors_VE = np.stack([np.asarray(table[rows[word]], dtype=np.float32) for word in words])
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        if isinstance(error, MmdistError):
+            raise
+        raise MmdistError(
+            f"'{file}' does not hold CPL's vocabulary (w2id, id2vec and counter); give the "
+            f"glove.pkl that the checkpoint was trained with."
+        ) from error
+    if len(words) != size:
+        raise MmdistError(
+            f"'{file}' counts {len(words)} words and the checkpoint predicts {size}; give the "
+            f"glove.pkl that it was trained with."
+        )
+    return Vocabulary(words, WordVectors(file.stem, words, vectors_VE))
+
+
+def convert_cpl(
+    released: Released,
+    vocabulary_file: Path,
+    out: Path,
+    *,
+    modality: str = "rgb",
+    matters: Mapping[str, Any] = PUBLISHED_FEATURES,
+) -> dict[str, Any]:
+    """Write a checkpoint folder that answers as the released network does.
+
+    matters: the provenance its features must have; by default that of imported HDF5 files, since
+    CPL's published features are one. Returns facts: dataset, sha256, vocabulary (its size),
+    released (whether the file is known to be a released one).
+    Raises MmdistError for files that do not fit the network or each other.
+    """
+    check_out(out)
+    dataset, recipe = released.dataset, released.recipe
+    model = released.network(recipe)
+    vocabulary = read_vocabulary(vocabulary_file, recipe.model.vocabulary_size)
+    if vocabulary.vectors.dim != recipe.model.word_dim:
+        raise MmdistError(
+            f"'{vocabulary_file}' has word vectors of {vocabulary.vectors.dim} numbers and the "
+            f"checkpoint reads {recipe.model.word_dim}; give the glove.pkl it was trained with."
+        )
+    is_released = git_blob_sha1(released.file) == dataset.model_id
+    _check_pair(dataset, vocabulary_file, is_released)
+    sha256 = file_sha256(released.file)
+    facts = {
+        "seed": "unknown",
+        "trained_on": f"{dataset.title} by CPL's public code",
+        "selected_by": "highest mIoU on the test split, as CPL chooses its best epoch",
+        "longest_duration_seconds": dataset.longest_seconds,
+        "converted_from": {"sha256": sha256, "released": is_released, "updates": released.updates},
+    }
+    channels = recipe.model.feature_dim
+    none_VLF = torch.empty(0, recipe.model.length, channels)
+    table = FeatureTable((), none_VLF, {}, {modality: matters}, {modality: channels})
+    save_checkpoint(
+        out, model=model, recipe=recipe, vocabulary=vocabulary, table=table, facts=facts
+    )
+    text = _card(dataset, recipe, str(matters["extractor"]), sha256, is_released)
+    write_atomically(out / CARD, text.encode())
+    return {
+        "dataset": dataset.title,
+        "sha256": sha256,
+        "vocabulary": len(vocabulary),
+        "released": is_released,
+    }
+
+
+def _check_pair(dataset: Dataset, vocabulary_file: Path, is_released: bool) -> None:
+    """Two known files must belong together: sizes alone do not tell vocabularies apart."""
+    found = git_blob_sha1(vocabulary_file)
+    owner = next((d for d in DATASETS.values() if d.vocabulary_id == found), None)
+    if owner is not dataset and (owner is not None or is_released):
+        raise MmdistError(
+            f"'{vocabulary_file}' is not the vocabulary that CPL released for {dataset.title}"
+            f"{f' but that for {owner.title}' if owner else ''}; give the one beside its data."
+        )
+
+
+def _card(
+    dataset: Dataset, recipe: Recipe, extractor: str, sha256: str, is_released: bool
+) -> str:  # fmt: skip
+    """The model card of a converted checkpoint."""
+    model = recipe.model
+    origin = "CPL's released file" if is_released else "not the file that CPL released"
+    return f"""# cpl: moments of a video from a sentence, converted from CPL
+
+- **Origin**: a checkpoint of CPL (Zheng et al., CVPR 2022; github.com/minghangz/cpl), {origin},
+  SHA-256 {sha256}.
+- **Trained on**: {dataset.title}; sentences and videos only, no timestamps.
+- **Features**: in training {dataset.features}; {model.feature_dim} channels at {model.length}
+  positions. This folder takes features of `{extractor}`; converting again with or without
+  --extractor makes one for other features.
+- **Words**: the {model.vocabulary_size} most frequent of CPL's glove.pkl, counted over training and
+  test sentences; any other word of a query is dropped, as CPL does.
+- **Chosen**: as CPL's code chooses its model-best.pt, the epoch of highest mIoU on the test split.
+- **Ranking**: by reconstruction alone, over every word, averaged over fixed masks; CPL draws its
+  masks at random, so its own answers differ a little from run to run.
+- **Limits**: moments are as long as its diversity prior asked for; on other videos it guesses.
+"""
