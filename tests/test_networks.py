@@ -78,7 +78,7 @@ def test_describing_never_imports_torch(tiny_flow_extractor, tmp_path):
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from mmdist_e2e.extractors.spec import describe\n"
+        "from mmdist_e2e.extractors.profiles import describe\n"
         f"spec = describe({str(tiny_flow_extractor)!r}, pca=Path({str(tmp_path / 'pca.npz')!r}))\n"
         "print(sorted(spec.matters), 'torch' in sys.modules)"
     )
