@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,22 @@ VIDEO_SUFFIXES = frozenset(
 ).union([".ts", ".webm", ".wmv", ".3gp"])
 
 
+def printable(text: str) -> str:
+    """The text on one line, with � for control characters and bytes that are not UTF-8."""
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
 @dataclass(frozen=True)
 class Video:
     """A video file and its id: the path relative to the given folder, without the suffix."""
 
     id: str
     path: Path
+
+    @property
+    def label(self) -> str:
+        """The id as it can be printed."""
+        return printable(self.id)
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,8 @@ class _Search:
         self.names.append((Video(video_key(name), path), linked, path.resolve()))
 
     def fail(self, path: Path, cause: str) -> None:
-        self.problems.append(Outcome(Video(str(path), path), "failed", cause=cause))
+        outcome = Outcome(Video(str(path), path), "failed", cause=printable(cause))
+        self.problems.append(outcome)
 
     def kind(self, path: Path) -> Literal["file", "folder"] | None:
         """What a path leads to; None after noting why it is neither."""
@@ -253,7 +265,7 @@ def extract_many(
             cause = str(error)
         except Exception as error:
             cause = f"{video.path}: {cause_of(error)}."
-        return Outcome(video, "failed" if cause else "done", rows=rows, cause=cause)
+        return Outcome(video, "failed" if cause else "done", rows, printable(cause))
 
     with Decoder(stall_seconds=stall_seconds) as decoder:
         for index, video in enumerate(videos):

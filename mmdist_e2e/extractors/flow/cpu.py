@@ -1,47 +1,43 @@
-"""TV-L1 on the CPU, compiled by Numba: no compiler is needed on the user's machine.
+"""TV-L1 on the CPU, compiled by Numba: users need no compiler.
 
 The algorithm is that of OpenCV's CUDA class (Zach, Pock & Bischof 2007; Sánchez et al. 2013).
 Two things make it fast. Every loop runs over a row without branches, so that it becomes vector
 instructions. And all iterations of a warp pass over the image as one wavefront: iteration k is
-one row behind iteration k − 1, so the rows in flight stay in the core's cache.
+one row behind iteration k − 1, so the rows in use stay in the core's cache.
 
     iteration 0 works on rows  … s                    u of row s needs p of rows s − 1 and s;
     iteration 1 works on rows  … s − 1                p of row s − 1 needs u of rows s − 1 and s:
     iteration 2 works on rows  … s − 2                in this order each step is in place.
 
 Layout: `fields` is [10, H + 1, S], S > W: u, v; the warped image's gradient, 1/|∇I|² and ρ's
-constant; p11, p12, p21, p22. Row r of a dual variable lies in row r + 1 and column x in column
-x + 1; their first row and column stay zero, which is the boundary of the divergence. Rows are
-worked on in whole blocks of BLOCK columns, because what a vector loop leaves over is done one by
-one; columns from W on hold numbers that nothing inside reads but u[W], which repeats u[W − 1] so
-that the gradient is zero there.
+constant; p11, p12, p21, p22. Row r of a dual variable is stored in row r + 1 and column x in
+column x + 1; their first row and column stay zero, which is the boundary of the divergence. Rows
+are processed in whole blocks of BLOCK columns, since the rest of a vector loop runs one by one.
+Columns from W on hold unused numbers, except u[W], which repeats u[W − 1] so that the gradient is
+zero there.
 """
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.flow.settings import TVL1Settings
 
-
 BLOCK = 32
-
 PAD = 4  # the bicubic's reach outside the image, after clamping to two pixels outside
-
-# Below this squared gradient a pixel says nothing about motion (OpenCV's own threshold is the
-# smallest float's; flat patches of 8-bit images have exactly zero).
+# Pixels below this squared gradient say nothing about motion (OpenCV's own threshold is the
+# smallest float; flat patches of 8-bit images have exactly zero).
 FLAT = np.float32(1e-6)
 
-_compiled = njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
+_compiled = njit(fastmath=True, nogil=True, error_model="numpy")
 
 
 @_compiled
@@ -222,7 +218,15 @@ def _warp(first, second4, height, width, fields):
             constant[y, x] = i - ix * a - iy * b - first[y, x]
 
 
-@_compiled
+def _cached(function):
+    """As _compiled; kept on disk where Numba finds a writable folder (containers may have none)."""
+    try:
+        return njit(fastmath=True, nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:
+        return _compiled(function)
+
+
+@_cached
 def _solve(first, second, heights, widths, warps, iterations, upscale, lambda_, theta, tau, out):
     """One pair, coarse to fine; the pyramid is the given sizes, finest first."""
     levels = len(heights)
@@ -256,40 +260,27 @@ def solve(
     first_NHW: NDArray[np.uint8],
     second_NHW: NDArray[np.uint8],
     sizes: list[tuple[int, int]],
-    iterations: int,
     settings: TVL1Settings,
 ) -> NDArray[np.float32]:
-    """Flow [N, 2, H, W] of every pair; the pairs share the cores.
+    """Flow [N, 2, H, W] of every pair, one pair per core.
 
     sizes: height and width of each level of the pyramid, finest first.
     """
     flow_N2HW = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
     heights, widths = (np.array(side, dtype=np.int64) for side in zip(*sizes, strict=True))
-    numbers: list[Any] = [settings.warps, iterations]
+    numbers: list[Any] = [settings.warps, settings.native_iterations]
     numbers += [np.float32(x) for x in (1 / settings.scale_step, settings.lambda_)]
     numbers += [np.float32(x) for x in (settings.theta, settings.tau)]
 
     def one(index: int) -> None:
-        _solve(
-            first_NHW[index].astype(np.float32),
-            second_NHW[index].astype(np.float32),
-            heights,
-            widths,
-            *numbers,
-            flow_N2HW[index],
-        )
+        first, second = (x[index].astype(np.float32) for x in (first_NHW, second_NHW))
+        arguments = first, second, heights, widths, *numbers, flow_N2HW[index]
+        try:
+            _solve(*arguments)
+        except OSError:  # compiled, but not written to Numba's cache (a full disk): now it runs
+            _solve(*arguments)
 
-    threads = min(_cores(), len(first_NHW))
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(one, range(len(first_NHW))))
-    else:
-        for index in range(len(first_NHW)):
-            one(index)
+    # Numba counts the cores that this process may use.
+    with ThreadPoolExecutor(min(config.NUMBA_DEFAULT_NUM_THREADS, len(first_NHW) or 1)) as pool:
+        list(pool.map(one, range(len(first_NHW))))
     return flow_N2HW
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    available = getattr(os, "sched_getaffinity", None)
-    return len(available(0)) if available else os.cpu_count() or 1
