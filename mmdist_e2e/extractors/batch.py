@@ -124,7 +124,7 @@ class _Search:
             mode = path.stat().st_mode
         except OSError as error:
             reason = error.strerror or str(error)
-            if path.is_symlink():
+            if stat.S_ISLNK(_mode(path, follow=False)):
                 reason = f"{path} is a link to {path.readlink()}, which cannot be read ({reason})."
             elif isinstance(error, FileNotFoundError):
                 reason = f"{path} does not exist; give a video file or a folder of videos."
@@ -155,7 +155,7 @@ class _Search:
                 self.fail(folder, f"The folder {folder} cannot be read ({error.strerror}).")
                 continue
             for path in paths:
-                link, mode = path.is_symlink(), _mode(path)
+                link, mode = stat.S_ISLNK(_mode(path, follow=False)), _mode(path)
                 wanted = path.suffix.lower() in VIDEO_SUFFIXES
                 dangling = link and not mode and not path.suffix  # of a folder, by its name
                 if path.name.startswith("."):
@@ -190,10 +190,10 @@ class _Search:
         return Found(videos, self.problems, self.hidden, len(self.names) - len(first))
 
 
-def _mode(path: Path) -> int:
-    """The mode of what a path leads to; 0 where it leads nowhere."""
+def _mode(path: Path, *, follow: bool = True) -> int:
+    """The mode of what a path leads to, or of a link itself; 0 if it cannot be read."""
     try:
-        return path.stat().st_mode
+        return path.stat(follow_symlinks=follow).st_mode
     except OSError:
         return 0
 
