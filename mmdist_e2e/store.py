@@ -9,10 +9,12 @@ Nothing is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import secrets
 import stat
 import tempfile
 import unicodedata
@@ -48,37 +50,25 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -
     After a kill or on a full disk, `path` is the whole old file or absent, never a part.
     Raises MmdistError when the disk is full or the folder cannot be made or written.
     """
-    temporary: Path | None = None
+    temporary = path.with_name(TEMPORARY + secrets.token_hex(6))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             if isinstance(content, bytes):
                 stream.write(content)
             else:
                 content(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes private files; a feature file is as readable as any other output.
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        temporary = None
     except OSError as error:
-        reason = error.strerror or str(error)
         raise MmdistError(
-            f"{path} could not be written ({reason}). Free some space or choose another folder, "
-            f"and run again: finished files are kept."
+            f"{path} could not be written ({error.strerror or error}). Free some space or choose "
+            f"another folder, and run again: finished files are kept."
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def check_out(out: Path) -> None:
@@ -86,12 +76,13 @@ def check_out(out: Path) -> None:
 
     Raises MmdistError when `out` is a file or nothing can be written there.
     """
-    folder = out.absolute()
     try:
-        while not _there(folder):
-            folder = folder.parent
-        if folder == out.absolute() and folder.is_file():
+        if out.is_file():
             raise MmdistError(f"{out} is a file; --out needs a folder (it is made if missing).")
+        for folder in (out.absolute(), *out.absolute().parents):
+            with contextlib.suppress(FileNotFoundError):
+                folder.lstat()  # unlike exists(), it sees dangling links and too long names
+                break
         with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY) as probe:
             probe.write(b"\0")
     except OSError as error:
@@ -99,15 +90,6 @@ def check_out(out: Path) -> None:
             f"The output folder {out} cannot be made or written ({error.strerror or error}); "
             f"choose another one with --out."
         ) from error
-
-
-def _there(path: Path) -> bool:
-    """Whether something has this name, a dangling link included."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:

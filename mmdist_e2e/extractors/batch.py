@@ -115,8 +115,7 @@ class _Search:
         self.names.append((Video(video_key(name), path), linked, path.resolve()))
 
     def fail(self, path: Path, cause: str) -> None:
-        outcome = Outcome(Video(str(path), path), "failed", cause=printable(cause))
-        self.problems.append(outcome)
+        self.problems.append(Outcome(Video(str(path), path), "failed", {}, printable(cause)))
 
     def kind(self, path: Path) -> Literal["file", "folder"] | None:
         """What a path leads to; None after noting why it is neither."""
@@ -179,13 +178,13 @@ class _Search:
             if first[real] is video:
                 by_id.setdefault(video.id, []).append(video)
         for name, same in by_id.items():
-            for video in same if len(same) > 1 else []:
-                other = same[0] if video is not same[0] else same[1]
-                self.fail(
-                    video.path,
-                    f"{video.path} and {other.path} both have the video id {name!r}; rename one, "
-                    f"or extract them into different folders.",
-                )
+            for video, other in zip(same, same[1:] + same[:1], strict=True):
+                if video is not other:
+                    self.fail(
+                        video.path,
+                        f"{video.path} and {other.path} both have the video id {name!r}; rename "
+                        f"one, or extract them into different folders.",
+                    )
         videos = [same[0] for same in by_id.values() if len(same) == 1]
         return Found(videos, self.problems, self.hidden, len(self.names) - len(first))
 
@@ -263,8 +262,10 @@ def extract_many(
             raise
         except MmdistError as error:
             cause = str(error)
+        except OSError as error:
+            cause = f"{video.path}: {error.strerror or error}."
         except Exception as error:
-            cause = f"{video.path}: {cause_of(error)}."
+            cause = f"{video.path}: {cause_of(error)}"
         return Outcome(video, "failed" if cause else "done", rows, printable(cause))
 
     with Decoder(stall_seconds=stall_seconds) as decoder:

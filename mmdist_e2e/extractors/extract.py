@@ -5,6 +5,7 @@ Memory does not grow with length. Shapes: N frames of a chunk, S rows, D channel
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,11 +22,8 @@ from mmdist_e2e.structures import Features, MmdistError, Provenance
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.video.reader import Decoder, FrameStream
 
-
 MINIMUM_SIDE_PIXELS = 16
-
 Progress = Callable[[float], None]
-
 T = TypeVar("T")
 
 
@@ -139,7 +137,7 @@ class _Track:
         self._rows: list[NDArray[np.float32]] = []
 
     def push(self, frames_NHWC: NDArray[np.uint8]) -> None:
-        """Take frames, and run the network on what is whole."""
+        """Take frames, and run the network on complete windows or chunks."""
         self._attempt(lambda: self._feed(self._inputs.push(frames_NHWC)))
 
     def finish(self, stream: FrameStream, source: Mapping[str, Any]) -> Features | None:
@@ -151,10 +149,11 @@ class _Track:
             try:
                 return do()
             except Exception as error:
-                # Without its traceback, which would keep the frames and tensors in memory.
+                traceback.clear_frames(error.__traceback__)  # they hold frames and tensors
                 self.failure = MmdistError(
                     f"{self.path}: no {self.modality} features. {cause_of(error)}"
                 )
+                self.failure.__cause__ = error
         return None
 
     def _feed(self, inputs: Iterator[NDArray[np.generic]]) -> None:
@@ -181,26 +180,19 @@ class _Track:
         self._flush()
         assert self._rows, "the decoder raises for a video without frames"
         spec, data_SD = self.network.spec, np.concatenate(self._rows)
+        info = {
+            **self.network.info,
+            "decoder": stream.info.decoder,
+            "effective_fps": stream.fps,
+            "trained_on": spec.trained_on,
+        }
         duration_seconds = stream.info.duration_seconds
-        return Features(
-            data=data_SD,
-            times=row_times(
-                len(data_SD),
-                window=spec.window,
-                stride=spec.stride,
-                fps=stream.fps,
-                duration_seconds=duration_seconds,
-            ),
+        times_S2 = row_times(
+            len(data_SD),
+            window=spec.window,
+            stride=spec.stride,
+            fps=stream.fps,
             duration_seconds=duration_seconds,
-            modality=spec.modality,
-            provenance=Provenance(
-                matters=spec.matters,
-                info={
-                    **self.network.info,
-                    "decoder": stream.info.decoder,
-                    "effective_fps": stream.fps,
-                    "trained_on": spec.trained_on,
-                },
-                source=source,
-            ),
         )
+        provenance = Provenance(spec.matters, info, source)
+        return Features(data_SD, times_S2, duration_seconds, spec.modality, provenance)

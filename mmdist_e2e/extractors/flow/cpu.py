@@ -20,6 +20,7 @@ zero there.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,14 +44,12 @@ _compiled = njit(fastmath=True, nogil=True, error_model="numpy")
 @_compiled
 def _primal_row(r, width, fields, bound, theta):
     """Thresholding step of row r, then u ← u + θ div p."""
-    u, v, gx, gy, inverse, constant = (
-        fields[0], fields[1], fields[2], fields[3], fields[4], fields[5],
-    )  # fmt: skip
+    u, v, gx, gy, inverse, rest = fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]
     p11, p12, p21, p22 = fields[6], fields[7], fields[8], fields[9]
     for x in range(width):
         a, b, ix, iy = u[r, x], v[r, x], gx[r, x], gy[r, x]
         # ρ/|∇I|² clipped to ±λθ is the three-case threshold in one.
-        step = (constant[r, x] + ix * a + iy * b) * inverse[r, x]
+        step = (rest[r, x] + ix * a + iy * b) * inverse[r, x]
         step = min(max(step, -bound), bound)
         div1 = (p11[r + 1, x + 1] - p11[r + 1, x]) + (p12[r + 1, x + 1] - p12[r, x + 1])
         div2 = (p21[r + 1, x + 1] - p21[r + 1, x]) + (p22[r + 1, x + 1] - p22[r, x + 1])
@@ -143,17 +142,13 @@ def _sample(typing_context, flat, offset, stride, tx, ty):
     fractions in [0, 1). Written as vector instructions, since a row of the 4 × 4 patch is 16
     numbers side by side and the compiler does not see that by itself.
     """
-    real = ir.FloatType()
-    fast = ("fast",)
+    real, fast = ir.FloatType(), ("fast",)
+    index = partial(ir.Constant, ir.IntType(32))
 
     def splat(builder, value, lanes):
         vector = ir.VectorType(real, lanes)
         one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, index(0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-        return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
-
-    def index(value):
-        return ir.Constant(ir.IntType(32), value)
+        return pick(builder, one, [0] * lanes)
 
     def pick(builder, vector, lanes):
         mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
@@ -196,9 +191,7 @@ def _sample(typing_context, flat, offset, stride, tx, ty):
 @_compiled
 def _warp(first, second4, height, width, fields):
     """Second image and gradients at x + u; ρ's constant I₁(x + u) − ∇I·u − I₀ and 1/|∇I|²."""
-    u, v, gx, gy, inverse, constant = (
-        fields[0], fields[1], fields[2], fields[3], fields[4], fields[5],
-    )  # fmt: skip
+    u, v, gx, gy, inverse, rest = fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]
     flat, stride = second4.reshape(-1), 4 * second4.shape[1]
     margin = np.float32(PAD - 1)
     low = np.float32(PAD - 3)  # two pixels outside the image, in the padded one less one
@@ -215,7 +208,7 @@ def _warp(first, second4, height, width, fields):
             square = ix * ix + iy * iy
             gx[y, x], gy[y, x] = ix, iy
             inverse[y, x] = np.float32(1) / square if square > FLAT else np.float32(0)
-            constant[y, x] = i - ix * a - iy * b - first[y, x]
+            rest[y, x] = i - ix * a - iy * b - first[y, x]
 
 
 def _cached(function):

@@ -7,6 +7,7 @@ outer iterations it runs ours. Shapes: N pairs, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -71,15 +72,12 @@ def solve_cuda(
 
 
 def _shared(settings: TVL1Settings) -> dict[str, Any]:
-    """The settings that both classes name alike; they differ in the name of the iterations."""
+    """All settings but the iterations, whose name differs between the classes."""
+    names = {"scales": "nscales", "scale_step": "scaleStep"}
     return {
-        "tau": settings.tau,
-        "lambda_": settings.lambda_,
-        "theta": settings.theta,
-        "nscales": settings.scales,
-        "warps": settings.warps,
-        "epsilon": settings.epsilon,
-        "scaleStep": settings.scale_step,
+        names.get(name, name): value
+        for name, value in asdict(settings).items()
+        if name != "iterations"
     }
 
 
