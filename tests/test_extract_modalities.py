@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -239,18 +240,16 @@ def test_the_flow_network_that_ships_is_the_default(
     for folder in (tiny_extractor, tiny_flow_extractor):
         shutil.copytree(folder, tmp_path / "data" / folder.name)
     monkeypatch.setattr(registry, "SHIPPED_ROOT", tmp_path / "data")
-    for name in ENTRIES.copy():
-        monkeypatch.delitem(ENTRIES, name)
-    monkeypatch.setitem(ENTRIES, "tiny", Entry("tiny", "shipped", "ours"))
-    run = extract(clip, "--out", tmp_path / "f", "--modality", "rgb,flow")
-    assert run.exit_code == 1
-    assert "No extractor of flow ships" in run.output
-    assert "rgb" in run.output
-    monkeypatch.setitem(ENTRIES, "tiny-flow", Entry("tiny-flow", "shipped", "ours"))
-    run = extract(clip, "--out", tmp_path / "f", "--modality", "flow,rgb")
-    assert run.exit_code == 0, run.output
-    assert sorted(counted["loaded"]) == ["flow", "rgb"]
-    assert pipeline.default_extractors(["flow"]) == {"flow": "tiny-flow"}
+    with patch.dict(ENTRIES, {"tiny": Entry("tiny", "shipped", "ours")}, clear=True):
+        run = extract(clip, "--out", tmp_path / "f", "--modality", "rgb,flow")
+        assert run.exit_code == 1
+        assert "No extractor of flow ships" in run.output
+        assert "rgb" in run.output
+        ENTRIES["tiny-flow"] = Entry("tiny-flow", "shipped", "ours")
+        run = extract(clip, "--out", tmp_path / "f", "--modality", "flow,rgb")
+        assert run.exit_code == 0, run.output
+        assert sorted(counted["loaded"]) == ["flow", "rgb"]
+        assert pipeline.default_extractors(["flow"]) == {"flow": "tiny-flow"}
 
 
 @pytest.mark.parametrize(
