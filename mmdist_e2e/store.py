@@ -140,11 +140,15 @@ class FeatureStore:
     def path(self, video_id: str, modality: str) -> Path:
         """The feature file of a video, whether or not it exists.
 
-        Ids are compared in NFC; a file that another program named in NFD is found as well.
+        A file that another program wrote in another Unicode normal form is found as well.
         """
-        forms = video_key(video_id), unicodedata.normalize("NFD", video_id), video_id
-        paths = [self._path(form, modality) for form in forms]
-        return next((path for path in paths if path.is_file()), paths[0])
+        path = found = self._path(video_key(video_id), modality)
+        if not video_id.isascii() and not path.is_file():
+            found = self.root
+            for part in path.relative_to(self.root).parts:
+                same = (p for p in found.glob("*") if video_key(p.name) == video_key(part))
+                found = next(same, found / part)
+        return found
 
     def _path(self, video_id: str, modality: str) -> Path:
         *folders, name = video_id.split("/")

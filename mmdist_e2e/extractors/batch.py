@@ -122,14 +122,12 @@ class _Search:
         try:
             mode = path.stat().st_mode
         except OSError as error:
-            reason = error.strerror or str(error)
+            missing = isinstance(error, FileNotFoundError)
+            reason = "does not exist" if missing else f"cannot be read ({error.strerror})"
             if stat.S_ISLNK(_mode(path, follow=False)):
-                reason = f"{path} is a link to {path.readlink()}, which cannot be read ({reason})."
-            elif isinstance(error, FileNotFoundError):
-                reason = f"{path} does not exist; give a video file or a folder of videos."
+                self.fail(path, f"{path} is a link to {path.readlink()}, which {reason}.")
             else:
-                reason = f"{path} cannot be read ({reason})."
-            self.fail(path, reason)
+                self.fail(path, f"{path} {reason}; give a video file or a folder of videos.")
             return None
         if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
             return "folder" if stat.S_ISDIR(mode) else "file"
