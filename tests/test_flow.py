@@ -184,40 +184,53 @@ import numpy as np
 from mmdist_e2e.extractors.flow import cpu, tvl1
 from numba.core import caching
 
-if {full_disk}:
-    def save(*_):
-        raise OSError(28, "No space left on device")
-    caching.IndexDataCacheFile.save = save
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+if "{fault}" == "full disk":
+    caching.IndexDataCacheFile.save = full
 images = np.random.default_rng(0).integers(0, 256, (2, 2, 16, 20), dtype=np.uint8)
 print(cpu.__file__, round(float(np.abs(tvl1(*images)).sum()), 3))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full_disk", [False, True])
-def test_numba_needs_no_folder_that_can_be_written(tmp_path: Path, full_disk: bool):
-    """No home and a read-only package, as in a container; or a disk that fills up later."""
+@pytest.mark.parametrize("fault", ["read-only", "full disk", "damaged"])
+def test_flow_needs_no_cache_of_numba(tmp_path: Path, fault: str):
+    """No home and a read-only package, as in a container; a full disk; a damaged cache."""
     package = Path(flow.__file__).parents[2]
     shutil.copytree(package / "extractors" / "flow", tmp_path / "mmdist_e2e/extractors/flow")
     for name in ("__init__.py", "structures.py", "extractors/__init__.py"):
         shutil.copy(package / name, tmp_path / "mmdist_e2e" / name)
     cached = tmp_path / "mmdist_e2e" / "extractors" / "flow" / "__pycache__"
-    shutil.rmtree(cached, ignore_errors=True)
-    if not full_disk:
+    if fault != "damaged":
+        shutil.rmtree(cached, ignore_errors=True)
+    if fault == "read-only":
         cached.touch()  # root may write everywhere, but not into a file
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA", "XDG"))}
-    environment |= {"HOME": "/proc/nowhere", "PYTHONPATH": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, "-B", "-c", NO_CACHE_CHECK.format(full_disk=full_disk)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+    def total() -> str:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA", "XDG"))}
+        environment |= {"HOME": "/proc/nowhere", "PYTHONPATH": str(tmp_path)}
+        run = subprocess.run(
+            [sys.executable, "-B", "-c", NO_CACHE_CHECK.format(fault=fault)],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.stdout.startswith(str(cached.parent)), run.stderr
+        return run.stdout.split()[1]
+
     images = np.random.default_rng(0).integers(0, 256, (2, 2, 16, 20), dtype=np.uint8)
-    total = round(float(np.abs(tvl1(*images)).sum()), 3)
-    assert run.stdout.split() == [str(cached.with_name("cpu.py")), str(total)], run.stderr
+    expected = str(round(float(np.abs(tvl1(*images)).sum()), 3))
+    assert total() == expected
+    if fault == "damaged":
+        indices = list(cached.glob("cpu.*.nbi"))
+        assert indices
+        for index in indices:
+            index.write_bytes(b"")
+        assert total() == expected
 
 
 GPU_CHECK = """

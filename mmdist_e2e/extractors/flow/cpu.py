@@ -20,7 +20,8 @@ zero there.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -249,6 +250,11 @@ def _solve(first, second, heights, widths, warps, iterations, upscale, lambda_, 
     out[:] = fields[:2, : heights[0], : widths[0]]
 
 
+@cache
+def _solve_uncached():
+    return _compiled(_solve.py_func)
+
+
 def solve(
     first_NHW: NDArray[np.uint8],
     second_NHW: NDArray[np.uint8],
@@ -270,8 +276,8 @@ def solve(
         arguments = first, second, heights, widths, *numbers, flow_N2HW[index]
         try:
             _solve(*arguments)
-        except OSError:  # compiled, but not written to Numba's cache (a full disk): now it runs
-            _solve(*arguments)
+        except (OSError, EOFError, UnpicklingError):  # Numba's cache is damaged, or its disk full
+            _solve_uncached()(*arguments)
 
     # Numba counts the cores that this process may use.
     with ThreadPoolExecutor(min(config.NUMBA_DEFAULT_NUM_THREADS, len(first_NHW) or 1)) as pool:
