@@ -1,9 +1,9 @@
-"""TV-L1 on a GPU: right first, then pairs a second at 256×341 over the ways to run it.
+"""TV-L1 on a GPU: a check of the result, then pairs per second at 256×341 for several settings.
 
     python benchmarks/gpu_flow.py
 
-Correctness is against the plain float64 solver of the tests, on small images. Then the tile and
-the iterations a launch are swept; the fastest is the last line, beside the tile that ships.
+The check is against the plain float64 solver of the tests, on small images. Then the tile size and
+the iterations per launch vary; the last lines are the settings in use and the fastest.
 """
 
 from __future__ import annotations

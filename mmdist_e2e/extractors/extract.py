@@ -60,7 +60,7 @@ def extract_video(
 
     Returns Features by modality, with times from 0 to the duration: in windows ⌈frames / stride⌉
     rows, and at least one row in every mode.
-    Raises VideoError when the file cannot be decoded whole or is smaller than 16 pixels a side,
+    Raises VideoError when the file cannot be decoded whole or is smaller than 16 pixels per side,
     MmdistError when the rows of a modality cannot be computed, whatever the cause; ExtractionError
     for either if other modalities are complete.
     """

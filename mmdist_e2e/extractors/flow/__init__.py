@@ -47,7 +47,7 @@ def tvl1(
     _, height, width = first_NHW.shape
     if min(height, width) < MINIMUM_SIDE_PIXELS:
         raise MmdistError(
-            f"Flow needs at least {MINIMUM_SIDE_PIXELS} pixels a side; got {width}×{height}."
+            f"Flow needs at least {MINIMUM_SIDE_PIXELS} pixels per side; got {width}×{height}."
         )
     settings = settings or TVL1Settings()
     if backend.startswith("opencv"):
