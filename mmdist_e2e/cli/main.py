@@ -5,6 +5,8 @@ Heavy imports live inside the commands, so that `mmdist --help` never imports to
 
 from __future__ import annotations
 
+import io
+import sys
 import warnings
 from typing import Any
 
@@ -35,6 +37,10 @@ class PoliteGroup(click.Group):
 @click.version_option(__version__, prog_name="mmdist")
 def main() -> None:
     """From MP4 files and text to timestamps."""
+    # Names of files may hold bytes that are not UTF-8, and a terminal may know few characters.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # A warning is for people too: one line, without the source line that raised it.
     warnings.showwarning = _show_warning
 
