@@ -86,6 +86,33 @@ def test_first_twenty_words_with_a_vector() -> None:
 
 
 @pytest.mark.parametrize(
+    ("query", "unread"),
+    [
+        ("A person opens the door.", []),  # all have vectors
+        ("The cup.", []),  # has a vector, although training never showed it
+        ("Zorbing, a person SNEEZES near the door; zorbing!", ["zorbing", "sneezes"]),
+        ("The person isn't with them…", []),  # function words and punctuation go unnamed
+        ("the door's t-shirt, 3.5 m", ["t-shirt", "3.5", "m"]),
+        ("人 opens", ["人"]),
+        ("", []),
+    ],
+)
+def test_content_words_without_a_vector_are_named(query: str, unread: list[str]) -> None:
+    vocabulary = Vocabulary.from_sentences(["person opens door ."], toy_vectors())
+    assert vocabulary.unread(query) == unread
+
+
+def test_every_content_word_is_read_or_named() -> None:
+    vocabulary = Vocabulary.from_sentences(["person opens door ."], shipped_word_vectors())
+    query = "A zorbing person flumphs the qzx door, and yeets."
+    read = {t for t in vocabulary.encode(query).tokens if is_content_word(t)}
+    content = {t for t in tokenize(query) if is_content_word(t)}
+    assert read | set(vocabulary.unread(query)) == content
+    assert not read & set(vocabulary.unread(query))
+    assert {"flumphs", "qzx"} <= set(vocabulary.unread(query))
+
+
+@pytest.mark.parametrize(
     ("query", "reason"),
     [("", "empty"), ("  \n", "empty"), ("zzgrmpf", "None of the words"), (". .", "None of")],
 )

@@ -155,6 +155,14 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.words)
 
+    def unread(self, text: str) -> list[str]:
+        """The content words that the model does not read, since they have no vector.
+
+        Lower-cased, each once, in order of appearance.
+        """
+        tokens = dict.fromkeys(tokenize(text))
+        return [t for t in tokens if is_content_word(t) and t not in self.vectors]
+
     def encode(self, sentence: str) -> Sentence:
         """Raises MmdistError for a sentence that has no known word."""
         tokens = known_tokens(sentence, self.vectors)
