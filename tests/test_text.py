@@ -157,11 +157,41 @@ def test_glove_text(tmp_path: Path) -> None:
     assert vectors.rows(["person", "door"]).tolist() == [[-1, 0], [1, 2.5]]
 
 
-@pytest.mark.parametrize("text", ["door 1 2\nperson 1\n", "door one\n", "", "door\n"])
-def test_malformed_glove_text(tmp_path: Path, text: str) -> None:
+def test_glove_words_with_spaces_and_strange_characters(tmp_path: Path) -> None:
+    """As in glove.840B and glove.twitter: numbers, Unicode line ends, a blank at the end."""
+    words = [
+        "the", ". . .", "at name@domain.com", "2012", "3 4", "a\u2028b", "\x85", "\xa0", "1 2 x",
+    ]  # fmt: skip
+    rows = np.random.default_rng(0).normal(size=(len(words), 5)).astype(np.float32)
+    lines = [f"{w} {' '.join(map(str, row))} \n" for w, row in zip(words, rows, strict=True)]
+    path = tmp_path / "glove.txt"
+    for header in ("", "9 5\n"):  # as word2vec and fastText write it
+        path.write_text(header + "".join(lines), encoding="utf-8")
+        vectors = load_word_vectors(path)
+        assert vectors.words == tuple(words)
+        np.testing.assert_array_equal(vectors.vectors_VE, rows)
+
+
+def test_words_of_one_number_have_no_header(tmp_path: Path) -> None:
+    (tmp_path / "w.txt").write_text("1 2\n3 4\n")
+    assert load_word_vectors(tmp_path / "w.txt").words == ("1", "3")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("door 1 2\nperson 1\ncup 1 2\nbox nan 1\na b c\n", "its 2 numbers: 2, 4, 5;"),
+        ("a 1 2\n" * 3 + "x\n" * 12, "4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 2 more;"),
+        ("door one\n", "no line of"),
+        ("", "no line of"),
+        ("door\n", "no line of"),
+        ("a 1 2\n\xff\xfe\n", "its 2 numbers: 2;"),
+    ],
+)
+def test_malformed_glove_text_names_all_bad_lines(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "glove.txt"
     path.write_text(text)
-    with pytest.raises(MmdistError, match="GloVe text file"):
+    with pytest.raises(MmdistError, match=reason):
         load_word_vectors(path)
 
 
