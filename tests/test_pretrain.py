@@ -291,7 +291,7 @@ def test_a_tiny_pretraining_gives_an_extractor(tmp_path, modality):
         run(out, killed_after_the_first_epoch)
     assert not (out / "config.json").exists()
     figures = run(out, said.append)
-    assert said[0] == "going on after epoch 1 of 2"
+    assert said[0] == "resuming after epoch 1 of 2"
     config = json.loads((out / "config.json").read_text())
     accuracy = figures["validation_action_accuracy"]
     assert config["pretraining"]["validation_action_accuracy"] == accuracy

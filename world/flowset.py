@@ -31,7 +31,7 @@ def flow_clips(folder: Path, *, seed: int, count: int, workers: int, progress: P
     """Flow of `count` clips of a seed, [N, 16, H, W, 2], as a memory map in `folder`.
 
     The clips themselves are rendered first where they are not there. Flow is solved in blocks,
-    on all cores; a run that was killed goes on after its last whole block.
+    on all cores; a killed run resumes after its last complete block.
     """
     rendered = render_clips(folder, seed=seed, count=count, workers=workers, progress=progress)
     whole = folder / f"clips-{seed}-{count}.flow.npy"

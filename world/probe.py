@@ -244,16 +244,13 @@ def main() -> None:
     parser.add_argument("--no-untrained", action="store_true", help="leave that control out")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
-    try:
-        results = probe(
-            args.world,
-            args.extractor,
-            features=args.features,
-            untrained=not args.no_untrained,
-            say=_say,
-        )
-    except MmdistError as error:
-        sys.exit(str(error))
+    results = probe(
+        args.world,
+        args.extractor,
+        features=args.features,
+        untrained=not args.no_untrained,
+        say=_say,
+    )
     for line in table(results):
         _say(line)
     if args.json:
