@@ -23,6 +23,7 @@ from mmdist_e2e.grounding.data.annotations import (
     load_annotations,
     load_durations,
     protocol_of,
+    read_annotations,
     suspicions,
     video_id,
     with_durations,
@@ -201,7 +202,11 @@ def test_suspicious_annotations_are_warned_of_once(tmp_path: Path) -> None:
     assert "1 annotations have a moment of length zero" in told
     assert "1 lines repeat another line" in told
     # Without durations: no usual video lasts so long.
-    assert suspicions(load_annotations(write(path, "v 24300 30400##x")))["not_in_seconds"] == 1
+    (late,), _ = read_annotations(write(path, "v 24300 30400##x"))
+    assert suspicions([late], 0) == {"not_in_seconds": 1}
+    assert suspicions([late, replace(late, start=3, end=3)], 2) == {
+        "not_in_seconds": 1, "zero_length": 1, "left_out": 2,
+    }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_annotations(write(path, "v 0 9##x\nv 0 9##y\nw 0 9##x\n"))

@@ -25,7 +25,6 @@ LABELS = {  # of facts whose key does not read well
     "duplicates": "repeated lines",
     "left_out": "left out: end before start",
     "queries_dropped_by_protocol": "left out by the protocol",
-    "most_frequent_without_vector": "of them most often",
 }
 
 
@@ -107,7 +106,7 @@ def check_command(
 def _show(report: Report) -> None:
     if report.splits:
         # One column for each split; one row for each fact.
-        columns = {name: facts | report.words[name] for name, facts in report.splits.items()}
+        columns = {name: dict(facts) for name, facts in report.splits.items()}
         for pair, shared in report.overlaps.items():
             one, other = pair.split(", ")
             columns[other][f"shared with {one}"] = (

@@ -96,12 +96,12 @@ class _BadEntryError(Exception):
     """What is wrong with an entry, worded to follow the name of its place."""
 
 
-def _read_all(path: Path, entries: Iterable[tuple[str, Callable[[], T]]]) -> list[tuple[str, T]]:
+def _read_all(path: Path, entries: Iterable[tuple[str, Callable[[], T]]]) -> list[T]:
     """Call the reader of every (place, reader). Raises BadLinesError that names all bad places."""
     good, bad = [], []
     for place, read in entries:
         try:
-            good.append((place, read()))
+            good.append(read())
         except _BadEntryError as error:
             bad.append(f"{place} of '{path}' {error}")
     if bad:
@@ -361,58 +361,48 @@ def carve_validation(
     return Carved(train, val, report)
 
 
-class ParsedFile(NamedTuple):
-    """Annotations in the order of their file, and the places of those that were left out."""
-
-    annotations: list[Annotation]
-    left_out: list[str]
-
-
-def read_annotations(path: Path) -> ParsedFile:
-    """Read an annotation file of any of the four formats.
+def read_annotations(path: Path) -> tuple[list[Annotation], int]:
+    """Annotations of any of the four formats, in their order, and how many are left out.
 
     Left out are moments of ActivityNet Captions that do not end after they start, as is usual.
     Raises BadLinesError naming every bad line or row, MmdistError for an unreadable file.
     """
     entries = _read_all(path, _entries(path, _read_text(path, "an annotation file")))
-    annotations = [a for _, a in entries if a is not None]
+    annotations = [a for a in entries if a is not None]
     if not annotations:
         raise MmdistError(f"'{path}' holds no annotations; give at least one line.")
-    return ParsedFile(annotations, [place for place, a in entries if a is None])
+    return annotations, len(entries) - len(annotations)
 
 
-def suspicions(annotations: Sequence[Annotation]) -> dict[str, int]:
-    """How many annotations are readable but probably wrong, by kind."""
-    distinct = {(a.video, a.moments, a.sentence.lower()) for a in annotations}
-    return {
-        "not_in_seconds": sum(map(_is_not_in_seconds, annotations)),
-        "zero_length": sum(any(start == end for start, end in a.moments) for a in annotations),
-        "duplicates": len(annotations) - len(distinct),
-    }
-
-
-def _is_not_in_seconds(annotation: Annotation) -> bool:
-    """Milliseconds or frame numbers: far past the video's end, or longer than any usual video."""
-    limit = LONGEST_SECONDS
-    if annotation.duration_seconds is not None:
-        limit = min(limit, annotation.duration_seconds * 10)
-    return max(end for _, end in annotation.moments) > limit
-
-
-LONGEST_SECONDS = 10_000.0
+LONGEST_SECONDS = 10_000.0  # without a duration, a moment that ends later is not in seconds
 
 SUSPICIONS = {
-    "not_in_seconds": "{} annotations look like milliseconds or frame numbers; times and durations "
+    "not_in_seconds": "annotations look like milliseconds or frame numbers; times and durations "
     "must be in seconds",
-    "zero_length": "{} annotations have a moment of length zero",
-    "duplicates": "{} lines repeat another line",
-    "left_out": "{} moments that do not end after they start are left out",
+    "zero_length": "annotations have a moment of length zero",
+    "duplicates": "lines repeat another line",
+    "left_out": "moments that do not end after they start are left out",
 }
 
 
+def suspicions(annotations: Sequence[Annotation], left_out: int) -> dict[str, int]:
+    """How many annotations are probably wrong, by the kinds of SUSPICIONS that occur."""
+    distinct = {(a.video, a.moments, a.sentence.lower()) for a in annotations}
+    counts = {
+        "not_in_seconds": sum(
+            max(end for _, end in a.moments)
+            > min(LONGEST_SECONDS, 10 * (a.duration_seconds or math.inf))
+            for a in annotations
+        ),
+        "zero_length": sum(any(start == end for start, end in a.moments) for a in annotations),
+        "duplicates": len(annotations) - len(distinct),
+        "left_out": left_out,
+    }
+    return {kind: count for kind, count in counts.items() if count}
+
+
 def describe_suspicions(counts: Mapping[str, int]) -> str:
-    """One phrase that names the kinds that occur; empty without any."""
-    return "; ".join(text.format(counts[k]) for k, text in SUSPICIONS.items() if counts.get(k))
+    return "; ".join(f"{count} {SUSPICIONS[kind]}" for kind, count in counts.items())
 
 
 def load_annotations(
@@ -421,17 +411,16 @@ def load_annotations(
     durations: Path | Mapping[str, float] | None = None,
     protocol: str = "official",
 ) -> list[Annotation]:
-    """Read an annotation file, in its order; warns once of what looks wrong.
+    """Read an annotation file, in its order; warns once of what is probably wrong.
 
     durations: seconds by video, or a file as `load_durations` reads it; they override those of
     the annotation file. protocol: see `in_protocol`. Raises as `read_annotations`.
     """
     seconds = load_durations(durations) if isinstance(durations, Path) else durations
-    parsed = read_annotations(path)
-    annotations = with_durations(parsed.annotations, seconds or {})
-    counts = suspicions(annotations) | {"left_out": len(parsed.left_out)}
-    if found := describe_suspicions(counts):
-        warnings.warn(f"'{path}': {found}.", stacklevel=2)
+    annotations, left_out = read_annotations(path)
+    annotations = with_durations(annotations, seconds or {})
+    if counts := suspicions(annotations, left_out):
+        warnings.warn(f"'{path}': {describe_suspicions(counts)}.", stacklevel=2)
     return in_protocol(annotations, protocol)
 
 
@@ -466,7 +455,7 @@ def load_durations(path: Path) -> dict[str, float]:
         return video_id(video.strip()), _duration(value)
 
     entries = ((place, partial(read, video, value)) for place, video, value in pairs)
-    return dict(pair for _, pair in _read_all(path, entries))
+    return dict(_read_all(path, entries))
 
 
 def _json_durations(path: Path, text: str) -> Iterator[tuple[str, str, Any]]:

@@ -5,14 +5,13 @@ Shape suffixes: Q queries, T moments of a query, S rows of one video, F feature 
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,17 +39,9 @@ Progress = Callable[[str, int, int], None]  # what, done, of how many
 # Moments [Q, T, 2] and durations [Q] -> metrics of the best answer that is the same for all.
 ConstantAnswer = Callable[[Array, Array], Mapping[str, Any]]
 
-FEW_QUERIES = 100
 MANY_UNKNOWN = 0.02  # warn of a larger share of words without a vector
 APART_SECONDS = 1.0  # warn of two durations of one video that differ by more
 HUGE = 1e4  # features of usual networks stay below a few hundred
-
-FAULTS = {  # of the features of a video: what they are, and whether training refuses them
-    "not_finite": ("features that are not finite", True),
-    "of_zeros": ("only zeros as features", False),
-    "constant": ("the same features in every row, so no moment can be found", False),
-    "of_one_row": ("a single row of features, so no moment can be found", False),
-}
 
 
 @dataclass
@@ -59,23 +50,29 @@ class Report:
 
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     features: dict[str, Any] = field(default_factory=dict)
-    words: dict[str, dict[str, Any]] = field(default_factory=dict)
     overlaps: dict[str, dict[str, int]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Errors and warnings that are raised inside become sentences of this report."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                yield
-            except BadLinesError as error:
-                self.errors += error.lines
-            except MmdistError as error:
-                self.errors.append(str(error))
-        self.warnings += [str(warning.message) for warning in caught]
+        """What is raised inside becomes an error of this report."""
+        try:
+            yield
+        except BadLinesError as error:
+            self.errors += error.lines
+        except MmdistError as error:
+            self.errors.append(str(error))
+
+    def error(self, found: Collection[str], text: str, advice: str = "") -> None:
+        """Add "N text (names)advice." if anything is found."""
+        if found:
+            self.errors.append(f"{len(found)} {text} ({some(sorted(found))}){advice}.")
+
+    def warn(self, found: Collection[str], text: str, advice: str = "") -> None:
+        """As `error`, for what training and evaluation accept."""
+        if found:
+            self.warnings.append(f"{len(found)} {text} ({some(sorted(found))}){advice}.")
 
 
 def check_data(
@@ -103,44 +100,50 @@ def check_data(
     left_out: dict[str, int] = {}
     for name, path in files.items():
         with report.collecting():
-            parsed = read_annotations(path)
-            splits[name] = with_durations(parsed.annotations, seconds)
-            left_out[name] = len(parsed.left_out)
+            queries, left_out[name] = read_annotations(path)
+            splits[name] = with_durations(queries, seconds)
     if features_path is not None and splits:
         with report.collecting():
-            known = _check_features(report, splits, features_path, modality, progress)
-            for name, read in splits.items():
-                splits[name] = [
-                    a if a.duration_seconds else with_durations([a], known)[0] for a in read
-                ]
-    for name, read in splits.items():
-        counts = suspicions(read) | {"left_out": left_out[name]}
-        if found := describe_suspicions(counts):
-            report.warnings.append(f"{name}: {found}.")
-        unknown = sorted({a.video for a in read if not a.duration_seconds})
-        if unknown:
-            report.errors.append(
-                f"{len(unknown)} videos of {name} have no duration, neither in the annotations nor "
-                f"in the features ({some(unknown)}); give --durations."
-            )
-        else:
+            seconds = _check_features(report, splits, features_path, modality, progress)
+            for name, queries in splits.items():
+                known = {a.video: a.duration_seconds or seconds.get(a.video) for a in queries}
+                splits[name] = with_durations(queries, known)
+    for name, queries in splits.items():
+        counts = suspicions(queries, left_out[name])
+        if counts:
+            report.warnings.append(f"{name}: {describe_suspicions(counts)}.")
+        unknown = {a.video for a in queries if not a.duration_seconds}
+        report.error(
+            unknown,
+            f"videos of {name} have no duration, neither in the annotations nor in the features",
+            "; give --durations",
+        )
+        if not unknown:
             with report.collecting():
-                splits[name] = in_protocol(read, protocol)
+                splits[name] = in_protocol(queries, protocol)
         facts = report.splits[name] = {
             "file": files[name].name,
             "protocol": protocol_of(files[name], splits[name]),
             "queries": len(splits[name]),
-            "queries_dropped_by_protocol": len(read) - len(splits[name]),
+            "queries_dropped_by_protocol": len(queries) - len(splits[name]),
             "videos": len({a.video for a in splits[name]}),
             **counts,
         }
-        _check_sentences(report, name, splits[name], word_vectors)
         if not unknown:
             truth_QT2, durations_Q = _check_moments(report, name, splits[name])
             if name != "train":
                 facts["best_constant_span"] = dict(constant_answer(truth_QT2, durations_Q))
-    _check_overlaps(report, splits)
     _check_words(report, splits, word_vectors)
+    for one, other in combinations(splits, 2):
+        shared = {a.video for a in splits[one]} & {a.video for a in splits[other]}
+        sentences = {tuple(tokenize(a.sentence)) for a in splits[one]}
+        equal = sum(tuple(tokenize(a.sentence)) in sentences for a in splits[other])
+        # queries: those of the second whose sentence the first has too, of any video
+        report.overlaps[f"{one}, {other}"] = {"videos": len(shared), "queries": equal}
+        if one == "train":
+            report.error(shared, f"videos are in both {one} and {other}", "; split by video")
+        else:
+            report.warn(shared, f"videos are in both {one} and {other}")
     return report
 
 
@@ -155,145 +158,124 @@ def _check_features(
 
     Raises MmdistError when the path cannot be opened at all.
     """
-    videos = sorted({a.video for queries in splits.values() for a in queries})
-    each: dict[str, dict[str, Any]] = {}
+    said = {a.video: a.duration_seconds for queries in splits.values() for a in queries}
+    each: dict[str, _VideoFacts] = {}
     unreadable: list[str] = []
     with open_features(path, modality) as source:
-        for done, video in enumerate(videos, start=1):
+        for done, video in enumerate(sorted(said), start=1):
             if video in source.names:
                 try:
-                    each[video] = _feature_facts(source, video)
+                    each[video] = _facts_of(source, video)
                 except MmdistError as error:
                     unreadable.append(str(error))
             if progress:
-                progress("reading features", done, len(videos))
-        missing = set(videos) - source.names.keys()
-        unused = len(source.names.keys() - set(videos))
-    channels = Counter(facts["channels"] for facts in each.values())
-    made_by: Mapping[str, Any] = next((facts["matters"] for facts in each.values()), {})
-    unlike = Counter("; ".join(differences(made_by, f["matters"])) for f in each.values())
-    faulty = {name: [v for v, f in each.items() if f["fault"] == name] for name in FAULTS}
-    largest = max((facts["largest"] for facts in each.values()), default=0.0)
+                progress("reading features", done, len(said))
+        missing = said.keys() - source.names.keys()
+        unused = source.names.keys() - said.keys()
+    channels = Counter(facts.channels for facts in each.values())
+    made_by: Mapping[str, Any] = next((facts.matters for facts in each.values()), {})
+    unlike = {v for v, facts in each.items() if facts.matters != made_by}
+    largest = max((facts.largest for facts in each.values()), default=0.0)
     report.features = {
         "kind": source.kind,
         "made_by": dict(made_by),
-        "videos": len(videos) - len(missing),
+        "videos": len(said) - len(missing),
         "videos_missing": len(missing),
-        "videos_unused": unused,
+        "videos_unused": len(unused),
         "videos_unreadable": len(unreadable),
-        **{f"videos_{name}": len(found) for name, found in faulty.items()},
         "channels": sorted(channels),
-        "dtypes": sorted({facts["dtype"] for facts in each.values()}),
-        "rows": _spread([facts["rows"] for facts in each.values()] or [0]),
+        "dtypes": sorted({facts.dtype for facts in each.values()}),
+        "rows": _spread([facts.rows for facts in each.values()] or [0]),
         "largest_value": largest,
     }
     report.errors += unreadable[:NAMED_AT_MOST]
     if (rest := len(unreadable) - NAMED_AT_MOST) > 0:
         report.errors.append(f"{rest} more videos have features that cannot be used.")
-    for name, (text, is_refused) in FAULTS.items():
-        if found := faulty[name]:
-            sentences = report.errors if is_refused else report.warnings
-            sentences.append(f"{len(found)} videos have {text} ({some(found)}).")
+    for name, queries in splits.items():
+        videos = {a.video for a in queries}
+        report.error(
+            videos & missing,
+            f"of {len(videos)} videos of {name} have no features",
+            "; extract them, or leave them out of the annotations",
+        )
+    for fault in dict.fromkeys(facts.fault for facts in each.values() if facts.fault):
+        tell = report.error if fault == NOT_FINITE else report.warn
+        tell({v for v, facts in each.items() if facts.fault == fault}, f"videos have {fault}")
     if len(channels) > 1:
         counts = ", ".join(f"{n} videos of {c}" for c, n in sorted(channels.items()))
         report.errors.append(f"Features differ in their number of channels: {counts}.")
-    if how := "; ".join(f"in {n} videos {text}" for text, n in unlike.most_common(3) if text):
-        report.errors.append(f"Features were not all made in one way: {how}.")
+    if unlike:
+        how = "; ".join(differences(made_by, each[min(unlike)].matters))
+        report.error(unlike, "videos have features that were made in another way", f": {how}")
     if largest > HUGE:
         report.warnings.append(f"Features reach {largest:.3g}, far more than usual ones.")
-    for name, queries in splits.items():
-        of_split = {a.video for a in queries}
-        if lacking := sorted(of_split & missing):
-            report.errors.append(
-                f"{len(lacking)} of {len(of_split)} videos of {name} have no features "
-                f"({some(lacking)}); extract them, or leave them out of the annotations."
-            )
-    known = {v: facts["duration"] for v, facts in each.items() if facts["duration"]}
-    said = {a.video: a.duration_seconds for queries in splits.values() for a in queries}
-    if apart := sorted(v for v in known if abs((said[v] or known[v]) - known[v]) > APART_SECONDS):
-        report.warnings.append(
-            f"{len(apart)} videos are longer or shorter in the annotations than in the features by "
-            f"more than {APART_SECONDS:g} s ({some(apart)}); are they the same videos?"
-        )
+    known = {v: facts.duration for v, facts in each.items() if facts.duration is not None}
+    report.warn(
+        {v for v, d in known.items() if abs((said[v] or d) - d) > APART_SECONDS},
+        "videos are longer or shorter in the annotations than in the features by more than "
+        f"{APART_SECONDS:g} s",
+        "; check that they are the same videos",
+    )
     return known
 
 
-def _feature_facts(source: FeatureSource, video: str) -> dict[str, Any]:
-    """Facts about the features of one video. Raises MmdistError when they cannot be read."""
+NOT_FINITE = "features that are not finite"
+
+
+class _VideoFacts(NamedTuple):
+    fault: str | None
+    duration: float | None
+    matters: Mapping[str, Any]
+    rows: int
+    channels: int
+    dtype: str
+    largest: float
+
+
+def _facts_of(source: FeatureSource, video: str) -> _VideoFacts:
+    """Raises MmdistError when the features of the video cannot be read."""
     duration = None
     if source.kind == "store":
         features = source.features(video)
-        raw_SF, matters = features.data, features.provenance.matters
-        duration = features.duration_seconds
+        raw_SF: NDArray[Any] = features.data
+        matters, duration = features.provenance.matters, features.duration_seconds
     else:
         raw_SF, matters = source.array(video), Provenance.external(source.kind).matters
     with np.errstate(over="ignore"):
         data_SF = raw_SF.astype(np.float32)
     fault = None
     if not np.isfinite(data_SF).all():
-        fault = "not_finite"
+        fault, data_SF = NOT_FINITE, np.zeros(1, np.float32)
     elif not data_SF.any():
-        fault = "of_zeros"
-    elif len(data_SF) == 1:
-        fault = "of_one_row"
+        fault = "only zeros as features"
     elif (data_SF == data_SF[0]).all():
-        fault = "constant"
-    return {
-        "fault": fault,
-        "duration": duration,
-        "matters": matters,
-        "rows": len(raw_SF),
-        "channels": raw_SF.shape[1],
-        "dtype": str(raw_SF.dtype),
-        "largest": 0.0 if fault == "not_finite" else float(np.abs(data_SF).max()),
-    }
+        fault = "the same features in every row, so no moment can be found"
+    largest = float(np.abs(data_SF).max())
+    rows, channels = raw_SF.shape
+    return _VideoFacts(fault, duration, matters, rows, channels, str(raw_SF.dtype), largest)
 
 
-def _check_sentences(
-    report: Report, name: str, annotations: Sequence[Annotation], vectors: WordVectors
-) -> None:
-    tokens = [tokenize(a.sentence) for a in annotations]
-    report.splits[name] |= {
-        "words_per_query": _spread([sum(map(is_word, each)) for each in tokens]),
-        "queries_cut_at_20_words": sum(sum(t in vectors for t in e) > MAX_WORDS for e in tokens),
-        "queries_of_several_moments": sum(bool(a.more) for a in annotations),
-    }
-    silent = [a.sentence for a in annotations if not has_known_word(a.sentence, vectors)]
-    if silent:
-        report.errors.append(
-            f"{len(silent)} sentences of {name} have no word with a vector in '{vectors.name}', "
-            f"the first: '{silent[0]}'; leave them out, or give more word vectors with --glove."
-        )
-    if name != "train" and len(annotations) < FEW_QUERIES:
-        report.warnings.append(
-            f"{name} has {len(annotations)} queries: one of them is "
-            f"{100 / len(annotations):.1f} points of R@1."
-        )
-
-
-def _check_moments(
-    report: Report, name: str, annotations: Sequence[Annotation]
-) -> tuple[Array, Array]:
+def _check_moments(report: Report, name: str, queries: Sequence[Annotation]) -> tuple[Array, Array]:
     """Also gives all moments [Q, T, 2], the first repeated where a query has fewer; durations."""
-    most = max(len(a.moments) for a in annotations)
-    moments = [a.moments + a.moments[:1] * (most - len(a.moments)) for a in annotations]
+    most = max(len(a.moments) for a in queries)
+    moments = [a.moments + a.moments[:1] * (most - len(a.moments)) for a in queries]
     truth_QT2 = np.array(moments, dtype=np.float64)
-    durations_Q = np.array([a.duration_seconds for a in annotations], dtype=np.float64)
+    durations_Q = np.array([a.duration_seconds for a in queries], dtype=np.float64)
     late_Q = truth_QT2[:, :, 1].max(axis=1) - durations_Q
-    is_outside_Q = truth_QT2[:, :, 0].max(axis=1) >= durations_Q
+    outside = np.flatnonzero(truth_QT2[:, :, 0].max(axis=1) >= durations_Q)
     late = int((late_Q > 0).sum())
     report.splits[name] |= {
         "duration_seconds": _spread(durations_Q),
         "moment_share_of_video": _spread((truth_QT2[:, 0, 1] - truth_QT2[:, 0, 0]) / durations_Q),
+        "queries_of_several_moments": sum(bool(a.more) for a in queries),
         "ends_past_duration": late,
-        "largest_past_duration_seconds": max(0.0, float(late_Q.max())),
     }
-    if is_outside_Q.any():
-        first = annotations[int(is_outside_Q.argmax())]
+    if len(outside):
+        first = queries[outside[0]]
         report.errors.append(
-            f"{is_outside_Q.sum()} moments of {name} start after their video has ended, the first "
-            f"in '{first.video}' ({max(first.moments)[0]:g} s of {first.duration_seconds:g} s); "
-            f"check that times and durations are both seconds, of the same video."
+            f"{len(outside)} moments of {name} start after their video has ended, the first in "
+            f"'{first.video}' ({max(first.moments)[0]:g} s of {first.duration_seconds:g} s); "
+            f"check that times and durations are in seconds, and of the same video."
         )
     elif late:
         report.warnings.append(
@@ -309,43 +291,38 @@ def _spread(values: NDArray[Any] | Sequence[float]) -> dict[str, float]:
     return {"min": low, "median": median, "mean": float(np.mean(values)), "max": high}
 
 
-def _check_overlaps(report: Report, splits: Mapping[str, Sequence[Annotation]]) -> None:
-    for one, other in combinations(splits, 2):
-        shared = sorted({a.video for a in splits[one]} & {a.video for a in splits[other]})
-        known = {tuple(tokenize(a.sentence)) for a in splits[one]}
-        equal = sum(tuple(tokenize(a.sentence)) in known for a in splits[other])
-        # queries: those of the second whose sentence the first has too, of any video
-        report.overlaps[f"{one}, {other}"] = {"videos": len(shared), "queries": equal}
-        if shared:
-            sentence = f"{len(shared)} videos are in both {one} and {other} ({some(shared)})"
-            if one == "train":
-                report.errors.append(f"{sentence}; split by video.")
-            else:
-                report.warnings.append(f"{sentence}; choices made on {one} have seen them.")
-
-
 def _check_words(
     report: Report, splits: Mapping[str, Sequence[Annotation]], vectors: WordVectors
 ) -> None:
-    counts = {
-        name: Counter(t for a in annotations for t in tokenize(a.sentence) if is_word(t))
-        for name, annotations in splits.items()
-    }
-    for name, words in counts.items():
-        total = max(1, words.total())
+    trained: Counter[str] | None = None
+    for name, queries in splits.items():
+        tokens = [tokenize(a.sentence) for a in queries]
+        words = Counter(filter(is_word, chain.from_iterable(tokens)))
         unknown = Counter({w: n for w, n in words.items() if w not in vectors})
+        total = max(1, words.total())
         share = unknown.total() / total
         frequent = [w for w, _ in unknown.most_common(NAMED_AT_MOST)]
-        facts = report.words[name] = {
+        facts = report.splits[name]
+        facts |= {
+            "words_per_query": _spread([sum(map(is_word, each)) for each in tokens]),
+            "queries_cut_at_20_words": sum(
+                sum(t in vectors for t in each) > MAX_WORDS for each in tokens
+            ),
             "distinct_words": len(words),
-            "share_without_vector": share,
-            "most_frequent_without_vector": frequent,
+            "share_of_words_without_vector": share,
         }
+        if trained is not None:
+            unseen = sum(n for w, n in words.items() if w in vectors and w not in trained)
+            facts["share_of_words_unseen_in_training"] = unseen / total
+        trained = words if name == "train" else trained
+        silent = [a.sentence for a in queries if not has_known_word(a.sentence, vectors)]
+        report.error(
+            silent,
+            f"sentences of {name} have no word with a vector in '{vectors.name}'",
+            "; leave them out, or give more word vectors with --glove",
+        )
         if share > MANY_UNKNOWN:
             report.warnings.append(
                 f"{share:.1%} of the words of {name} have no vector in '{vectors.name}' and are "
                 f"not read ({', '.join(frequent)} most often); --glove takes larger ones."
             )
-        if name != "train" and "train" in counts:
-            unseen = sum(n for w, n in words.items() if w in vectors and w not in counts["train"])
-            facts["share_unseen_in_training"] = unseen / total
