@@ -48,7 +48,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How pickle protocol 2 writes bytes; an array needs no other codec."""
+    """How pickle protocol 2 stores bytes; an array needs no other codec."""
     if encoding != "latin1":
         raise _RefusedError(f"the codec {encoding}")
     return text.encode("latin1")
@@ -67,14 +67,7 @@ def load_restricted(path: Path) -> Any:
             f"The pickle '{path}' asks for {error}, but mmdist loads only numpy arrays, dicts and "
             f"counters from a pickle; it may be malicious, so ask for the data in another format."
         ) from error
-    except OSError as error:
-        raise MmdistError(
-            f"'{path}' cannot be read ({error.strerror}); give a readable file."
-        ) from error
-    except (
-        pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError,
-        AttributeError, ImportError, MemoryError, OverflowError, UnicodeDecodeError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # a damaged pickle can raise anything
         raise MmdistError(
             f"'{path}' is not a readable pickle ({type(error).__name__}); give a GloVe text file "
             f"or CPL's glove.pkl."
