@@ -106,7 +106,8 @@ def check_data(
         with report.collecting():
             seconds = _check_features(report, splits, features_path, modality, progress)
             for name, queries in splits.items():
-                known = {a.video: a.duration_seconds or seconds.get(a.video) for a in queries}
+                lacking = {a.video for a in queries if not a.duration_seconds}
+                known = {video: seconds.get(video) for video in lacking}
                 splits[name] = with_durations(queries, known)
     for name, queries in splits.items():
         counts = suspicions(queries, left_out[name])
