@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmdist_e2e.grounding.data.check import Report
 
 LABELS = {  # of facts whose key does not read well
-    "best_constant_span": "to beat: R@1 at IoU 0.3 / 0.5 / 0.7",
+    "best_constant_span": "best constant answer: R@1 at IoU 0.3 / 0.5 / 0.7",
     "duration_seconds": "duration, s",
     "not_in_seconds": "perhaps not in seconds",
     "duplicates": "repeated lines",
@@ -69,8 +69,9 @@ def check_command(
 ) -> None:
     """Report what the files hold and everything that is wrong with them.
 
-    Errors are what training or evaluation would refuse; with one, the exit code is 1. The number
-    to beat is the best answer that is the same for every query, fitted on that very split.
+    Errors are what training or evaluation would refuse; with one, the exit code is 1. The best
+    constant answer is the one span of the video that fits all queries of a split best; a model
+    should beat it.
     """
     from mmdist_e2e.grounding.data.check import check_data
     from mmdist_e2e.grounding.evaluate import best_constant_span, recall_metrics

@@ -31,7 +31,7 @@ from mmdist_e2e.grounding.data.annotations import (
 )
 from mmdist_e2e.grounding.data.features import FeatureSource, open_features
 from mmdist_e2e.grounding.data.text import MAX_WORDS, has_known_word, is_word, tokenize
-from mmdist_e2e.structures import MmdistError, Provenance, differences
+from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.words import WordVectors
 
 Array = NDArray[np.float64]
@@ -41,7 +41,6 @@ ConstantAnswer = Callable[[Array, Array], Mapping[str, Any]]
 
 MANY_UNKNOWN = 0.02  # warn of a larger share of words without a vector
 APART_SECONDS = 1.0  # warn of two durations of one video that differ by more
-HUGE = 1e4  # features of usual networks stay below a few hundred
 
 
 @dataclass
@@ -176,7 +175,6 @@ def _check_features(
     channels = Counter(facts.channels for facts in each.values())
     made_by: Mapping[str, Any] = next((facts.matters for facts in each.values()), {})
     unlike = {v for v, facts in each.items() if facts.matters != made_by}
-    largest = max((facts.largest for facts in each.values()), default=0.0)
     report.features = {
         "kind": source.kind,
         "made_by": dict(made_by),
@@ -185,9 +183,7 @@ def _check_features(
         "videos_unused": len(unused),
         "videos_unreadable": len(unreadable),
         "channels": sorted(channels),
-        "dtypes": sorted({facts.dtype for facts in each.values()}),
         "rows": _spread([facts.rows for facts in each.values()] or [0]),
-        "largest_value": largest,
     }
     report.errors += unreadable[:NAMED_AT_MOST]
     if (rest := len(unreadable) - NAMED_AT_MOST) > 0:
@@ -206,10 +202,10 @@ def _check_features(
         counts = ", ".join(f"{n} videos of {c}" for c, n in sorted(channels.items()))
         report.errors.append(f"Features differ in their number of channels: {counts}.")
     if unlike:
-        how = "; ".join(differences(made_by, each[min(unlike)].matters))
-        report.error(unlike, "videos have features that were made in another way", f": {how}")
-    if largest > HUGE:
-        report.warnings.append(f"Features reach {largest:.3g}, far more than usual ones.")
+        other = each[min(unlike)].matters
+        keys = sorted(k for k in made_by.keys() | other.keys() if made_by.get(k) != other.get(k))
+        how = f", different in {', '.join(keys)}; extract all videos alike"
+        report.error(unlike, "videos have features that were made in another way", how)
     known = {v: facts.duration for v, facts in each.items() if facts.duration is not None}
     report.warn(
         {v for v, d in known.items() if abs((said[v] or d) - d) > APART_SECONDS},
@@ -229,8 +225,6 @@ class _VideoFacts(NamedTuple):
     matters: Mapping[str, Any]
     rows: int
     channels: int
-    dtype: str
-    largest: float
 
 
 def _facts_of(source: FeatureSource, video: str) -> _VideoFacts:
@@ -246,14 +240,12 @@ def _facts_of(source: FeatureSource, video: str) -> _VideoFacts:
         data_SF = raw_SF.astype(np.float32)
     fault = None
     if not np.isfinite(data_SF).all():
-        fault, data_SF = NOT_FINITE, np.zeros(1, np.float32)
+        fault = NOT_FINITE
     elif not data_SF.any():
         fault = "only zeros as features"
     elif (data_SF == data_SF[0]).all():
         fault = "the same features in every row, so no moment can be found"
-    largest = float(np.abs(data_SF).max())
-    rows, channels = raw_SF.shape
-    return _VideoFacts(fault, duration, matters, rows, channels, str(raw_SF.dtype), largest)
+    return _VideoFacts(fault, duration, matters, len(raw_SF), raw_SF.shape[1])
 
 
 def _check_moments(report: Report, name: str, queries: Sequence[Annotation]) -> tuple[Array, Array]:
