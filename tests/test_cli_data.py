@@ -75,7 +75,7 @@ def test_sound_files(tmp_path: Path) -> None:
     assert facts["made_by"] == {"extractor": "external:npy"}
     assert report["splits"]["train"]["share_of_words_without_vector"] == 0
     assert split["share_of_words_unseen_in_training"] > 0
-    assert report["overlaps"] == {"train, val": {"videos": 0, "queries": 1}}
+    assert split["shared_with_train"] == {"videos": 0, "sentences": 1}
 
 
 def errors_of(*arguments: object) -> str:
@@ -247,7 +247,7 @@ def test_what_a_person_reads(tmp_path: Path) -> None:
     for part in (
         "t[1].json", "best constant answer: R@1 at IoU 0.3 / 0.5 / 0.7",
         "100.0 / 100.0 / 100.0 ([0.20, 0.60])",
-        "external:npy", "videos missing", "0 videos, 1 sentences", "shared with train",
+        "external:npy", "videos missing", "videos: 0, sentences: 1", "shared with train",
         "error: 1 of 1 videos of val have no features (c)", "1 errors, 0 warnings.",
     ):  # fmt: skip
         assert part in result.stdout, (part, result.stdout)

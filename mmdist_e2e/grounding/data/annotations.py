@@ -289,12 +289,11 @@ def in_protocol(annotations: Sequence[Annotation], protocol: str) -> list[Annota
             f"The protocol cpl drops queries that end past their video, and {len(unknown)} videos "
             f"have no duration ({some(unknown)}); give --durations."
         )
-    kept = [a for a in annotations if not a.ends_late]
-    if not kept:
-        raise MmdistError(
-            "The protocol cpl leaves no query: all end past their video; check the durations."
-        )
-    return kept
+    if kept := [a for a in annotations if not a.ends_late]:
+        return kept
+    raise MmdistError(
+        "The protocol cpl leaves no query: all end past their video; check the times."
+    )
 
 
 def fingerprint(annotations: Sequence[Annotation]) -> str:
@@ -313,8 +312,7 @@ def protocol_of(path: Path, annotations: Sequence[Annotation]) -> str:
     named with whether it keeps queries that end past their video, by which the two protocols of
     Charades-STA differ.
     """
-    known = PUBLISHED.get(fingerprint(annotations))
-    if known:
+    if known := PUBLISHED.get(fingerprint(annotations)):
         return known
     if any(a.duration_seconds is None for a in annotations):
         late = "durations unknown"
@@ -390,9 +388,7 @@ def suspicions(annotations: Sequence[Annotation], left_out: int) -> dict[str, in
     distinct = {(a.video, a.moments, a.sentence.lower()) for a in annotations}
     counts = {
         "not_in_seconds": sum(
-            max(end for _, end in a.moments)
-            > min(LONGEST_SECONDS, 10 * (a.duration_seconds or math.inf))
-            for a in annotations
+            a.end > min(LONGEST_SECONDS, 10 * (a.duration_seconds or math.inf)) for a in annotations
         ),
         "zero_length": sum(any(start == end for start, end in a.moments) for a in annotations),
         "duplicates": len(annotations) - len(distinct),

@@ -49,7 +49,6 @@ class Report:
 
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     features: dict[str, Any] = field(default_factory=dict)
-    overlaps: dict[str, dict[str, int]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -138,12 +137,9 @@ def check_data(
         shared = {a.video for a in splits[one]} & {a.video for a in splits[other]}
         sentences = {tuple(tokenize(a.sentence)) for a in splits[one]}
         equal = sum(tuple(tokenize(a.sentence)) in sentences for a in splits[other])
-        # queries: those of the second whose sentence the first has too, of any video
-        report.overlaps[f"{one}, {other}"] = {"videos": len(shared), "queries": equal}
-        if one == "train":
-            report.error(shared, f"videos are in both {one} and {other}", "; split by video")
-        else:
-            report.warn(shared, f"videos are in both {one} and {other}")
+        report.splits[other][f"shared_with_{one}"] = {"videos": len(shared), "sentences": equal}
+        tell = report.error if one == "train" else report.warn
+        tell(shared, f"videos are in both {one} and {other}", "; split by video")
     return report
 
 
