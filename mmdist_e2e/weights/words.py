@@ -200,7 +200,7 @@ def _from_text(path: Path) -> WordVectors:
     """
     with path.open("rb") as file:  # bytes: some words of GloVe hold Unicode's own line ends
         opening = [line.split() for line in islice(file, LINES_LOOKED_AT)]
-    sizes = Counter(n for n in map(_numbers_at_end, opening) if n)
+    sizes = Counter(len(fields) - 1 for fields in opening if len(fields) > 1)
     if not sizes:
         raise MmdistError(f"'{path}' has no line of a word and numbers; give a GloVe text file.")
     dim = max(sizes, key=lambda size: (sizes[size], size))
@@ -230,15 +230,3 @@ def _from_text(path: Path) -> WordVectors:
         )
     vectors_VE = np.frombuffer(values, dtype=np.float32).reshape(-1, dim)
     return WordVectors(path.stem, tuple(words), vectors_VE)
-
-
-def _numbers_at_end(fields: list[bytes]) -> int:
-    """How many of the last fields are numbers; the first is always a word."""
-    count = 0
-    for each in reversed(fields[1:]):
-        try:
-            float(each)
-        except ValueError:
-            break
-        count += 1
-    return count
