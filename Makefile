@@ -6,9 +6,11 @@ WORK ?= runs/world2
 VIDEOS ?= 1000
 RGB_CLIPS ?= 12000
 FLOW_CLIPS ?= 8000
+VALIDATION_CLIPS ?= 760
 TABLES ?= 1
 SEEDS ?= 5
 ABLATION_SEEDS ?= 3
+SET ?=
 
 .PHONY: help install demo test lint types bench world clean
 .DELETE_ON_ERROR:
@@ -44,11 +46,12 @@ types: $(STAMP)
 bench: $(STAMP)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
-# Every step goes on where it was; delete $(WORK) to begin anew.
+# Every step resumes a killed run; delete $(WORK) to start again. SET: settings of every row, like
+# SET="epochs=1 hidden=32".
 world: $(STAMP)
 	WORK=$(WORK) VIDEOS=$(VIDEOS) RGB_CLIPS=$(RGB_CLIPS) FLOW_CLIPS=$(FLOW_CLIPS) \
-	  TABLES=$(TABLES) SEEDS=$(SEEDS) ABLATION_SEEDS=$(ABLATION_SEEDS) BIN=$(BIN) \
-	  bash world/chain.sh
+	  VALIDATION_CLIPS=$(VALIDATION_CLIPS) TABLES=$(TABLES) SEEDS=$(SEEDS) \
+	  ABLATION_SEEDS=$(ABLATION_SEEDS) SET="$(SET)" BIN=$(BIN) bash world/chain.sh
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

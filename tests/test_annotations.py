@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,15 @@ import pytest
 from mmdist_e2e.grounding.data.annotations import (
     PUBLISHED,
     Annotation,
+    BadLinesError,
     carve_validation,
     fingerprint,
     in_protocol,
     load_annotations,
     load_durations,
     protocol_of,
+    read_annotations,
+    suspicions,
     video_id,
     with_durations,
 )
@@ -70,24 +76,25 @@ def test_activitynet_captions(tmp_path: Path) -> None:
 def test_backward_moments_of_activitynet_are_left_out_and_said(tmp_path: Path) -> None:
     entry = {"duration": 9, "timestamps": [[5, 2], [1, 1], [1, 2]], "sentences": ["a", "b", "c"]}
     path = write(tmp_path / "a.json", {"v": entry})
-    with pytest.warns(UserWarning, match=r"2 moments .* Sentence 1 of the video 'v'"):
+    with pytest.warns(UserWarning, match=r"2 moments that do not end after they start are left"):
         (kept,) = load_annotations(path)
     assert kept.sentence == "c"
 
 
 def test_qvhighlights_lines(tmp_path: Path) -> None:
+    queries = ["A girl packs up.", "A girl leaves."]
     row = {
-        "qid": 2579, "query": "A girl packs up.", "duration": 150, "vid": "NUsG9BgSes0_210.0_360.0",
+        "qid": 2579, "duration": 150, "vid": "NUsG9BgSes0_210.0_360.0",
         "relevant_clip_ids": [41], "relevant_windows": [[0, 4], [82, 150], [10, 12]],
     }  # fmt: skip
-    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row | {"qid": i}) for i in range(3)))
-    first, _, third = load_annotations(path)
+    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row | {"query": q}) for q in queries))
+    first, second = load_annotations(path)
     # The longest first: what a single moment is wanted for takes it.
     assert first == Annotation(
         "NUsG9BgSes0_210.0_360.0", 150.0, 82.0, 150.0, "A girl packs up.", ((0, 4), (10, 12))
     )
     assert first.moments == ((82, 150), (0, 4), (10, 12))
-    assert third == first
+    assert second == replace(first, sentence=queries[1])
 
 
 GOOD = '["v", 30, [1, 2], "x"]'
@@ -101,17 +108,21 @@ QV = '{"vid": "v", "duration": 9, "query": "x", "relevant_windows": [[1, 2]]}'
         ("v 1 2 no separator\n", "Line 1"),
         ("v one 2##x\n", "Line 1 .* 'one'"),
         ("v 1 inf##x\n", "Line 1 .* 'inf'"),
-        ("v 5 2##x\n", r"Line 1 .* starts at 0"),
+        ("v 5 2##x\n", r"Line 1 .* 0 <= start <= end"),
         ("v 1 2##\n", "Line 1 .* no sentence"),
+        ("v True 2##x\n", "Line 1 .* 'True'"),
         ("\n", "no annotations"),
         ("[[1]", "not readable JSON"),
         (f'[{GOOD}, ["v", 30, 1, "x"]]', "Row 2 .* no moment"),
-        (f'[{GOOD}, ["v", 30, [1, 2, 3], "x"]]', "Row 2 .* spans"),
+        (f'[{GOOD}, ["v", 30, [1, 2, 3], "x"]]', "Row 2 .* moment .1.0, 2.0, 3.0.;"),
         (f'[{GOOD}, ["v", -1, [1, 2], "x"]]', "Row 2 .* duration -1"),
         (f'[{GOOD}, ["v", "?", [1, 2], "x"]]', "Row 2 .* a duration"),
         (f'[{GOOD}, ["v", 30, [1, 2], 7]]', "Row 2 .* no sentence"),
         (f'[{GOOD}, ["", 30, [1, 2], "x"]]', "Row 2 .* no video"),
         (f"[{GOOD}, 5]", "Row 2 .* is not"),
+        (f'[{GOOD}, ["v", 1{"0" * 400}, [1, 2], "x"]]', "Row 2 .* a duration"),
+        (f'[{GOOD}, ["v", 30, [false, 2], "x"]]', "Row 2 .* a time .* False"),
+        ("[" * 100_000, "not readable JSON"),
         ("{}", "no annotations"),
         ('{"v": 30.5}', "The video 'v'"),
         ('{"v": {"duration": 9, "timestamps": [[1, 2]], "sentences": []}}', "The video 'v'"),
@@ -128,6 +139,92 @@ def test_bad_annotations_name_the_place(tmp_path: Path, text: str, reason: str) 
         load_annotations(write(tmp_path / "a.json", text))
 
 
+def test_all_bad_lines_are_named_together(tmp_path: Path) -> None:
+    lines = ["v 1 2##ok", "A 5 1##x", "", "A x 3##x", "A 1 2 x", "v 3 4##\u2028ok", "A nan 2##x"]
+    path = write(tmp_path / "a.txt", "\r\n".join(lines))
+    with pytest.raises(BadLinesError) as raised:
+        load_annotations(path)
+    assert [line.split(" of ")[0] for line in raised.value.lines] == [
+        "Line 2", "Line 4", "Line 5", "Line 7",
+    ]  # fmt: skip
+    assert all(line in str(raised.value) for line in raised.value.lines)
+    # Of many the first are quoted and the rest counted.
+    path = write(tmp_path / "a.txt", "v 1 2##ok\n" + "A 1 2 x\n" * 50)
+    with pytest.raises(MmdistError, match="has 50 bad lines") as many:
+        load_annotations(path)
+    assert len(str(many.value).splitlines()) == 12
+    assert str(many.value).endswith("40 more bad lines.")
+
+
+@pytest.mark.parametrize("bad", [{1}, {2}, {1, 3}])
+def test_bad_entries_of_every_format_are_named_together(tmp_path: Path, bad: set[int]) -> None:
+    def pick(good: str, wrong: str) -> list[str]:
+        return [wrong if number in bad else good for number in (1, 2, 3)]
+
+    activitynet = pick('{"duration": 9, "timestamps": [[1, 2]], "sentences": ["x"]}', "{}")
+    files = (
+        "\n".join(pick("v 1 2##x", "v 1 2")),
+        "\n".join(pick(QV, '{"vid": "v", "query":')),
+        f"[{','.join(pick(GOOD, '[]'))}]",
+        "{" + ",".join(f'"{n}": {one}' for n, one in enumerate(activitynet, 1)) + "}",
+    )
+    for text in files:
+        with pytest.raises(BadLinesError) as raised:
+            load_annotations(write(tmp_path / "a", text))
+        assert {int(re.findall(r"\d+", line)[0]) for line in raised.value.lines} == bad
+    with pytest.raises(BadLinesError) as raised:
+        load_durations(write(tmp_path / "d", "id,length\n" + "\n".join(pick("a,1", "a,x"))))
+    assert {int(re.findall(r"\d+", line)[0]) - 1 for line in raised.value.lines} == bad
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
+def test_lines_end_at_line_feeds_alone(tmp_path: Path, separator: str) -> None:
+    sentence = f"person opens{separator}the door"
+    row = json.loads(QV) | {"query": sentence}
+    for text in (
+        f"v 1 2##{sentence}\r\nw 3 4##x\r\n",
+        "\n".join(json.dumps(r, ensure_ascii=False) for r in (row, row | {"vid": "w"})),
+    ):
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+        first, second = load_annotations(tmp_path / "a.txt")
+        assert (first.sentence, second.video) == (sentence, "w")
+    csv = f'id,length,scene\r\nv,5,"a{separator}b"\r\nw,6,c\r\n'
+    (tmp_path / "d.csv").write_text(csv, encoding="utf-8", newline="")
+    assert load_durations(tmp_path / "d.csv") == {"v": 5, "w": 6}
+
+
+def test_suspicious_annotations_are_warned_of_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "v 1000 5000##x\nv 2 2##x\nv 3 4##x\nv.mp4 3 4##X\nw 4 9##x")
+    with pytest.warns(UserWarning, match=r"a\.txt") as caught:
+        assert len(load_annotations(path, durations={"v": 10.0})) == 5
+    (told,) = (str(warning.message) for warning in caught)
+    assert "1 annotations look like milliseconds" in told
+    assert "1 annotations have a moment of length zero" in told
+    assert "1 lines repeat another line" in told
+    # Without durations: no usual video lasts so long.
+    (late,), _ = read_annotations(write(path, "v 24300 30400##x"))
+    assert suspicions([late], 0) == {"not_in_seconds": 1}
+    assert suspicions([late, replace(late, start=3, end=3)], 2) == {
+        "not_in_seconds": 1, "zero_length": 1, "left_out": 2,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_annotations(write(path, "v 0 9##x\nv 0 9##y\nw 0 9##x\n"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "latin-1"])
+def test_encodings_are_read_or_named(tmp_path: Path, encoding: str) -> None:
+    for name, text in (("a", "v 1 2##ok\ncafé 1 2##une tasse\n"), ("d", '{"v": 2,\n"café": 3}')):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+    if encoding in ("utf-16-le", "latin-1"):  # no mark tells them
+        for load, name in ((load_annotations, "a"), (load_durations, "d")):
+            with pytest.raises(MmdistError, match=r"not readable text.* save the file as UTF-8"):
+                load(tmp_path / name)
+        return
+    annotations = load_annotations(tmp_path / "a", durations=tmp_path / "d")
+    assert [(a.video, a.duration_seconds) for a in annotations] == [("v", 2), ("café", 3)]
+
+
 def test_missing_and_binary_files(tmp_path: Path) -> None:
     with pytest.raises(MmdistError, match="cannot be read"):
         load_annotations(tmp_path / "none.txt")
@@ -139,7 +236,7 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "video"),
     [("3MSZA.mp4", "3MSZA"), ("room/a.MKV", "room/a"), ("x_210.0_360.0", "x_210.0_360.0"),
-     (".mp4", ".mp4"), ("s13-d21.avi", "s13-d21")],
+     (".mp4", ".mp4"), ("s13-d21.avi", "s13-d21"), ("cafe\u0301.mp4", "caf\u00e9")],
 )  # fmt: skip
 def test_video_ids(name: str, video: str) -> None:
     assert video_id(name) == video
@@ -160,6 +257,9 @@ def test_durations_of_a_feature_store(tmp_path: Path) -> None:
     )
     FeatureStore(tmp_path).save("room/a", features)
     assert load_durations(tmp_path) == {"room/a": 12.5}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MmdistError, match="holds no features"):
+        load_durations(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +269,8 @@ def test_durations_of_a_feature_store(tmp_path: Path) -> None:
         ("name,seconds\na,5\n", "no durations"),
         ('{"a": 5, "b": "x"}', "'b'"),
         ('{"a": 0}', "above 0"),
+        ("id,length\n,5\n", "Line 2 .* no video"),
+        (f'id,length\n"a{"x" * 200_000}",5\n', "Line 2 .* is not CSV"),
         ("[1]", "must map"),
         ('{"a"', "not readable JSON"),
     ],
@@ -192,6 +294,16 @@ def test_the_protocol_cpl_drops_late_ends() -> None:
         in_protocol([late], "cpl")
     with pytest.raises(MmdistError, match="official, cpl"):
         in_protocol([late], "charades")
+
+
+def test_ids_that_are_not_valid_unicode_are_digested(tmp_path: Path) -> None:
+    """JSON may hold half a surrogate pair, as names of files with strange bytes become."""
+    rows = [[f"\ud800{i}", 9.0, [1, 2], "x"] for i in range(3)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows), encoding="ascii")
+    annotations = load_annotations(path)
+    assert protocol_of(path, annotations).startswith("a.json")
+    assert len(carve_validation(annotations).train) == 2
 
 
 def test_the_protocol_of_other_files_is_told_by_late_ends(tmp_path: Path) -> None:

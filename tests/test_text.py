@@ -86,6 +86,33 @@ def test_first_twenty_words_with_a_vector() -> None:
 
 
 @pytest.mark.parametrize(
+    ("query", "unread"),
+    [
+        ("A person opens the door.", []),  # all have vectors
+        ("The cup.", []),  # has a vector, although training never showed it
+        ("Zorbing, a person SNEEZES near the door; zorbing!", ["zorbing", "sneezes"]),
+        ("The person isn't with them…", []),  # function words and punctuation go unnamed
+        ("the door's t-shirt, 3.5 m", ["t-shirt", "3.5", "m"]),
+        ("人 opens", ["人"]),
+        ("", []),
+    ],
+)
+def test_content_words_without_a_vector_are_named(query: str, unread: list[str]) -> None:
+    vocabulary = Vocabulary.from_sentences(["person opens door ."], toy_vectors())
+    assert vocabulary.unread(query) == unread
+
+
+def test_every_content_word_is_read_or_named() -> None:
+    vocabulary = Vocabulary.from_sentences(["person opens door ."], shipped_word_vectors())
+    query = "A zorbing person flumphs the qzx door, and yeets."
+    read = {t for t in vocabulary.encode(query).tokens if is_content_word(t)}
+    content = {t for t in tokenize(query) if is_content_word(t)}
+    assert read | set(vocabulary.unread(query)) == content
+    assert not read & set(vocabulary.unread(query))
+    assert {"flumphs", "qzx"} <= set(vocabulary.unread(query))
+
+
+@pytest.mark.parametrize(
     ("query", "reason"),
     [("", "empty"), ("  \n", "empty"), ("zzgrmpf", "None of the words"), (". .", "None of")],
 )
@@ -130,11 +157,41 @@ def test_glove_text(tmp_path: Path) -> None:
     assert vectors.rows(["person", "door"]).tolist() == [[-1, 0], [1, 2.5]]
 
 
-@pytest.mark.parametrize("text", ["door 1 2\nperson 1\n", "door one\n", "", "door\n"])
-def test_malformed_glove_text(tmp_path: Path, text: str) -> None:
+def test_glove_words_with_spaces_and_strange_characters(tmp_path: Path) -> None:
+    """As in glove.840B and glove.twitter: numbers, Unicode line ends, a blank at the end."""
+    words = [
+        "the", ". . .", "at name@domain.com", "2012", "3 4", "a\u2028b", "\x85", "\xa0", "1 2 x",
+    ]  # fmt: skip
+    rows = np.random.default_rng(0).normal(size=(len(words), 5)).astype(np.float32)
+    lines = [f"{w} {' '.join(map(str, row))} \n" for w, row in zip(words, rows, strict=True)]
+    path = tmp_path / "glove.txt"
+    for header in ("", "9 5\n"):  # as word2vec and fastText write it
+        path.write_text(header + "".join(lines), encoding="utf-8")
+        vectors = load_word_vectors(path)
+        assert vectors.words == tuple(words)
+        np.testing.assert_array_equal(vectors.vectors_VE, rows)
+
+
+def test_words_of_one_number_have_no_header(tmp_path: Path) -> None:
+    (tmp_path / "w.txt").write_text("1 2\n3 4\n")
+    assert load_word_vectors(tmp_path / "w.txt").words == ("1", "3")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("door 1 2\nperson 1\ncup 1 2\nbox nan 1\na b c\n", "its 2 numbers: 2, 4, 5;"),
+        ("a 1 2\n" * 3 + "x\n" * 12, "4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 2 more;"),
+        ("door one\n", "its 1 numbers: 1;"),
+        ("", "no line of"),
+        ("door\n", "no line of"),
+        ("a 1 2\n\xff\xfe\n", "its 2 numbers: 2;"),
+    ],
+)
+def test_malformed_glove_text_names_all_bad_lines(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "glove.txt"
     path.write_text(text)
-    with pytest.raises(MmdistError, match="GloVe text file"):
+    with pytest.raises(MmdistError, match=reason):
         load_word_vectors(path)
 
 

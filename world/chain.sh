@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole chain of the synthetic world: render, pretrain, extract, probe, reproduce the tables.
-# Called by `make world`, which sets WORK, VIDEOS, RGB_CLIPS, FLOW_CLIPS, TABLES, SEEDS,
-# ABLATION_SEEDS and BIN. Every step goes on where a killed run left it.
+# Called by `make world`, which sets WORK, VIDEOS, RGB_CLIPS, FLOW_CLIPS, VALIDATION_CLIPS, TABLES,
+# SEEDS, ABLATION_SEEDS, SET and BIN. Every step resumes a killed run.
 set -euo pipefail
 world="$WORK/videos"
 features="$WORK/features"
@@ -13,8 +13,8 @@ extractors=()
 for modality in rgb flow; do
   step "pretrain the small $modality network"
   extractor="$WORK/$modality"
-  effort=(--clips "$RGB_CLIPS" --cycles 2)
-  [ "$modality" = rgb ] || effort=(--clips "$FLOW_CLIPS")
+  effort=(--clips "$RGB_CLIPS" --cycles 2 --validation-clips "$VALIDATION_CLIPS")
+  [ "$modality" = rgb ] || effort=(--clips "$FLOW_CLIPS" --validation-clips "$VALIDATION_CLIPS")
   if [ ! -f "$extractor/config.json" ]; then
     "$BIN/python" -m world pretrain --modality "$modality" --out "$extractor" \
       --cache "$WORK/clips" "${effort[@]}" --seed 0
@@ -30,5 +30,6 @@ step "tables $TABLES"
 "$BIN/mmdist" reproduce --tables "$TABLES" --features "$features" \
   --train "$world/world_sta_train.txt" --val "$world/world_sta_val.txt" \
   --annotations "$world/world_sta_test.txt" --length 40 \
-  --seeds "$SEEDS" --ablation-seeds "$ABLATION_SEEDS" --out "$WORK/rows"
+  --seeds "$SEEDS" --ablation-seeds "$ABLATION_SEEDS" ${SET:+--set} ${SET// / --set } \
+  --out "$WORK/rows"
 step "done"

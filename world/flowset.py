@@ -1,4 +1,4 @@
-"""Flow of the rendered clips: solved once by our TV-L1, kept as a memory map, augmented.
+"""Flow of the rendered clips: computed once, stored as a memory map, augmented when read.
 
 Values stay in pixels of the frames that flow was computed on, however a clip is cropped: a crop
 shows things larger, as a larger input will, and what is one pixel there is still one pixel.
@@ -31,7 +31,7 @@ def flow_clips(folder: Path, *, seed: int, count: int, workers: int, progress: P
     """Flow of `count` clips of a seed, [N, 16, H, W, 2], as a memory map in `folder`.
 
     The clips themselves are rendered first where they are not there. Flow is solved in blocks,
-    on all cores; a run that was killed goes on after its last whole block.
+    on all cores; a killed run resumes after its last complete block.
     """
     rendered = render_clips(folder, seed=seed, count=count, workers=workers, progress=progress)
     whole = folder / f"clips-{seed}-{count}.flow.npy"
@@ -80,7 +80,7 @@ def augment_flow(
     *,
     smallest_crop: float,
 ) -> tuple[Tensor, Tensor]:
-    """Random crop around the person, mirror and speed, one draw a clip.
+    """Random crop around the person, mirror and speed, drawn once per clip.
 
     Returns fields [B, 2, T, size, size] in [−1, 1], and poses in shares of what is left.
     """

@@ -1,21 +1,30 @@
-"""Render a world to disk: videos, annotations in the Charades-STA format, and what it is.
+"""Render a world to disk: videos, annotations in the Charades-STA format, and its facts.
 
-    videos/<id>.mp4                    H.264, written whole or not at all
+    python -m world render --videos 1000 --out runs/world2/videos
+
+
+It writes into --out:
+
+    videos/<id>.mp4                    H.264, written atomically
     world_sta_{train,val,test}.txt     `<id> <start> <end>##<sentence>`, seconds
     durations.json                     {id: seconds}
     world.json                         version, seed, counts, statistics
 
-A run that was killed goes on where it was: whole videos of the same world are kept.
+A killed run resumes: complete videos of the same world are kept.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from mmdist_e2e.cli.common import bar
 from mmdist_e2e.extractors.video.reader import Decoder, VideoError
 from mmdist_e2e.extractors.video.writer import write_video
 from mmdist_e2e.store import write_atomically, write_json
@@ -26,7 +35,7 @@ from world.world import FPS, HEIGHT, SPLITS, WIDTH, WORLD_VERSION, Script, sampl
 
 
 def annotation_path(out: Path, split: str) -> Path:
-    """Return where the annotations of `split` ("train", "val" or "test") of a world lie."""
+    """The annotation file of a split ("train", "val" or "test") of a world."""
     return out / f"world_sta_{split}.txt"
 
 
@@ -41,14 +50,11 @@ def make_world(
     """Render videos 0 … videos - 1 of world `seed` into the folder `out`.
 
     progress: called with the number of videos that are ready. Returns what world.json holds,
-    and how many videos were rendered now.
-
-    Raises:
-        MmdistError: a number that cannot be, or a folder that holds another world or cannot
-            be written.
+    and how many videos this call rendered.
+    Raises MmdistError for a number out of range or a folder that cannot be written.
     """
     if videos < 1:
-        raise MmdistError(f"A world has at least one video; {videos} were asked for.")
+        raise MmdistError(f"A world has at least one video; got {videos}.")
     if seed < 0:
         raise MmdistError(f"The seed of a world is a whole number from 0 on; got {seed}.")
     folder = out / "videos"
@@ -91,7 +97,7 @@ def make_world(
 
 
 def annotation_lines(scripts: list[Script]) -> list[str]:
-    """Return the queries of `scripts` in the Charades-STA format, one a line."""
+    """The queries of `scripts` in the Charades-STA format, one per line."""
     return [
         f"{script.id} {query.start:.1f} {query.end:.1f}##{query.sentence}"
         for script in scripts
@@ -125,7 +131,7 @@ def _rendered(folder: Path, seed: int, indices: list[int], workers: int) -> Iter
 
 
 def _not_whole(folder: Path, scripts: list[Script]) -> list[int]:
-    """Return the indices of the scripts whose video is missing or is not what it should be."""
+    """The indices of the scripts whose video is missing or incomplete."""
     missing = []
     with Decoder() as decoder:
         for index, script in enumerate(scripts):
@@ -139,3 +145,29 @@ def _not_whole(folder: Path, scripts: list[Script]) -> list[int]:
             except VideoError:
                 missing.append(index)
     return missing
+
+
+def main() -> None:
+    """Command line of this module; see `--help`."""
+    parser = argparse.ArgumentParser(
+        description="Render short home videos and train, val and test annotations in the "
+        "Charades-STA format. The same seed gives the same annotations and frames. A killed run "
+        "resumes."
+    )
+    parser.add_argument("--videos", type=int, required=True, help="number of videos")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the world")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes; default: all cores"
+    )
+    args = parser.parse_args()
+    with bar("rendering", total=max(1, args.videos)) as progress:
+        summary = make_world(
+            args.out,
+            videos=args.videos,
+            seed=args.seed,
+            workers=args.workers,
+            progress=progress,
+        )
+    for key, value in summary.items():
+        sys.stdout.write(f"{key}: {value}\n")

@@ -1,7 +1,7 @@
-"""A killed pretraining goes on: all that an epoch leaves behind, in one atomic file.
+"""Resuming a killed pretraining: its whole state after an epoch, in one atomic file.
 
 Weights, the optimizer's moments and the state of both random generators are tensors; the rest is
-JSON in the file's metadata. A run that went on ends with the bits of one that was never killed.
+JSON in the file's metadata. A resumed run ends with the bits of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Run:
         write_atomically(path, save(whole, metadata=text))
 
     def load(self, path: Path, identity: Mapping[str, Any]) -> int:
-        """Go on from `path`; returns the number of epochs that are done, 0 without a file.
+        """Load the state in `path`; returns the number of epochs that are done, 0 without a file.
 
         Raises MmdistError when the file is damaged, or of a run with another identity.
         """

@@ -1,17 +1,17 @@
-"""Put what `make world` made into the wheel's folder, its measured figures into the cards.
+"""Copy what `make world` made into the wheel's folder, and its figures into the cards.
 
     python -m world ship runs/world2
 
-Of the students the one that is best on validation ships; the card shows the spread over all
-seeds, and the rows beside it. Without runs only the extractors ship; without probe.json only the
+The student that is best on validation ships; its card shows the spread over all seeds and the
+other rows. Without runs only the extractors ship; without probe.json only the
 model.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mmdist_e2e.grounding.checkpoint import model_card
 from mmdist_e2e.grounding.evaluate import spread_over_runs
 from mmdist_e2e.grounding.paper import DONE
 from mmdist_e2e.store import write_atomically
+from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.registry import SHIPPED_MODEL, SHIPPED_ROOT
 from world.card import name_of
 from world.probe import table
@@ -91,7 +92,12 @@ def ship_model(rows: Path) -> None:
 
 
 def main() -> None:
-    work = Path(sys.argv[1])
+    """Command line of this module; see `--help`."""
+    parser = argparse.ArgumentParser(description="Copy networks and student into the wheel.")
+    parser.add_argument("work", type=Path, help="what `make world` wrote, like runs/world2")
+    work = parser.parse_args().work
+    if not work.is_dir():
+        raise MmdistError(f"There is no folder '{work}'; run make world first.")
     if (work / "probe.json").is_file():
         ship_extractors(work)
     ship_model(work / "rows")

@@ -1,9 +1,9 @@
-"""`mmdist data`: what is wrong with somebody's files, before an hour is spent on them."""
+"""`mmdist data`: what is wrong with annotations and features, before training on them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +18,26 @@ from mmdist_e2e.structures import MODALITIES, MmdistError
 if TYPE_CHECKING:
     from mmdist_e2e.grounding.data.check import Report
 
-Facts = Mapping[str, Any]
+LABELS = {  # of facts whose key does not read well
+    "best_constant_span": "best constant answer: R@1 at IoU 0.3 / 0.5 / 0.7",
+    "duration_seconds": "duration in seconds",
+    "not_in_seconds": "perhaps not in seconds",
+    "duplicates": "repeated lines",
+    "left_out": "left out: end before start",
+    "queries_dropped_by_protocol": "left out by the protocol",
+}
 
 
 @click.group("data")
 def data_group() -> None:
-    """Look at annotations and features before training on them."""
+    """Check annotations and features before training on them."""
 
 
 @data_group.command("check")
-@click.option("--features", type=options.PATH, help="Store, HDF5 or .npy folder.")
-@click.option("--train", "train_path", type=options.PATH, help="Annotations.")
-@click.option("--val", "val_path", type=options.PATH, help="Annotations.")
-@click.option("--test", "test_path", type=options.PATH, help="Annotations.")
+@click.option("--features", type=options.PATH, help="Feature store, HDF5 file or .npy folder.")
+@click.option("--train", "train_path", type=options.PATH, help="Annotations for training.")
+@click.option("--val", "val_path", type=options.PATH, help="Annotations for validation.")
+@click.option("--test", "test_path", type=options.PATH, help="Annotations for testing.")
 @options.glove
 @click.option(
     "--durations",
@@ -38,7 +45,13 @@ def data_group() -> None:
     type=options.PATH,
     help="Seconds by video: JSON, Charades' CSV or a feature store; may be repeated.",
 )
-@click.option("--modality", default="rgb", show_default=True, type=click.Choice(MODALITIES))
+@click.option(
+    "--modality",
+    default="rgb",
+    show_default=True,
+    type=click.Choice(MODALITIES),
+    help="Which features of a store to read.",
+)
 @options.protocol
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.pass_context
@@ -54,13 +67,19 @@ def check_command(
     protocol: str,
     as_json: bool,
 ) -> None:
-    """Read everything once and say what it holds and what is wrong with it.
+    """Report what the files hold and everything that is wrong with them.
 
-    Errors are what training or evaluation would refuse; with one, the exit code is 1. The number
-    to beat is the best answer that is the same for every query, fitted on that very split.
+    Errors are what training or evaluation would refuse; with one, the exit code is 1. The best
+    constant answer is the one span of the video that fits all queries of a split best; a model
+    should beat it.
     """
     from mmdist_e2e.grounding.data.check import check_data
+    from mmdist_e2e.grounding.evaluate import best_constant_span, recall_metrics
     from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
+
+    def constant_answer(truth: Any, durations_Q: Any) -> dict[str, Any]:
+        span, iou_Q = best_constant_span(truth, durations_Q)
+        return {"span": list(span), **recall_metrics(iou_Q[:, None])}
 
     given = {"train": train_path, "val": val_path, "test": test_path}
     files = {name: path for name, path in given.items() if path is not None}
@@ -71,6 +90,7 @@ def check_command(
             files,
             features_path=features,
             word_vectors=load_word_vectors(glove) if glove else shipped_word_vectors(),
+            constant_answer=constant_answer,
             durations=durations,
             modality=modality,
             protocol=protocol,
@@ -86,100 +106,37 @@ def check_command(
 
 def _show(report: Report) -> None:
     if report.splits:
-        results.print(_splits_table(report))
-        results.print()
+        _print_table(report.splits)
     if report.features:
-        results.print(_features_table(report.features))
-        results.print()
+        _print_table({"features": report.features})
     for kind, sentences in (("warning", report.warnings), ("error", report.errors)):
         for sentence in sentences:
             results.print(f"{kind}: {sentence}", markup=False, soft_wrap=True)
     results.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings.")
 
 
-def _splits_table(report: Report) -> Table:
-    """A column a split; a row a fact that any split has."""
-    table = Table("", *report.splits, show_edge=False)
-    for label, tell in ROWS:
-        cells = [_cell(tell, facts) for facts in report.splits.values()]
+def _print_table(columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """One column for each split, one row for each fact."""
+    table = Table("", *columns, show_edge=False)
+    for key in dict.fromkeys(key for facts in columns.values() for key in facts):
+        cells = [_cell(facts.get(key)) for facts in columns.values()]
         if any(cells):
-            table.add_row(label, *map(escape, cells))
-    for label, tell in WORD_ROWS:
-        cells = [_cell(tell, report.words[name]) for name in report.splits]
-        if any(cells):
-            table.add_row(label, *map(escape, cells))
-    for pair, overlap in report.overlaps.items():
-        one, other = pair.split(", ")
-        shared = f"{overlap['videos']} videos, {overlap['queries']} sentences"
-        cells = [shared if name == other else "" for name in report.splits]
-        table.add_row(f"shared with {one}", *cells)
-    return table
+            table.add_row(LABELS.get(key, key.replace("_", " ")), *map(escape, cells))
+    results.print(table)
+    results.print()
 
 
-def _cell(tell: Callable[[Facts], str], facts: Facts) -> str:
-    try:
-        return tell(facts)
-    except KeyError:  # a fact that these files do not give
-        return ""
-
-
-def _spread(facts: Facts, scale: float = 1.0) -> str:
-    return (
-        f"{facts['median'] * scale:.4g} (mean {facts['mean'] * scale:.4g}, "
-        f"{facts['min'] * scale:.3g} to {facts['max'] * scale:.4g})"
-    )
-
-
-def _range(facts: Facts) -> str:
-    return f"{facts['median']:g} ({facts['min']:g} to {facts['max']:g})"
-
-
-def _late(facts: Facts) -> str:
-    count = facts["ends_past_duration"]
-    return f"{count} (by {facts['largest_past_duration_seconds']:.2f} s at most)" if count else "0"
-
-
-def _constant(facts: Facts) -> str:
-    best = facts["best_constant_span"]
-    start, end = best["span"]
-    recalls = " / ".join(f"{value:.1f}" for key, value in best.items() if key.startswith("R@1"))
-    return f"{recalls} ([{start:.2f}, {end:.2f}])"
-
-
-ROWS: tuple[tuple[str, Callable[[Facts], str]], ...] = (
-    ("file", lambda f: str(f["file"])),
-    ("protocol", lambda f: str(f["protocol"])),
-    ("queries", lambda f: f"{f['queries']}"),
-    ("left out by the protocol", lambda f: f"{f['queries_dropped_by_protocol'] or ''}"),
-    ("videos", lambda f: f"{f['videos']}"),
-    ("words a query", lambda f: _range(f["words_per_query"])),
-    ("queries cut at 20 words", lambda f: f"{f['queries_cut_at_20_words']}"),
-    ("repeated lines", lambda f: f"{f['duplicates']}"),
-    ("queries of several moments", lambda f: f"{f['queries_of_several_moments'] or ''}"),
-    ("duration, s", lambda f: _spread(f["duration_seconds"])),
-    ("moment, % of the video", lambda f: _spread(f["moment_share_of_video"], 100)),
-    ("ends past the video", _late),
-    ("to beat: R@1 at IoU 0.3 / 0.5 / 0.7", _constant),
-)
-WORD_ROWS: tuple[tuple[str, Callable[[Facts], str]], ...] = (
-    ("distinct words", lambda f: f"{f['distinct']}"),
-    ("words without a vector", lambda f: f"{f['share_without_vector'] * 100:.2f} %"),
-    ("words not seen in training", lambda f: f"{f['share_unseen_in_training'] * 100:.2f} %"),
-)
-
-
-def _features_table(facts: Facts) -> Table:
-    table = Table("features", "", show_edge=False)
-    rows = {
-        "kind": facts["kind"],
-        "made by": ", ".join(f"{k} {v}" for k, v in facts["made_by"].items()),
-        "videos": f"{facts['videos']}, {facts['videos_missing']} missing, "
-        f"{facts['videos_unused']} unused",
-        "channels": ", ".join(map(str, facts["channels"])),
-        "type": ", ".join(facts["dtypes"]),
-        "rows a video": _range(facts["rows"]),
-        "largest value": f"{facts['largest_value']:.4g}",
-    }
-    for label, value in rows.items():
-        table.add_row(label, escape(str(value)))
-    return table
+def _cell(value: Any) -> str:
+    """A fact as text; empty for none."""
+    if isinstance(value, Mapping):
+        if "span" in value:
+            start, end = value["span"]
+            recalls = " / ".join(f"{v:.1f}" for k, v in value.items() if k.startswith("R@1"))
+            return f"{recalls} ([{start:.2f}, {end:.2f}])"
+        if "median" in value:
+            low, median, mean, high = (f"{value[k]:.4g}" for k in ("min", "median", "mean", "max"))
+            return f"{median} (mean {mean}, {low} to {high})"
+        return ", ".join(f"{k}: {v}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value or "")

@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+from array import array
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +24,12 @@ from safetensors.numpy import save
 
 from mmdist_e2e.structures import MmdistError
 
-# What a pickle of arrays in dicts names, under numpy 1 and numpy 2. Everything else is refused.
+# What a pickle of arrays in dicts names, as numpy 2 spells it. Everything else is refused.
 PERMITTED = frozenset(
-    {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy.core.numeric", "_frombuffer"),
-        ("numpy._core.numeric", "_frombuffer"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("collections", "OrderedDict"),
-        ("collections", "Counter"),
-        ("builtins", "dict"),
-        ("builtins", "list"),
-        ("builtins", "set"),
-    }
+    ["numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.ndarray"]
+).union(
+    ["numpy._core.numeric._frombuffer", "numpy.dtype", "collections.OrderedDict"],
+    ["collections.Counter", "builtins.dict", "builtins.list", "builtins.set"],
 )
 
 
@@ -49,14 +41,14 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
             return _latin1
-        if (module, name) not in PERMITTED:
+        module = module.replace("numpy.core.", "numpy._core.")  # pickles of numpy 1 load too
+        if f"{module}.{name}" not in PERMITTED:
             raise _RefusedError(f"{module}.{name}")
-        # numpy 2 moved these modules; pickles of both ages must open everywhere.
-        return super().find_class(module.replace("numpy.core.", "numpy._core."), name)
+        return super().find_class(module, name)
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How protocol 2 spells bytes; other codecs than this one have no business in an array."""
+    """How pickle protocol 2 stores bytes; an array needs no other codec."""
     if encoding != "latin1":
         raise _RefusedError(f"the codec {encoding}")
     return text.encode("latin1")
@@ -65,24 +57,17 @@ def _latin1(text: str, encoding: str) -> bytes:
 def load_restricted(path: Path) -> Any:
     """Load a pickle that holds numpy arrays, dicts, counters, lists, numbers and strings only.
 
-    Raises MmdistError for a file that is no pickle, is cut short, or names any other class or
-    function (which is never imported, let alone called).
+    Raises MmdistError for a file that is not a whole pickle or names any other class or function,
+    which is neither imported nor called.
     """
     try:
         return _RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
     except _RefusedError as error:
         raise MmdistError(
-            f"The pickle '{path}' asks for {error}, and only numpy arrays, dicts and counters are "
-            f"opened from a pickle; it may be malicious, so ask for its source in another format."
+            f"The pickle '{path}' asks for {error}, but mmdist loads only numpy arrays, dicts and "
+            f"counters from a pickle; it may be malicious, so ask for the data in another format."
         ) from error
-    except OSError as error:
-        raise MmdistError(
-            f"'{path}' cannot be read ({error.strerror}); give a readable file."
-        ) from error
-    except (
-        pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError,
-        AttributeError, ImportError, MemoryError, OverflowError, UnicodeDecodeError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # a damaged pickle can raise anything
         raise MmdistError(
             f"'{path}' is not a readable pickle ({type(error).__name__}); give a GloVe text file "
             f"or CPL's glove.pkl."
@@ -93,9 +78,11 @@ SHIPPED_NAME = "glove-6b-50d-20k"
 
 SHIPPED_PATH = Path(__file__).parent / "data" / f"{SHIPPED_NAME}.safetensors"
 
-# A checkpoint carries its own vectors when they are not the shipped ones: so many of the most
-# frequent words, beside the words of its training sentences.
+# A checkpoint that does not use the shipped vectors holds those of this many most frequent words
+# and of the words of its training sentences.
 FREQUENT_WORDS = 20_000
+
+LINES_LOOKED_AT = 100  # the first lines of a text file tell how many numbers a word has
 
 
 @dataclass(frozen=True)
@@ -110,11 +97,13 @@ class WordVectors:
     def __post_init__(self) -> None:
         if self.vectors_VE.ndim != 2 or len(self.words) != len(self.vectors_VE):
             raise MmdistError(
-                f"Word vectors '{self.name}' must be one row a word; got {len(self.words)} words "
-                f"and an array of shape {list(self.vectors_VE.shape)}."
+                f"Word vectors '{self.name}' must have one row per word; got {len(self.words)} "
+                f"words and an array of shape {list(self.vectors_VE.shape)}."
             )
         if len(self.words) == 0 or not np.isfinite(self.vectors_VE).all():
-            raise MmdistError(f"Word vectors '{self.name}' must be finite, and at least one word.")
+            raise MmdistError(
+                f"Word vectors '{self.name}' must be finite numbers of at least one word."
+            )
         object.__setattr__(self, "index", {word: row for row, word in enumerate(self.words)})
 
     @property
@@ -130,13 +119,13 @@ class WordVectors:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over words and vectors: what a checkpoint remembers them by."""
+        """SHA-256 over words and vectors, by which a checkpoint identifies them."""
         sha = hashlib.sha256("\n".join(self.words).encode())
         sha.update(np.ascontiguousarray(self.vectors_VE, dtype="<f4").tobytes())
         return sha.hexdigest()
 
     def limited(self, also: Iterable[str], *, first: int = FREQUENT_WORDS) -> WordVectors:
-        """The `first` words and those of `also`: what a checkpoint can afford to carry."""
+        """The `first` words and those of `also`."""
         if len(self.words) <= first:
             return self
         wanted = set(also)
@@ -144,7 +133,7 @@ class WordVectors:
         return WordVectors(self.name, tuple(self.words[r] for r in rows), self.vectors_VE[rows])
 
     def to_bytes(self, dtype: type[np.floating] = np.float32) -> bytes:
-        """One safetensors file, words in its header: the form shipped and kept in checkpoints."""
+        """A safetensors file with the words in its header, as checkpoints hold it."""
         assert not any("\n" in word for word in self.words)
         return save(
             {"vectors": np.ascontiguousarray(self.vectors_VE, dtype=dtype)},
@@ -172,17 +161,22 @@ def shipped_word_vectors() -> WordVectors:
 
 
 def load_word_vectors(path: Path) -> WordVectors:
-    """Word vectors from `path`: a GloVe text file, CPL's pickle, or our own safetensors.
+    """Word vectors from `path`: a GloVe or word2vec text file, CPL's pickle, or our safetensors.
 
-    Raises MmdistError for a missing or malformed file, with its first bad line where it has lines.
+    Raises MmdistError for a missing or malformed file.
     """
     if not path.is_file():
         raise MmdistError(f"There is no word vector file '{path}'; give a GloVe text file.")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    with path.open("rb") as file:
-        is_pickle = file.read(1) == b"\x80"  # every pickle since protocol 2 opens with PROTO
-    return _from_cpl_pickle(path) if is_pickle else _from_glove_text(path)
+    try:
+        with path.open("rb") as file:
+            is_pickle = file.read(1) == b"\x80"  # the first byte of pickle protocol 2 and later
+        return _from_cpl_pickle(path) if is_pickle else _from_text(path)
+    except OSError as error:
+        raise MmdistError(
+            f"'{path}' cannot be read ({error.strerror}); give a readable file."
+        ) from error
 
 
 def _from_cpl_pickle(path: Path) -> WordVectors:
@@ -199,26 +193,40 @@ def _from_cpl_pickle(path: Path) -> WordVectors:
     return WordVectors(path.stem, words, vectors_VE)
 
 
-def _from_glove_text(path: Path) -> WordVectors:
-    words: list[str] = []
-    rows: list[NDArray[np.float32]] = []
-    seen: set[str] = set()
-    with path.open(encoding="utf-8", errors="replace") as file:
+def _from_text(path: Path) -> WordVectors:
+    """Lines of a word and its numbers; a word may hold spaces, as some of glove.840B do.
+
+    A first line of two counts (word2vec, fastText) is skipped; of equal words the first counts.
+    """
+    with path.open("rb") as file:  # bytes: some words of GloVe hold Unicode's own line ends
+        opening = [line.split() for line in islice(file, LINES_LOOKED_AT)]
+    sizes = Counter(len(fields) - 1 for fields in opening if len(fields) > 1)
+    if not sizes:
+        raise MmdistError(f"'{path}' has no line of a word and numbers; give a GloVe text file.")
+    dim = max(sizes, key=lambda size: (sizes[size], size))
+    has_header = dim > 1 and len(opening[0]) == 2 and b"".join(opening[0]).isdigit()
+    words: dict[str, None] = {}
+    values = array("f")
+    bad: list[int] = []
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            word, _, numbers = line.rstrip("\r\n").partition(" ")
+            word, *fields = line.removeprefix(b"\xef\xbb\xbf").rsplit(None, dim) or [b""]
+            if (number == 1 and has_header) or not line.strip():
+                continue
             try:
-                row = np.array(numbers.split(), dtype=np.float32)
+                row = np.array(fields, dtype=np.float32)
             except ValueError:
                 row = np.empty(0, dtype=np.float32)
-            if row.size == 0 or (rows and row.size != rows[0].size):
-                raise MmdistError(
-                    f"Line {number} of '{path}' is not a word and its "
-                    f"{rows[0].size if rows else 'some'} numbers; give a GloVe text file."
-                )
-            if word not in seen:
-                seen.add(word)
-                words.append(word)
-                rows.append(row)
-    if not rows:
-        raise MmdistError(f"The word vector file '{path}' is empty; give a GloVe text file.")
-    return WordVectors(path.stem, tuple(words), np.stack(rows))
+            if len(row) != dim or not np.isfinite(row).all():
+                bad.append(number)
+            elif (text := word.decode("utf-8", "replace")) not in words:
+                words[text] = None
+                values.frombytes(row.tobytes())
+    if bad:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise MmdistError(
+            f"'{path}' has lines that are not a word and its {dim} numbers: "
+            f"{', '.join(map(str, bad[:10]))}{more}; give a GloVe text file."
+        )
+    vectors_VE = np.frombuffer(values, dtype=np.float32).reshape(-1, dim)
+    return WordVectors(path.stem, tuple(words), vectors_VE)

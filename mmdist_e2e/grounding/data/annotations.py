@@ -1,38 +1,49 @@
 """Annotation files: formats, durations, protocols and splits.
 
-Four formats, told apart by their content:
-    Charades-STA         lines `VIDEO start end##sentence`; durations come from elsewhere
+Four formats, recognised by their content:
+    Charades-STA         lines `VIDEO start end##sentence`; durations come from another file
     CPL rows             JSON [[video, duration, [start, end], sentence], …]
     ActivityNet Captions JSON {video: {duration, timestamps, sentences}}
     QVHighlights         JSON lines with vid, duration, query, relevant_windows
-All times are seconds.
+All times are seconds. A line ends at a line feed.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 import re
+import unicodedata
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import MODALITIES, MmdistError
 
-NAMED_AT_MOST = 5  # so many offenders are named in a message, the rest are counted
+NAMED_AT_MOST = 5  # a message names this many videos or words and counts the rest
+
+LINES_AT_MOST = 10  # a message quotes this many bad lines and counts the rest
 
 VIDEO_SUFFIXES = frozenset(
     [".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"]
 ).union([".ts", ".webm", ".wmv", ".3gp"])
 
+T = TypeVar("T")
+
 
 def video_id(name: str) -> str:
-    """The id behind a video's names: `3MSZA.mp4`, `3MSZA.MKV` and `3MSZA` are one video."""
+    """The id of a video: its name without the suffix of a video file, in Unicode's form NFC.
+
+    `3MSZA.mp4`, `3MSZA.MKV` and `3MSZA` are one video; so are both spellings of `é`.
+    """
+    name = unicodedata.normalize("NFC", name)
     stem, dot, suffix = name.rpartition(".")
     return stem if stem and f"{dot}{suffix.lower()}" in VIDEO_SUFFIXES else name
 
@@ -45,10 +56,10 @@ def some(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Annotation:
-    """A sentence and where it happens, in seconds; `duration_seconds` None where not known yet.
+    """A sentence and its moment in seconds; `duration_seconds` is None while it is not known.
 
-    more: further moments of the same sentence (QVHighlights). An answer counts by the moment it
-    fits best, as in moment retrieval; training reads none of them.
+    more: further moments of the same sentence (QVHighlights). Evaluation scores an answer against
+    the moment that it fits best; training reads none of them.
     """
 
     video: str
@@ -60,154 +71,190 @@ class Annotation:
 
     @property
     def moments(self) -> tuple[tuple[float, float], ...]:
-        """All moments of the sentence; of several, (start, end) is the longest."""
+        """All moments of the sentence; (start, end) is the longest of them."""
         return ((self.start, self.end), *self.more)
 
     @property
     def ends_late(self) -> bool:
-        """Whether a moment ends past the video's end. Needs the duration."""
+        """Whether a moment ends after the video does. Needs the duration."""
         assert self.duration_seconds is not None
         return max(end for _, end in self.moments) > self.duration_seconds
 
 
-def parse_annotations(path: Path, text: str) -> Iterator[Annotation]:
-    """Annotations of a file's text in its order, its format chosen by how the text opens.
+class BadLinesError(MmdistError):
+    """All bad lines of one file; `lines` holds a sentence for each."""
 
-    Raises MmdistError naming the first bad line or row.
-    """
-    opening, _, _ = text.lstrip().partition("\n")
-    if opening.startswith("["):
-        return _cpl_rows(path, read_json(path, text))
-    if not opening.startswith("{"):
-        return _charades_lines(path, text)
-    if _is_query(opening):
-        return _json_lines(path, text)
-    return _videos(path, read_json(path, text))
+    def __init__(self, path: Path, lines: Sequence[str]) -> None:
+        self.lines = tuple(lines)
+        rest = len(lines) - LINES_AT_MOST
+        shown = [*lines[:LINES_AT_MOST], *([f"{rest} more bad lines."] if rest > 0 else [])]
+        heading = [f"'{path}' has {len(lines)} bad lines or rows:"] if len(lines) > 1 else []
+        super().__init__("\n  ".join(heading + shown))
 
 
-def _is_query(line: str) -> bool:
+class _BadEntryError(Exception):
+    """What is wrong with an entry, worded to follow the name of its place."""
+
+
+def _read_all(path: Path, entries: Iterable[tuple[str, Callable[[], T]]]) -> list[T]:
+    """Call the reader of every (place, reader). Raises BadLinesError that names all bad places."""
+    good, bad = [], []
+    for place, read in entries:
+        try:
+            good.append(read())
+        except _BadEntryError as error:
+            bad.append(f"{place} of '{path}' {error}")
+    if bad:
+        raise BadLinesError(path, bad)
+    return good
+
+
+def _read_text(path: Path, what: str) -> str:
+    """The text of a UTF-8 file, or of a UTF-16 file with a byte order mark."""
     try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and bool({"query", "qid", "vid"} & record.keys())
-
-
-def _charades_lines(path: Path, text: str) -> Iterator[Annotation]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        place = f"Line {number} of '{path}'"
-        head, separator, sentence = line.partition("##")
-        fields = head.rsplit(maxsplit=2)  # a video's id may hold spaces
-        if not separator or len(fields) != 3:
-            raise MmdistError(f"{place} is not 'VIDEO start end##sentence'.")
-        yield _annotation(place, fields[0], None, [fields[1:]], sentence)
-
-
-def _cpl_rows(path: Path, rows: Any) -> Iterator[Annotation]:
-    for number, row in enumerate(rows, start=1):
-        place = f"Row {number} of '{path}'"
-        try:
-            video, seconds, span, sentence = row
-        except (TypeError, ValueError) as error:
-            raise MmdistError(
-                f"{place} is not [video, duration, [start, end], sentence]."
-            ) from error
-        yield _annotation(place, video, seconds, [span], sentence)
-
-
-def _videos(path: Path, videos: Mapping[str, Any]) -> Iterator[Annotation]:
-    backwards = []
-    for video, entry in videos.items():
-        place = f"The video '{video}' of '{path}'"
-        try:
-            seconds, spans, sentences = (
-                entry[key] for key in ("duration", "timestamps", "sentences")
-            )
-            pairs = list(zip(spans, sentences, strict=True))
-        except (TypeError, KeyError, ValueError) as error:
-            raise MmdistError(
-                f"{place} is not {{duration, timestamps, sentences}} with one sentence for each "
-                f"timestamp."
-            ) from error
-        for number, (span, sentence) in enumerate(pairs, start=1):
-            where = f"Sentence {number} of the video '{video}' of '{path}'"
-            if len(times := _times(where, span)) == 2 and times[0] >= times[1]:
-                backwards.append(where)
-            else:
-                yield _annotation(where, video, seconds, [span], sentence)
-    if backwards:
-        warnings.warn(
-            f"{len(backwards)} moments do not end after they start and are left out, as is usual "
-            f"with ActivityNet Captions; the first: {backwards[0]}.",
-            stacklevel=4,
+        raw = path.read_bytes()
+    except OSError as error:
+        raise MmdistError(f"'{path}' cannot be read ({error.strerror}); give {what}.") from error
+    try:
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise MmdistError(
+            f"'{path}' is not readable text: line {line} is not {error.encoding.upper()} "
+            f"({error.reason}); save the file as UTF-8."
+        ) from error
+    if "\0" in text:
+        raise MmdistError(
+            f"'{path}' is not readable text: it holds zero bytes; save the file as UTF-8."
         )
+    return text
 
 
-def _json_lines(path: Path, text: str) -> Iterator[Annotation]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        place = f"Line {number} of '{path}'"
-        try:
-            row = json.loads(line)
-            video, seconds, sentence = row["vid"], row["duration"], row["query"]
-            spans = sorted(row["relevant_windows"], key=lambda span: span[0] - span[1])
-        except (TypeError, KeyError, ValueError, IndexError) as error:
-            raise MmdistError(
-                f"{place} is not JSON with vid, duration, query and relevant_windows (a test split "
-                f"published without its windows cannot be used)."
-            ) from error
-        yield _annotation(place, video, seconds, spans, sentence)
-
-
-def read_json(path: Path, text: str) -> Any:
-    """Parsed JSON. Raises MmdistError naming the file."""
+def _read_json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise MmdistError(f"'{path}' is not readable JSON: {error}.") from error
 
 
-def finite_number(place: str, what: str, value: Any) -> float:
-    """`value` as a number; raises MmdistError, opened by `place`, where it is none."""
+Entry = tuple[str, Callable[[], Annotation | None]]
+
+
+def _entries(path: Path, text: str) -> Iterator[Entry]:
+    """The place and the reader of every annotation; a reader gives None for one to leave out."""
+    lines = [(f"Line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    opening = text.lstrip()[:1]
+    if opening == "[":
+        for number, row in enumerate(_read_json(path, text), start=1):
+            yield f"Row {number}", partial(_from_cpl, row)
+    elif opening != "{":
+        yield from ((place, partial(_from_charades, line)) for place, line in lines)
+    elif any(_is_query(line) for _, line in lines):
+        yield from ((place, partial(_from_qvhighlights, line)) for place, line in lines)
+    else:
+        for video, entry in _read_json(path, text).items():
+            yield from _from_activitynet(video, entry)
+
+
+def _is_query(line: str) -> bool:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and bool({"query", "qid", "vid"} & record.keys())
+
+
+def _from_charades(line: str) -> Annotation:
+    head, separator, sentence = line.partition("##")
+    fields = head.rsplit(maxsplit=2)  # a video's id may hold spaces
+    if not separator or len(fields) != 3:
+        raise _BadEntryError("is not 'VIDEO start end##sentence'.")
+    return _annotation(fields[0], None, [fields[1:]], sentence)
+
+
+def _from_cpl(row: Any) -> Annotation:
+    try:
+        video, seconds, span, sentence = row
+    except (TypeError, ValueError) as error:
+        raise _BadEntryError("is not [video, duration, [start, end], sentence].") from error
+    return _annotation(video, seconds, [span], sentence)
+
+
+def _from_qvhighlights(line: str) -> Annotation:
+    try:
+        row = json.loads(line)
+        video, seconds, sentence = row["vid"], row["duration"], row["query"]
+        spans = sorted(row["relevant_windows"], key=lambda span: span[0] - span[1])
+    except (TypeError, KeyError, ValueError, IndexError, RecursionError) as error:
+        raise _BadEntryError(
+            "is not JSON with vid, duration, query and relevant_windows (a test split that is "
+            "published without its windows cannot be used)."
+        ) from error
+    return _annotation(video, seconds, spans, sentence)
+
+
+def _from_activitynet(video: str, entry: Any) -> Iterator[Entry]:
+    """One entry for each sentence of a video, or one that is bad."""
+
+    def refuse() -> None:
+        raise _BadEntryError(
+            "is not {duration, timestamps, sentences} with one sentence for each timestamp."
+        )
+
+    def read(span: Any, sentence: Any) -> Annotation | None:
+        times = _times(span)
+        backwards = len(times) == 2 and times[0] >= times[1]
+        return None if backwards else _annotation(video, seconds, [span], sentence)
+
+    try:
+        seconds, spans, sentences = (entry[key] for key in ("duration", "timestamps", "sentences"))
+        pairs = list(zip(spans, sentences, strict=True))
+    except (TypeError, KeyError, ValueError):
+        yield f"The video '{video}'", refuse
+        return
+    for number, (span, sentence) in enumerate(pairs, start=1):
+        yield f"Sentence {number} of the video '{video}'", partial(read, span, sentence)
+
+
+def _number(what: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise MmdistError(f"{place} has {what} that is no number: {value!r}.")
+        raise _BadEntryError(f"has {what} that is not a number: {value!r:.100}.")
     return number
 
 
-def _times(place: str, span: Any) -> list[float]:
+def _duration(value: Any) -> float:
+    seconds = _number("a duration", value)
+    if seconds <= 0:
+        raise _BadEntryError(f"has the duration {seconds:g}; it must be above 0.")
+    return seconds
+
+
+def _times(span: Any) -> list[float]:
     if not isinstance(span, list):
-        raise MmdistError(f"{place} has no moment [start, end].")
-    return [finite_number(place, "a time", value) for value in span]
+        raise _BadEntryError("has no moment [start, end].")
+    return [_number("a time", value) for value in span]
 
 
-def _annotation(
-    place: str, video: Any, seconds: Any, spans: Sequence[Any], sentence: Any
-) -> Annotation:
-    """A checked annotation; `place` opens the message of an error."""
+def _annotation(video: Any, seconds: Any, spans: Sequence[Any], sentence: Any) -> Annotation:
+    """A checked annotation. Raises _BadEntryError."""
     if not isinstance(sentence, str) or not sentence.strip():
-        raise MmdistError(f"{place} has no sentence.")
+        raise _BadEntryError("has no sentence.")
     if not isinstance(video, str) or not video.strip():
-        raise MmdistError(f"{place} names no video.")
+        raise _BadEntryError("names no video.")
     moments = []
-    for times in (_times(place, span) for span in spans):
+    for times in map(_times, spans):
         if len(times) != 2 or not 0 <= times[0] <= times[1]:
-            raise MmdistError(
-                f"{place} spans {' to '.join(map(str, times))} seconds; a moment starts at 0 or "
-                f"later and does not end before it starts."
+            raise _BadEntryError(
+                f"has the moment {times}; a moment is [start, end] with 0 <= start <= end."
             )
         moments.append((times[0], times[1]))
     if not moments:
-        raise MmdistError(f"{place} has no moment [start, end].")
-    duration = None if seconds is None else finite_number(place, "a duration", seconds)
-    if duration is not None and duration <= 0:
-        raise MmdistError(f"{place} has the duration {duration}; it must be above 0.")
+        raise _BadEntryError("has no moment [start, end].")
+    duration = None if seconds is None else _duration(seconds)
     return Annotation(
         video_id(video.strip()), duration, *moments[0], sentence.strip(), tuple(moments[1:])
     )
@@ -242,12 +289,11 @@ def in_protocol(annotations: Sequence[Annotation], protocol: str) -> list[Annota
             f"The protocol cpl drops queries that end past their video, and {len(unknown)} videos "
             f"have no duration ({some(unknown)}); give --durations."
         )
-    kept = [a for a in annotations if not a.ends_late]
-    if not kept:
-        raise MmdistError(
-            "The protocol cpl leaves no query: all end past their video; check the durations."
-        )
-    return kept
+    if kept := [a for a in annotations if not a.ends_late]:
+        return kept
+    raise MmdistError(
+        "The protocol cpl leaves no query: all end past their video; check the times."
+    )
 
 
 def fingerprint(annotations: Sequence[Annotation]) -> str:
@@ -256,19 +302,17 @@ def fingerprint(annotations: Sequence[Annotation]) -> str:
     for a in annotations:
         times = " ".join(f"{start:.2f} {end:.2f}" for start, end in a.moments)
         lines.append(f"{a.video} {times} {' '.join(re.findall('[a-z0-9]+', a.sentence.lower()))}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def protocol_of(path: Path, annotations: Sequence[Annotation]) -> str:
     """Name the protocol of annotations, which belongs beside every number made with them.
 
-    A published split is known by its content, so a file of another name or format keeps its
-    protocol, and one with a query changed loses it. Any other file is named with what it does
-    with queries that end past their video: that is what parts the two protocols of Charades-STA,
-    whose numbers must not be mixed.
+    A published split is recognised by its content, whatever its name or format. Any other file is
+    named with whether it keeps queries that end past their video, by which the two protocols of
+    Charades-STA differ.
     """
-    known = PUBLISHED.get(fingerprint(annotations))
-    if known:
+    if known := PUBLISHED.get(fingerprint(annotations)):
         return known
     if any(a.duration_seconds is None for a in annotations):
         late = "durations unknown"
@@ -279,7 +323,7 @@ def protocol_of(path: Path, annotations: Sequence[Annotation]) -> str:
 
 
 class Carved(NamedTuple):
-    """Two lists in the order of the file, which share no video, and a sentence that says so."""
+    """Two lists that share no video, in the order of the file, and a sentence about them."""
 
     train: list[Annotation]
     val: list[Annotation]
@@ -297,13 +341,14 @@ def carve_validation(
     """
     if not 0 < fraction < 1:
         raise MmdistError(
-            f"A validation split takes a share of the videos between 0 and 1, like 0.1; "
-            f"got {fraction}."
+            f"The share of videos for validation must be between 0 and 1, like 0.1; got {fraction}."
         )
     videos = {a.video for a in annotations}
     if len(videos) < 2:
         raise MmdistError("One video cannot be split in two; give --val, or more videos.")
-    ranked = sorted(videos, key=lambda v: hashlib.sha256(f"{seed} {v}".encode()).digest())
+    ranked = sorted(
+        videos, key=lambda v: hashlib.sha256(f"{seed} {v}".encode(errors="surrogatepass")).digest()
+    )
     chosen = set(ranked[: min(max(1, round(fraction * len(videos))), len(videos) - 1)])
     train = [a for a in annotations if a.video not in chosen]
     val = [a for a in annotations if a.video in chosen]
@@ -314,30 +359,65 @@ def carve_validation(
     return Carved(train, val, report)
 
 
+def read_annotations(path: Path) -> tuple[list[Annotation], int]:
+    """Annotations of any of the four formats, in their order, and how many are left out.
+
+    Left out are moments of ActivityNet Captions that do not end after they start, as is usual.
+    Raises BadLinesError naming every bad line or row, MmdistError for an unreadable file.
+    """
+    entries = _read_all(path, _entries(path, _read_text(path, "an annotation file")))
+    annotations = [a for a in entries if a is not None]
+    if not annotations:
+        raise MmdistError(f"'{path}' holds no annotations; give at least one line.")
+    return annotations, len(entries) - len(annotations)
+
+
+LONGEST_SECONDS = 10_000.0  # without a duration, a moment that ends later is not in seconds
+
+SUSPICIONS = {
+    "not_in_seconds": "annotations look like milliseconds or frame numbers; times and durations "
+    "must be in seconds",
+    "zero_length": "annotations have a moment of length zero",
+    "duplicates": "lines repeat another line",
+    "left_out": "moments that do not end after they start are left out",
+}
+
+
+def suspicions(annotations: Sequence[Annotation], left_out: int) -> dict[str, int]:
+    """How many annotations are probably wrong, by the kinds of SUSPICIONS that occur."""
+    distinct = {(a.video, a.moments, a.sentence.lower()) for a in annotations}
+    counts = {
+        "not_in_seconds": sum(
+            a.end > min(LONGEST_SECONDS, 10 * (a.duration_seconds or math.inf)) for a in annotations
+        ),
+        "zero_length": sum(any(start == end for start, end in a.moments) for a in annotations),
+        "duplicates": len(annotations) - len(distinct),
+        "left_out": left_out,
+    }
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def describe_suspicions(counts: Mapping[str, int]) -> str:
+    return "; ".join(f"{count} {SUSPICIONS[kind]}" for kind, count in counts.items())
+
+
 def load_annotations(
     path: Path,
     *,
     durations: Path | Mapping[str, float] | None = None,
     protocol: str = "official",
 ) -> list[Annotation]:
-    """Read an annotation file of any of the four formats, in its order.
+    """Read an annotation file, in its order; warns once of what is probably wrong.
 
     durations: seconds by video, or a file as `load_durations` reads it; they override those of
-    the file. protocol: see `in_protocol`. Raises MmdistError naming the first bad line or row.
+    the annotation file. protocol: see `in_protocol`. Raises as `read_annotations`.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise MmdistError(
-            f"'{path}' cannot be read ({error.strerror}); give an annotation file."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise MmdistError(f"'{path}' is not readable text or JSON: {error}.") from error
     seconds = load_durations(durations) if isinstance(durations, Path) else durations
-    annotations = list(parse_annotations(path, text))
-    if not annotations:
-        raise MmdistError(f"'{path}' holds no annotations; give at least one line.")
-    return in_protocol(with_durations(annotations, seconds or {}), protocol)
+    annotations, left_out = read_annotations(path)
+    annotations = with_durations(annotations, seconds or {})
+    if counts := suspicions(annotations, left_out):
+        warnings.warn(f"'{path}': {describe_suspicions(counts)}.", stacklevel=2)
+    return in_protocol(annotations, protocol)
 
 
 def with_durations(
@@ -353,52 +433,51 @@ def with_durations(
 def load_durations(path: Path) -> dict[str, float]:
     """Seconds by video: JSON {video: seconds}, Charades' CSV (`id`, `length`), or a feature store.
 
-    Raises MmdistError naming the first bad entry.
+    Raises BadLinesError naming every bad entry, MmdistError for anything else.
     """
     if path.is_dir():
         store = FeatureStore(path)
-        return {v: store.load(v, m).duration_seconds for m in MODALITIES for v in store.videos(m)}
+        names = [(video, modality) for modality in MODALITIES for video in store.videos(modality)]
+        if not names:
+            raise MmdistError(f"The folder '{path}' holds no features made by mmdist extract.")
+        return {video_id(v): store.load(v, m).duration_seconds for v, m in names}
+    pairs = _duration_pairs(path, _read_text(path, "a file of durations"))
+
+    def read(video: Any, value: Any) -> tuple[str, float]:
+        if not video or not video.strip():
+            raise _BadEntryError("names no video.")
+        return video_id(video.strip()), _duration(value)
+
+    entries = ((place, partial(read, video, value)) for place, video, value in pairs)
+    return dict(_read_all(path, entries))
+
+
+def _duration_pairs(path: Path, text: str) -> Iterator[tuple[str, str | None, Any]]:
+    """The place, the video and its duration of every entry of a JSON or CSV file."""
+    if text.lstrip()[:1] in ("{", "["):
+        raw = _read_json(path, text)
+        if not isinstance(raw, dict):
+            raise MmdistError(f"'{path}' must map every video to its duration in seconds.")
+        yield from ((f"The video '{video}'", video, value) for video, value in raw.items())
+        return
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        pairs = _json_durations(path, text) if text.lstrip()[:1] in "{[" else _csv(path, text)
-        seconds = {}
-        for place, video, value in pairs:
-            seconds[video_id(video)] = finite_number(place, "a duration", value)
-            if seconds[video_id(video)] <= 0:
-                raise MmdistError(f"{place} has the duration {value}; it must be above 0.")
-    except OSError as error:
-        raise MmdistError(
-            f"'{path}' cannot be read ({error.strerror}); give a file of durations."
-        ) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise MmdistError(f"'{path}' is not readable text: {error}.") from error
-    return seconds
+        if not {"id", "length"} <= set(rows.fieldnames or ()):
+            raise MmdistError(
+                f"'{path}' holds no durations: give JSON that maps videos to seconds, or Charades' "
+                f"CSV with the columns id and length."
+            )
+        for row in rows:
+            yield f"Line {rows.line_num}", row["id"], row["length"]
+    except csv.Error as error:
+        raise MmdistError(f"Line {rows.line_num + 1} of '{path}' is not CSV: {error}.") from error
 
 
 def world_of(path: Path) -> str | None:
-    """Which synthetic world an annotation file is of; None for any other file."""
+    """Which synthetic world an annotation file belongs to; None for any other file."""
     try:
         facts = json.loads((path.parent / "world.json").read_text(encoding="utf-8"))
         version, seed = facts["world_version"], facts["seed"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # or somebody's own file of that name
+        return None  # or an unrelated file of that name
     return f"our own synthetic world, version {version} (seed {seed}, {path.name})"
-
-
-def _json_durations(path: Path, text: str) -> Iterator[tuple[str, str, Any]]:
-    raw = read_json(path, text)
-    if not isinstance(raw, dict):
-        raise MmdistError(f"'{path}' must map every video to its duration in seconds.")
-    for video, value in raw.items():
-        yield f"The video '{video}' of '{path}'", video, value
-
-
-def _csv(path: Path, text: str) -> Iterator[tuple[str, str, Any]]:
-    rows = csv.DictReader(text.splitlines())
-    if not {"id", "length"} <= set(rows.fieldnames or ()):
-        raise MmdistError(
-            f"'{path}' holds no durations: give JSON that maps videos to seconds, or Charades' CSV "
-            f"with the columns id and length."
-        )
-    for row in rows:
-        yield f"Line {rows.line_num} of '{path}'", row["id"] or "", row["length"]
