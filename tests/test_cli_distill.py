@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 from test_cli_train import SMALL, files, mmdist, train
 
-from mmdist_e2e.grounding import train as distill
+from mmdist_e2e.grounding import teacher as distill
 from mmdist_e2e.grounding.answer import predict
 from mmdist_e2e.grounding.checkpoint import load_checkpoint
 from mmdist_e2e.grounding.data.annotations import load_annotations
