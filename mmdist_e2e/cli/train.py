@@ -4,23 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mmdist_e2e.cli import common as options
 from mmdist_e2e.cli.common import PATH, StepDisplay, results
 from mmdist_e2e.cli.extract import parse_modalities
+from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError
 
-Option = Callable[[click.Command], click.Command]
-HELP = """\
-The checkpoint is the epoch that rebuilds the sentences best on --val, or without it on a part of
-the training videos, and the last line says which. That takes no timestamps; --set
-select_by=val_recall takes them. To compare settings on annotations that choose nothing, train
-without --val, then run `mmdist evaluate RUN --features F --annotations val.json`.
+if TYPE_CHECKING:
+    from mmdist_e2e.weights.words import WordVectors
 
-A killed run goes on where it was; the same command on a finished run does nothing.
+FEATURES = "Features: a folder that mmdist extract wrote, an HDF5 file or a folder of VIDEO.npy."
+
+SETTINGS = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any other setting of the recipe; may be repeated.",
+)
+
+HELP = """\
+The checkpoint is the epoch that rebuilds the sentences of --val best or, without --val, those of a
+part of the training videos; the last line of output says which. This reads no timestamps; --set
+select_by=val_recall does. To compare settings on annotations that choose nothing, train without
+--val, then run `mmdist evaluate RUN --features F --annotations val.json`.
+
+The same command resumes an interrupted run and leaves a finished one as it is; with more --epochs
+it continues. A run of other features, annotations or settings is never overwritten.
 
 Several GPUs of one machine: torchrun --nproc-per-node N -m mmdist_e2e.cli.main train …"""
 
@@ -33,14 +47,16 @@ def train_group() -> None:
 def training_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of every recipe, in the order of the help."""
     each = (
-        click.option("--features", required=True, type=PATH, help="Store, HDF5 or npy folder."),
+        click.option("--features", required=True, type=PATH, help=FEATURES),
         options.flow_features,
-        click.option("--train", "train_path", required=True, type=PATH, help="Annotations."),
+        click.option(
+            "--train", "train_path", required=True, type=PATH, help="Annotations to train on."
+        ),
         click.option(
             "--val",
             "val_path",
             type=PATH,
-            help="Annotations of other videos, which the checkpoint is chosen on.",
+            help="Annotations of other videos, to choose the checkpoint on.",
         ),
         click.option(
             "--carve",
@@ -49,28 +65,34 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
             "on; 0 takes the last epoch.  [default: 0.1]",
         ),
         click.option("--out", required=True, type=PATH, help="Folder of the run."),
-        click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0)),
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(min=0),
+            help="Seed of weights, order, masks and dropout.",
+        ),
         options.glove,
         options.durations,
         options.protocol,
         options.length,
-        click.option("--epochs", type=click.IntRange(min=1), help="Default: the recipe's."),
-        options.device,
         click.option(
-            "--set",
-            "settings",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Any other setting of the recipe; may be repeated.",
+            "--epochs",
+            type=click.IntRange(min=1),
+            help="Passes over the training data.  [default: 30 for cpl, else 15]",
         ),
+        options.device,
+        SETTINGS,
     )
     for option in reversed(each):
         command = option(command)
     return command
 
 
-def recipe_command(recipe: str, what: str, *more: Option, modality: str = "rgb") -> click.Command:
-    """`mmdist train RECIPE`, with options of its own."""
+def recipe_command(
+    recipe: str, what: str, *more: Callable[..., Any], modality: str = "rgb"
+) -> click.Command:
+    """`mmdist train RECIPE`; more: further options."""
 
     @click.command(recipe, help=f"Train the `{recipe}` recipe: {what}.\n\n{HELP}")
     @training_options
@@ -89,7 +111,7 @@ def recipe_command(recipe: str, what: str, *more: Option, modality: str = "rgb")
 
 
 TEACHER = click.option(
-    "--teacher", type=PATH, required=True, help="The run of a teacher to learn from."
+    "--teacher", type=PATH, required=True, help="Run of the teacher to learn from."
 )
 for _command in (
     recipe_command("cpl", "the global branch alone (CPL)"),
@@ -123,14 +145,14 @@ def _train(
     from mmdist_e2e.extractors.runner import resolve_device
     from mmdist_e2e.grounding.parallel import processes, rank
     from mmdist_e2e.grounding.train import CARVED_FRACTION, train_run
-    from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
 
+    check_out(out)
     if val_path is not None and carve is not None:
-        raise MmdistError("--carve makes a validation split where there is no --val; give one.")
+        raise MmdistError("--carve makes a validation split, and --val is one; give only one.")
     overrides = parse_settings(settings)
     if epochs is not None:
         overrides["epochs"] = epochs
-    vectors = load_word_vectors(glove) if glove is not None else shipped_word_vectors()
+    vectors = word_vectors_of(glove)
     with processes(resolve_device(device)) as device, StepDisplay() as display:
         summary = train_run(
             recipe_name=recipe,
@@ -152,8 +174,12 @@ def _train(
             progress=display if rank() == 0 else None,
         )
         first = rank() == 0
-    if not first:  # of several processes one tells
+    if not first:  # of several processes one prints
         return
+    if summary["how"] != "trained":
+        results.print(f"{out}: {summary['how']}", markup=False, soft_wrap=True)
+    for line in summary["continued"]:
+        results.print(f"{out}: {line}", markup=False, soft_wrap=True)
     validation = ", ".join(f"{name} {value:.2f}" for name, value in summary["validation"].items())
     results.print(
         f"{out}: recipe {summary['recipe']}, seed {seed}, {summary['queries']} queries, "
@@ -162,6 +188,13 @@ def _train(
         markup=False,
         soft_wrap=True,
     )
+
+
+def word_vectors_of(glove: Path | None) -> WordVectors:
+    """Those of --glove, or the shipped ones."""
+    from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
+
+    return load_word_vectors(glove) if glove is not None else shipped_word_vectors()
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

@@ -285,6 +285,7 @@ def train_run(
     teacher: Path | None = None,
     length: int = 64,
     overrides: Mapping[str, Any] | None = None,
+    more_epochs: bool = True,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -297,7 +298,8 @@ def train_run(
     carve: without `val_path`, the share of training videos set aside as validation; 0: no
     validation, the last epoch is taken. modalities: what the network reads; flow_features_path: of
     flow, if not stored with RGB. teacher: the run that a student learns from; its features are read
-    from the same paths. overrides: settings of the recipe by name. Returns a summary.
+    from the same paths. overrides: settings of the recipe by name. more_epochs: whether a run may
+    be continued past the epochs that it was started with. Returns a summary.
 
     Timestamps are read for the figures of validation alone; they choose the checkpoint only with
     `select_by="val_recall"`. Raises MmdistError for unusable input, and when `out` holds a run of
@@ -361,7 +363,7 @@ def train_run(
         "selected_by": SELECTED_BY[recipe.training.select_by].format(where),
     }
     state_path = out / STATE
-    found = _found(out, inputs)
+    found = _found(out, inputs, more_epochs=more_epochs)
     if found is not None and found.epoch == recipe.training.epochs:
         return summary | _progress(found, inputs, how="finished before")
 
@@ -439,7 +441,7 @@ def _progress(state: TrainingState, inputs: Mapping[str, Any], *, how: str) -> d
     }
 
 
-def _found(out: Path, inputs: dict[str, Any]) -> TrainingState | None:
+def _found(out: Path, inputs: dict[str, Any], *, more_epochs: bool) -> TrainingState | None:
     """The progress of the run in `out`; None where there is none.
 
     A run that shall have more epochs than it was started with is continued, and
@@ -455,7 +457,7 @@ def _found(out: Path, inputs: dict[str, Any]) -> TrainingState | None:
     if not state.epoch and not (out / CONFIG).is_file():
         return None  # killed before anything was made
     epochs = planned = inputs["settings"]["epochs"]
-    if "digests" in known:
+    if "digests" in known and more_epochs:
         inputs["continued"] = known["continued"]
         planned = known["settings"]["epochs"]
         known["settings"]["epochs"] = epochs
