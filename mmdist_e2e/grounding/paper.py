@@ -47,7 +47,7 @@ Job = tuple["Row", int]
 Done = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One row: a recipe with some settings, and R@1 at IoU 0.3, 0.5, 0.7 in the paper.
 

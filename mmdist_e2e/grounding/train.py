@@ -494,16 +494,11 @@ def _epochs(
         losses = trainer.run_epoch(progress)
         epoch = trainer.state.epoch
         weights = all(bool(p.isfinite().all()) for p in trainer.model.parameters())
-        if not weights or not all(map(math.isfinite, losses.values())):
+        validation = validate(trainer, val_items, windows) if val_items and weights else {}
+        if not weights or not all(map(math.isfinite, (*losses.values(), *validation.values()))):
             raise MmdistError(
                 f"The loss is no longer finite in epoch {epoch}; lower the learning rate, or look "
                 f"for extreme values in the features."
-            )
-        validation = validate(trainer, val_items, windows) if val_items else {}
-        if not all(map(math.isfinite, validation.values())):
-            raise MmdistError(
-                f"The loss on the validation split is not finite in epoch {epoch}; look for "
-                f"extreme values in its features."
             )
         trainer.state.history.append({"epoch": epoch, "losses": losses, "validation": validation})
         if progress:
