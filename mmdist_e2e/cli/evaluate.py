@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.table import Table
@@ -16,9 +17,15 @@ from mmdist_e2e.structures import MmdistError
 
 @click.command("evaluate")
 @click.argument("runs", nargs=-1, required=True, type=options.PATH)
-@click.option("--features", required=True, type=options.PATH, help=FEATURES)
+@click.option("--features", "features_path", required=True, type=options.PATH, help=FEATURES)
 @options.flow_features
-@click.option("--annotations", required=True, type=options.PATH, help="Annotations to score on.")
+@click.option(
+    "--annotations",
+    "annotations_path",
+    required=True,
+    type=options.PATH,
+    help="Annotations to score on.",
+)
 @options.durations
 @options.protocol
 @options.device
@@ -30,14 +37,11 @@ from mmdist_e2e.structures import MmdistError
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate_command(
     runs: tuple[Path, ...],
-    features: Path,
     flow_features: Path | None,
-    annotations: Path,
-    durations: Path | None,
-    protocol: str,
-    device: str,
     out: Path | None,
+    device: str,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Evaluate RUNS: R@n at IoU m and mIoU in percent, and four controls.
 
@@ -54,19 +58,9 @@ def evaluate_command(
     if out is not None and len(runs) > 1:
         raise MmdistError("--out is for the results of one run; omit it for several.")
     with StepDisplay() as progress:
+        given |= {"device": resolve_device(device), "progress": progress}
         evaluated = [
-            evaluate_run(
-                run,
-                features_path=features,
-                flow_features_path=flow_features,
-                annotations_path=annotations,
-                durations=durations,
-                protocol=protocol,
-                out=out,
-                device=resolve_device(device),
-                progress=progress,
-            )
-            for run in runs
+            evaluate_run(run, flow_features_path=flow_features, out=out, **given) for run in runs
         ]
     if as_json:
         click.echo(json.dumps(evaluated[0] if len(runs) == 1 else evaluated, indent=2))

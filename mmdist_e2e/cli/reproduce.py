@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,11 +23,11 @@ from mmdist_e2e.structures import MmdistError
 )
 @click.option("--features", required=True, type=PATH, help=FEATURES)
 @options.flow_features
-@click.option("--train", "train_path", required=True, type=PATH, help="Annotations to train on.")
+@click.option("--train", required=True, type=PATH, help="Annotations to train on.")
+@click.option("--val", type=PATH, help="Validation annotations. Without: a part of --train.")
 @click.option(
-    "--val", "val_path", type=PATH, help="Validation annotations. Without: a part of --train."
+    "--annotations", "test", required=True, type=PATH, help="Annotations to score rows on."
 )
-@click.option("--annotations", required=True, type=PATH, help="Annotations to score rows on.")
 @click.option("--out", required=True, type=PATH, help="Folder of all runs and of table.md.")
 @click.option(
     "--seeds",
@@ -51,21 +52,14 @@ from mmdist_e2e.structures import MmdistError
 @click.option("--dry-run", is_flag=True, help="Print what is finished and what to train.")
 def reproduce_command(
     tables: str,
-    features: Path,
-    flow_features: Path | None,
-    train_path: Path,
-    val_path: Path | None,
-    annotations: Path,
     out: Path,
     seeds: int,
     ablation_seeds: int,
     glove: Path | None,
-    durations: Path | None,
-    protocol: str,
-    length: int,
     device: str,
     settings: Sequence[str],
     dry_run: bool,
+    **given: Any,
 ) -> None:
     """Train and score every row of the paper's tables over several seeds.
 
@@ -82,19 +76,9 @@ def reproduce_command(
     )
     check_out(out)
     chosen = parse_settings(settings)
-    material = paper.Material(
-        world_of(annotations) or f"{features.name} with {train_path.name}",
-        features,
-        flow_features,
-        train_path,
-        val_path,
-        annotations,
-        word_vectors_of(glove),
-        durations,
-        protocol,
-        length,
-        resolve_device(device),
-    )
+    source = world_of(given["test"]) or f"{given['features'].name} with {given['train'].name}"
+    vectors, device = word_vectors_of(glove), resolve_device(device)
+    material = paper.Material(source=source, word_vectors=vectors, device=device, **given)
     if dry_run:
         done = paper.finished(out, paper.inputs_of(material, jobs, chosen))
         for row, seed in jobs:
