@@ -180,3 +180,16 @@ def test_one_row_that_fails_does_not_stop_the_others(both: Path, tmp_path: Path)
     table = (tmp_path / "table.md").read_text()
     assert "| cpl |" in table
     assert "| student |" in table
+
+
+def test_no_student_learns_from_a_teacher_that_failed(both: Path, tmp_path: Path) -> None:
+    (tmp_path / "teacher-0").mkdir()
+    for path in (both / "teacher").iterdir():  # a checkpoint is there, but not of this call
+        if path.is_file():
+            shutil.copy(path, tmp_path / "teacher-0")
+    failed = run(both, tmp_path, "--tables", "1", "--seeds", 1)
+    assert failed.exit_code == 1
+    assert "teacher, seed 0 failed: " in failed.output
+    assert "epochs is 2 there and 1 here" in failed.output
+    assert "student, seed 0 failed: its teacher" in failed.output
+    assert "| baseline |" in (tmp_path / "table.md").read_text()

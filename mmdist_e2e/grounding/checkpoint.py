@@ -229,5 +229,15 @@ def input_differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> li
     ]
 
 
+def refuse_other(what: str, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises MmdistError when `what`, a folder and its contents, was made from other inputs."""
+    unlike = input_differences(known, wanted)
+    if unlike:
+        raise MmdistError(
+            f"{what} of other inputs: {'; '.join(unlike)}. "
+            f"Give another --out or delete that folder."
+        )
+
+
 def _shown(value: Any) -> str:
     return "not set" if value is None else str(value)

@@ -28,12 +28,12 @@ from mmdist_e2e.grounding.answer import (
 from mmdist_e2e.grounding.checkpoint import (
     annotations_digest,
     digest_of,
-    input_differences,
     load_checkpoint,
     model_digest,
+    refuse_other,
 )
 from mmdist_e2e.grounding.config import Recipe
-from mmdist_e2e.grounding.data.annotations import load_annotations, protocol_of
+from mmdist_e2e.grounding.data.annotations import Annotation, load_annotations, protocol_of
 from mmdist_e2e.grounding.data.batches import Item, make_items
 from mmdist_e2e.grounding.data.features import (
     FeatureTable,
@@ -201,6 +201,16 @@ def recall_metrics(iou_QK: Array) -> dict[str, float]:
     return metrics
 
 
+def annotations_of(items: Sequence[Item]) -> list[Annotation]:
+    """Their annotations; those without a duration get that of the features."""
+    return [
+        i.annotation
+        if i.annotation.duration_seconds
+        else replace(i.annotation, duration_seconds=i.duration_seconds)
+        for i in items
+    ]
+
+
 def truth_of(items: Sequence[Item]) -> tuple[Array, Array]:
     """Annotated spans [Q, T, 2], the first repeated where a query has fewer; durations [Q]."""
     each = [item.annotation.moments for item in items]
@@ -365,7 +375,9 @@ def evaluate_run(
         },
     }
     out = out or run / "evaluations" / f"{annotations_path.stem}-{digest_of(inputs)[:8]}"
-    _refuse_other_evaluation(out, inputs)
+    if (out / METRICS).is_file():
+        known = json.loads((out / METRICS).read_text(encoding="utf-8")).get("inputs", {})
+        refuse_other(f"'{out}' holds an evaluation", known, inputs)
     windows = cut_long_videos(
         items, table, places, longest_seconds=float(trained.config["longest_duration_seconds"])
     )
@@ -373,12 +385,8 @@ def evaluate_run(
     result, predictions = evaluate_items(
         trained.model, trained.recipe, items, table, windows, progress=progress
     )
-    known = [
-        replace(a, duration_seconds=a.duration_seconds or i.duration_seconds)
-        for a, i in zip(annotations, items, strict=True)
-    ]
     result |= {
-        "protocol": protocol_of(annotations_path, known),
+        "protocol": protocol_of(annotations_path, annotations_of(items)),
         "annotations": annotations_path.name,
         "recipe": trained.recipe.name,
         "seed": trained.config["seed"],
@@ -388,20 +396,6 @@ def evaluate_run(
     write_predictions(out / PREDICTIONS, items, predictions)
     write_json(out / METRICS, result)
     return result | {"out": str(out)}
-
-
-def _refuse_other_evaluation(out: Path, inputs: Mapping[str, Any]) -> None:
-    """Raises MmdistError when `out` holds an evaluation of other inputs."""
-    try:
-        known = json.loads((out / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # none, or not readable: it is written again
-    unlike = input_differences(known.get("inputs", {}), inputs)
-    if unlike:
-        raise MmdistError(
-            f"'{out}' holds an evaluation of other inputs: {'; '.join(unlike)}. Give another "
-            f"--out or delete that folder."
-        )
 
 
 def spread_over_runs(

@@ -237,12 +237,10 @@ def inputs_of(
         else []
         for path in (material.train, material.val, material.test)
     )
-    modalities = sorted({m for row, _ in jobs for m in row.modalities}, key=BOTH.index)
-    table = load_features(
-        places_of(modalities, material.features, material.flow_features),
-        [a.video for a in (*train, *val, *test)],
-        length=material.length,
-    )
+    modalities: Sequence[str] = [m for m in BOTH if any(m in row.modalities for row, _ in jobs)]
+    places = places_of(modalities, material.features, material.flow_features)
+    videos = [a.video for a in (*train, *val, *test)]
+    read = load_features(places, videos, length=1).digests  # of what is read, whatever the length
     words = {word for a in train for word in tokenize(a.sentence)}
     digests = {
         "annotations (train)": annotations_digest(train, moments=not val),
@@ -257,13 +255,13 @@ def inputs_of(
         raise MmdistError(f"No row has a setting {unknown[0]!r}; see mmdist train --help.")
     inputs = {}
     for row, seed in jobs:
-        reads = {m: table.digests[m] for m in (BOTH if row.taught else row.modalities)}
+        modalities = BOTH if row.taught else row.modalities
+        features = {f"features ({modality})": read[modality] for modality in modalities}
+        taught = {"teacher's settings": digest_of(own[TEACHER.name])} if row.taught else {}
         inputs[row, seed] = {
             "settings": own[row.name] | {"seed": seed, "protocol": material.protocol},
-            "digests": digests | {f"features ({m})": digest for m, digest in reads.items()},
+            "digests": digests | features | taught,
         }
-        if row.taught:
-            inputs[row, seed]["digests"]["teacher's settings"] = digest_of(own[TEACHER.name])
     return inputs
 
 
@@ -322,15 +320,22 @@ def reproduce(
     check_out(out)
     inputs = inputs_of(material, jobs, settings)
     finished(out, inputs)
-    (out / LOCKS).mkdir(parents=True, exist_ok=True)
+    locks = out / LOCKS  # the system releases a lock when the process that holds it ends
+    locks.mkdir(parents=True, exist_ok=True)
+
+    def write_table() -> str:
+        lines = table(finished(out, inputs), jobs, material.source)
+        write_atomically(out / "table.md", lines.encode())
+        return lines
+
     failed: dict[str, str] = {}
     for row, seed in jobs:
         run, label = run_of(out, row, seed), f"{row.name}, seed {seed}"
         try:
-            if row.taught:  # wait for a teacher that another call is training
-                with FileLock(_lock(out, TEACHER, seed)):
+            if row.taught:  # another call may be training its teacher
+                with FileLock(locks / run_of(out, TEACHER, seed).name):
                     pass
-            with FileLock(_lock(out, row, seed), timeout=0):
+            with FileLock(locks / run.name, timeout=0):
                 if (run / DONE).is_file():
                     continue
                 start = time.monotonic()
@@ -348,22 +353,9 @@ def reproduce(
             told(f"{label} failed: {error}")
             continue
         told(f"{label}: R@1 at IoU 0.5 {result['metrics'][JUDGED]:.2f} ({seconds:.0f} s)")
-        _write_table(out, jobs, inputs, material)
+        write_table()
     # Again at the end: another call may have finished some of these rows.
-    return _write_table(out, jobs, inputs, material), failed
-
-
-def _write_table(
-    out: Path, jobs: Sequence[Job], inputs: Mapping[Job, Mapping[str, Any]], material: Material
-) -> str:
-    lines = table(finished(out, inputs), jobs, material.source)
-    write_atomically(out / "table.md", lines.encode())
-    return lines
-
-
-def _lock(out: Path, row: Row, seed: int) -> Path:
-    """The lock file of a run; the system releases it when the process that holds it ends."""
-    return out / LOCKS / f"{row.folder}-{seed}"
+    return write_table(), failed
 
 
 def _train_and_score(
@@ -374,7 +366,9 @@ def _train_and_score(
     settings: Mapping[str, Any],
     progress: Progress | None,
 ) -> dict[str, Any]:
-    run = run_of(out, row, seed)
+    run, teacher = run_of(out, row, seed), run_of(out, TEACHER, seed)
+    if row.taught and not (teacher / DONE).is_file():
+        raise MmdistError(f"its teacher '{teacher}' is not finished.")
     shared: dict[str, Any] = {
         "features_path": material.features,
         "flow_features_path": material.flow_features,
@@ -391,7 +385,7 @@ def _train_and_score(
         seed=seed,
         word_vectors=material.word_vectors,
         modalities=row.modalities,
-        teacher=run_of(out, TEACHER, seed) if row.taught else None,
+        teacher=teacher if row.taught else None,
         length=material.length,
         overrides={**settings, **row.settings},
         more_epochs=False,

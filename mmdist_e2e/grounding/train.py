@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ from mmdist_e2e.grounding.checkpoint import (
     MODEL,
     annotations_digest,
     continuation,
-    input_differences,
     model_digest,
     recipe_settings,
+    refuse_other,
     save_checkpoint,
 )
 from mmdist_e2e.grounding.config import Recipe, TrainingConfig, get_recipe
@@ -49,6 +49,7 @@ from mmdist_e2e.grounding.data.features import FeatureTable, load_features, plac
 from mmdist_e2e.grounding.data.text import Vocabulary, tokenize
 from mmdist_e2e.grounding.evaluate import (
     Windows,
+    annotations_of,
     answer_items,
     cut_long_videos,
     prediction_iou,
@@ -377,14 +378,7 @@ def train_run(
     longest = max(item.duration_seconds for item in items)
     windows = cut_long_videos(val_items, table, places, longest_seconds=longest)
     # A carved split is a part of the file whose protocol is named.
-    named = [*items, *([] if val_path else val_items)]
-    known = [
-        replace(
-            i.annotation,
-            duration_seconds=i.annotation.duration_seconds or i.duration_seconds,
-        )
-        for i in named
-    ]
+    known = annotations_of([*items, *([] if val_path else val_items)])
     source = world_of(train_path) or f"{len(items)} sentences of {protocol_of(train_path, known)}"
     facts = {
         "seed": seed,
@@ -461,11 +455,7 @@ def _found(out: Path, inputs: dict[str, Any], *, more_epochs: bool) -> TrainingS
         inputs["continued"] = known["continued"]
         planned = known["settings"]["epochs"]
         known["settings"]["epochs"] = epochs
-    unlike = input_differences(known, json.loads(json.dumps(inputs)))
-    if unlike:
-        raise MmdistError(
-            f"'{out}' holds a training run of other inputs: {'; '.join(unlike)}. {another}"
-        )
+    refuse_other(f"'{out}' holds a training run", known, json.loads(json.dumps(inputs)))
     if state.epoch and not all((out / name).is_file() for name in (CONFIG, MODEL)):
         raise MmdistError(f"'{out}' holds a training state without its checkpoint. {another}")
     if epochs != planned and epochs <= state.epoch:
