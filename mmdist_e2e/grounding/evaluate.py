@@ -78,6 +78,14 @@ class Windows:
     seconds: float
 
 
+def video_seconds(item: Item, table: FeatureTable) -> float:
+    """The duration by which `mmdist ground` turns positions into seconds: that of the features.
+
+    Where these do not record one, that of the annotation.
+    """
+    return table.durations_seconds.get(item.annotation.video) or item.duration_seconds
+
+
 def cut_long_videos(
     items: Sequence[Item],
     table: FeatureTable,
@@ -89,11 +97,8 @@ def cut_long_videos(
 
     table: of the whole videos, read from `places`. longest_seconds: the longest training video.
     """
-    each = {
-        item.annotation.video: window_starts(item.duration_seconds, longest_seconds)
-        for item in items
-    }
-    seconds = {item.annotation.video: item.duration_seconds for item in items}
+    seconds = {item.annotation.video: video_seconds(item, table) for item in items}
+    each = {video: window_starts(length, longest_seconds) for video, length in seconds.items()}
     long = [video for video, starts in each.items() if len(starts) > 1]
     if not long:
         return None
@@ -132,9 +137,24 @@ def answer_items(
 ) -> Predictions:
     """Answer every item as `mmdist ground` does: in fp32, long videos in windows that are merged.
 
-    Merged answers differ in their number of moments: shorter ones are padded with empty spans of
-    score -inf and loss inf.
+    Spans are in units of the items' durations. Merged answers differ in their number of moments:
+    shorter ones are padded with empty spans of score -inf and loss inf.
     """
+    seconds_Q = np.array([video_seconds(item, table) for item in items])
+    read = _read(model, items, table, windows, seconds_Q, progress)
+    units_Q1 = (seconds_Q / [item.duration_seconds for item in items])[:, None]
+    return replace(read, starts=read.starts * units_Q1, ends=read.ends * units_Q1)
+
+
+def _read(
+    model: GlobalBranch,
+    items: Sequence[Item],
+    table: FeatureTable,
+    windows: Windows | None,
+    seconds_Q: Array,
+    progress: Progress | None,
+) -> Predictions:
+    """`answer_items`, with spans in units of the videos' lengths, seconds_Q."""
     if windows is None:
         return predict(model, items, table, progress=progress)
     starts_of = [windows.starts.get(item.annotation.video, ()) for item in items]
@@ -147,10 +167,10 @@ def answer_items(
     parts = predict(model, pieces, windows.table, progress=progress)
     answers: dict[int, Array] = {}  # [4, K] of each query: starts, ends, scores, losses
     done = 0
-    for q, (item, starts) in enumerate(zip(items, starts_of, strict=True)):
+    for q, starts in enumerate(starts_of):
         if starts:
             part = [values[done : done + len(starts)] for values in vars(parts).values()]
-            answers[q] = _merged(part, [s for _, s in starts], windows, item.duration_seconds)
+            answers[q] = _merged(part, [s for _, s in starts], windows.seconds, seconds_Q[q])
             done += len(starts)
     if whole:
         read = predict(model, [items[q] for q in whole], table, progress=progress)
@@ -163,7 +183,7 @@ def answer_items(
 
 
 def _merged(
-    parts: Sequence[Array], window_starts: Sequence[float], windows: Windows, duration: float
+    parts: Sequence[Array], offsets: Sequence[float], window_seconds: float, seconds: float
 ) -> Array:
     """One answer of the windows' answers: starts, ends, scores and losses, in units of the video.
 
@@ -171,19 +191,17 @@ def _merged(
     """
     losses: dict[int, float] = {}  # by the identity of a moment, which merging keeps
     moments = []
-    for window, offset in enumerate(window_starts):
+    for window, offset in enumerate(offsets):
         for start, end, score, loss in zip(*(values[window] for values in parts), strict=True):
             moment = Moment(
-                float(start) * windows.seconds + offset,
-                float(end) * windows.seconds + offset,
+                float(start) * window_seconds + offset,
+                float(end) * window_seconds + offset,
                 float(score),
             )
             moments.append(moment)
             losses[id(moment)] = float(loss)
     kept = merge(moments)
-    return np.array(
-        [[m.start / duration, m.end / duration, m.score, losses[id(m)]] for m in kept]
-    ).T
+    return np.array([[m.start / seconds, m.end / seconds, m.score, losses[id(m)]] for m in kept]).T
 
 
 def recall_metrics(iou_QK: Array) -> dict[str, float]:

@@ -54,6 +54,7 @@ from mmdist_e2e.grounding.evaluate import (
     cut_long_videos,
     prediction_iou,
     recall_metrics,
+    video_seconds,
 )
 from mmdist_e2e.grounding.losses import batch_loss
 from mmdist_e2e.grounding.network import build_network
@@ -375,7 +376,7 @@ def train_run(
             out / TEACHER, trained, train_annotations, taught_table, progress=progress
         )
     trainer = Trainer(recipe, items, table, seed, answers)
-    longest = max(item.duration_seconds for item in items)
+    longest = max(video_seconds(item, table) for item in items)
     windows = cut_long_videos(val_items, table, places, longest_seconds=longest)
     # A carved split is a part of the file whose protocol is named.
     known = annotations_of([*items, *([] if val_path else val_items)])

@@ -42,7 +42,7 @@ def make_items(
     when a sentence has no word with a vector.
     """
     rows = table.rows
-    durations = [table.durations_seconds[a.video] or a.duration_seconds for a in annotations]
+    durations = [a.duration_seconds or table.durations_seconds[a.video] for a in annotations]
     unknown = sorted({a.video for a, d in zip(annotations, durations, strict=True) if not d})
     if unknown:
         raise MmdistError(
