@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mmdist_e2e.grounding.answer import (
     INFERENCE_BATCH,
@@ -41,28 +42,27 @@ from mmdist_e2e.grounding.data.annotations import (
     protocol_of,
     world_of,
 )
-from mmdist_e2e.grounding.data.batches import Item, batches, draw_masks, make_items
+from mmdist_e2e.grounding.data.batches import Batch, Item, batches, draw_masks, make_items
 from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
 from mmdist_e2e.grounding.data.text import Vocabulary, tokenize
 from mmdist_e2e.grounding.evaluate import prediction_iou, recall_metrics
 from mmdist_e2e.grounding.losses import Taught, batch_loss
-from mmdist_e2e.grounding.network import build_network
-from mmdist_e2e.grounding.parallel import average_gradients, mean_over_processes, rank, share
+from mmdist_e2e.grounding.network import GroundingNetwork, build_network
+from mmdist_e2e.grounding.parallel import Peers, rank, several, share
 from mmdist_e2e.store import check_out, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
 
-TENSORS = ("proposals_Q", "centers_Q", "widths_Q", "maps_QL")
+TENSORS = ("centers_Q", "widths_Q", "maps_QL")
 
 
 @dataclass(frozen=True)
 class TeacherAnswers:
     """Of every training query, in the order of the annotations.
 
-    proposals_Q int64: k^T = argmax of Eq. 9. centers_Q, widths_Q: its span. maps_QL: m^T.
+    centers_Q, widths_Q: the span of k^T = argmax of Eq. 9. maps_QL: m^T.
     """
 
-    proposals_Q: Tensor
     centers_Q: Tensor
     widths_Q: Tensor
     maps_QL: Tensor
@@ -97,7 +97,7 @@ def teach(
         rows = torch.arange(len(best_B), device=best_B.device)
         maps_BL = model.activate(batch, proposals)
         spans = scored.centers_BK[rows, best_B], scored.widths_BK[rows, best_B]
-        parts.append(tuple(t.cpu().clone() for t in (best_B, *spans, maps_BL)))
+        parts.append(tuple(t.cpu().clone() for t in (*spans, maps_BL)))
         done += len(best_B)
         if progress:
             progress("asking the teacher", done, len(items))
@@ -165,7 +165,9 @@ MAXIMUM_WARMUP = 400
 
 SEEDS_APART = 100_003  # a prime above any number of epochs: epochs of two seeds never coincide
 
-RANKS_APART = 2**40
+RANKS_APART = 2**49  # above every seed of one process
+
+MAXIMUM_SEED = 2**32
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of a parameter
 
@@ -208,8 +210,38 @@ class TrainingState:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+class _Loss(nn.Module):
+    """`batch_loss` of a recipe as the module whose gradients DistributedDataParallel averages."""
+
+    def __init__(self, model: GroundingNetwork, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(
+        self,
+        batch: Batch,
+        masked_BW: Tensor,
+        taught: Taught | None,
+        peers: Peers | None,
+        ratio: float,
+    ) -> dict[str, Tensor]:
+        recipe = self.recipe
+        return batch_loss(
+            self.model,
+            batch,
+            masked_BW,
+            recipe.loss,
+            recipe.matching,
+            recipe.mutual,
+            recipe.distill,
+            taught,
+            peers,
+            ratio=ratio,
+        )
+
+
 class Trainer:
-    """A model, its optimizer and how far they are, where the features lie."""
+    """A model, its optimizer and their progress, on the device of the features."""
 
     def __init__(
         self,
@@ -221,11 +253,17 @@ class Trainer:
     ) -> None:
         """answers: the teacher's, of the same items, where the recipe is a student's."""
         assert (recipe.distill is None) == (answers is None)
+        if not 0 <= seed < MAXIMUM_SEED:
+            raise MmdistError(f"seed must be at least 0 and below 2**32; got {seed}.")
         self.recipe, self.items, self.table, self.seed = recipe, items, table, seed
         self.answers = answers
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = build_network(recipe).to(table.data_VLF.device)
+        self.loss: nn.Module = _Loss(self.model, recipe)
+        if several():
+            untrained = recipe.matching is not None and not recipe.matching.local_weight
+            self.loss = DistributedDataParallel(self.loss, find_unused_parameters=untrained)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=True)
         self.state = TrainingState()
         per_epoch = math.ceil(len(items) / recipe.training.batch_size)
@@ -252,21 +290,10 @@ class Trainer:
                 size = len(whole.frames_BLF)
                 bf16 = settings.precision == "bf16"
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    terms = batch_loss(
-                        self.model,
-                        batch,
-                        masked_BW,
-                        self.recipe.loss,
-                        self.recipe.matching,
-                        self.recipe.mutual,
-                        self.recipe.distill,
-                        self.answers.of(batch.items_B) if self.answers else None,
-                        peers,
-                        ratio=ratio,
-                    )
-                weight = peers.weight if peers else 1.0
-                self.update(terms["loss"] * weight)
-                terms = mean_over_processes(terms, weight)
+                    taught = self.answers.of(batch.items_B) if self.answers else None
+                    terms = self.loss(batch, masked_BW, taught, peers, ratio)
+                self.update(terms["loss"] * (peers.weight if peers else 1.0))
+                terms = peers.mean(terms) if peers else terms
                 done += size
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0) + value.detach() * size
@@ -283,7 +310,6 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        average_gradients(self.model.parameters())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_norm)
         self.optimizer.step()
         self.state.updates += 1
