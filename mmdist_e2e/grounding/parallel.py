@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from mmdist_e2e.grounding.data.batches import Batch
 from mmdist_e2e.structures import MmdistError
@@ -84,7 +83,7 @@ class Peers:
         Every process sends as many rows as the largest share has.
         """
         padded = F.pad(rows_BD, (0, 0, 0, max(self.sizes) - len(rows_BD)))
-        parts = all_gather(padded)  # type: ignore[no-untyped-call]
+        parts: Tensor = _Gather.apply(padded)
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 
     def mean(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,6 +91,23 @@ class Peers:
         stacked = torch.stack([term.detach().float() for term in terms.values()]) * self.weight
         dist.all_reduce(stacked)
         return dict(zip(terms, stacked / len(self.sizes), strict=True))
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather with gradients; torch's own is deprecated in favor of a private module."""
+
+    @staticmethod
+    def forward(ctx: object, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        """The sum of what every process asks of the rows of this one."""
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank()]
 
 
 def share(batch: Batch, masked_GW: Tensor) -> tuple[Batch, Tensor, Peers | None]:
