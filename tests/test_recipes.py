@@ -102,7 +102,7 @@ def of_all_settings() -> list[Recipe]:
         *((name, value, "at least 1") for name in ("frame_divisor", "top_divisor")
           for value in (0, 0.5, math.nan, math.inf)),
         *(("warmup_updates", value, "whole number at least 0") for value in (-1, 0.5, math.nan)),
-        ("frame_divisor", 40.0, "at least 2 are needed"),
+        ("frame_divisor", 40.0, "lower the frame divisor"),
         ("hidden", 30, "multiple of twice the heads"),
         ("kernel", 2, "odd"),
         ("length", 0, "whole number at least 1"),

@@ -92,7 +92,7 @@ class GlobalConfig(Settings):
         if self.kept_frames < 2:
             raise MmdistError(
                 f"frame_divisor {self.frame_divisor} keeps {self.kept_frames} of {self.length} "
-                f"positions, and at least 2 are needed; lower frame_divisor."
+                f"positions, and at least 2 are needed; lower the frame divisor."
             )
         if self.hidden % (2 * self.heads):
             raise MmdistError(
