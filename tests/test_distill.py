@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_local import local_features, query_vector
-from test_models import TINY, random_batch
+from test_models import TINY, batch_loss, random_batch
 from torch.testing import assert_close
 
 from mmdist_e2e.grounding.config import (
@@ -27,7 +27,6 @@ from mmdist_e2e.grounding.config import (
 from mmdist_e2e.grounding.data.batches import Batch
 from mmdist_e2e.grounding.losses import (
     Taught,
-    batch_loss,
     local_term,
     map_distance,
     mutual_loss,

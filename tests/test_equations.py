@@ -10,12 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from test_local import local_features, query_vector
-from test_models import TINY, random_batch
+from test_models import TINY, batch_loss, random_batch
 
 from mmdist_e2e.grounding.answer import mean_activation, proposal_scores, spans
 from mmdist_e2e.grounding.config import LocalConfig, LossConfig, MatchingConfig
 from mmdist_e2e.grounding.losses import (
-    batch_loss,
     best_proposal,
     hinge,
     local_loss,

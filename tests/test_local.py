@@ -8,13 +8,12 @@ import grounding_reference as reference
 import numpy as np
 import pytest
 import torch
-from test_models import TINY, alone, random_batch, random_model
+from test_models import TINY, alone, batch_loss, random_batch, random_model
 from torch.testing import assert_close
 
 from mmdist_e2e.grounding.answer import Scored, predict_batch
 from mmdist_e2e.grounding.config import LocalConfig, LossConfig, MatchingConfig
 from mmdist_e2e.grounding.data.batches import Batch
-from mmdist_e2e.grounding.losses import batch_loss
 from mmdist_e2e.grounding.network import (
     GlobalBranch,
     GroundingNetwork,

@@ -9,12 +9,12 @@ import grounding_reference as reference
 import numpy as np
 import pytest
 import torch
-from test_models import TINY, random_batch, random_model
+from test_models import TINY, batch_loss, random_batch, random_model
 from torch.testing import assert_close
 
 from mmdist_e2e.grounding.config import LossConfig
 from mmdist_e2e.grounding.data.batches import Batch
-from mmdist_e2e.grounding.losses import batch_loss, choose_proposal, diversity_loss
+from mmdist_e2e.grounding.losses import choose_proposal, diversity_loss
 from mmdist_e2e.grounding.network import GlobalBranch, reconstruction_loss
 
 

@@ -11,8 +11,18 @@ import torch
 from torch.testing import assert_close
 
 from mmdist_e2e.grounding.answer import predict_batch
-from mmdist_e2e.grounding.config import GlobalConfig
+from mmdist_e2e.grounding.config import (
+    DistillConfig,
+    GlobalConfig,
+    LocalConfig,
+    LossConfig,
+    MatchingConfig,
+    MutualConfig,
+    Recipe,
+    TrainingConfig,
+)
 from mmdist_e2e.grounding.data.batches import Batch
+from mmdist_e2e.grounding.losses import BatchLoss, Taught
 from mmdist_e2e.grounding.network import (
     Attention,
     GlobalBranch,
@@ -62,6 +72,18 @@ def alone(batch: Batch, row: int) -> Batch:
         *(getattr(batch, n)[row : row + 1, :count] for n in ("words_BWE", "ids_BW")),
         *(getattr(batch, n)[row : row + 1, :count] for n in ("is_word_BW", "content_BW")),
     )
+
+
+def batch_loss(
+    model: GlobalBranch, batch: Batch, masked: torch.Tensor, loss: LossConfig,
+    matching: MatchingConfig | None = None, mutual: MutualConfig | None = None,
+    distill: DistillConfig | None = None, taught: Taught | None = None, *, ratio: float,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """`BatchLoss` of these parts."""
+    local = LocalConfig(score_weight=0.0) if matching else None
+    recipe = Recipe("test", TINY, loss, TrainingConfig(), local, matching, mutual, distill)
+    terms: dict[str, torch.Tensor] = BatchLoss(model, recipe)(batch, masked, ratio, taught)
+    return terms
 
 
 def all_losses(

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmdist_e2e.grounding.config import DistillConfig, LossConfig, MatchingConfig, MutualConfig
+from mmdist_e2e.grounding.config import LossConfig, MatchingConfig, Recipe
 from mmdist_e2e.grounding.data.batches import Batch
 from mmdist_e2e.grounding.network import (
     GlobalBranch,
@@ -113,60 +113,66 @@ class Taught:
     maps_BL: Tensor
 
 
-def batch_loss(
-    model: GlobalBranch,
-    batch: Batch,
-    masked_BW: Tensor,
-    config: LossConfig,
-    matching: MatchingConfig | None = None,
-    mutual: MutualConfig | None = None,
-    distill: DistillConfig | None = None,
-    taught: Taught | None = None,
-    peers: Peers | None = None,
-    *,
-    ratio: float,
-) -> dict[str, Tensor]:
-    """Eqs. 8, 12 and the teacher's: every term of a batch (scalars), their weighted sum as `loss`.
+class BatchLoss(nn.Module):
+    """The loss of a recipe, as a module since DistributedDataParallel wraps modules."""
 
-    masked_BW: the words hidden from reconstruction. ratio: how far CPL's negatives reach.
-    taught: the teacher's answers, with `distill`. peers: where other processes have other rows of
-    the batch; the terms are means over this one's.
-    """
-    proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-    pseudo = None
-    if distill is not None and distill.distill_global:
-        assert taught is not None
-        pseudo = pseudo_span(proposals, taught)
-    terms = global_terms(
-        model, proposals, batch.ids_BW, masked_BW, config, ratio=ratio, pseudo=pseudo
-    )
-    hinges = [terms[name] for name in terms if name.startswith("hinge")]
-    loss = (
-        config.reconstruction_weight * terms["reconstruction"]
-        + config.whole_weight * terms["whole"]
-        + config.diversity_weight * terms["diversity"]
-        + config.contrast_weight * sum(hinges)
-    )
-    if matching is not None and matching.local_weight:
-        assert isinstance(model, GroundingNetwork)
-        gather = peers.gather if peers else None
-        maps = model.activate_each(batch, proposals, all_pairs=True, gather=gather)
-        rows = torch.arange(len(maps[0]), device=maps[0].device)
-        own_B = peers.own_B if peers else rows
-        terms["local"] = local_term(mean_map(maps), batch, matching, peers)
-        loss = loss + matching.local_weight * terms["local"]
-        own = [maps_BQL[rows, own_B] for maps_BQL in maps]  # [B, L] of the matched pairs
-        if mutual is not None and mutual.mutual_weight:
-            terms["mutual"] = mutual_loss(own[0], own[1])
-            loss = loss + mutual.mutual_weight * terms["mutual"]
-        if distill is not None and distill.distill_local:
+    def __init__(self, model: GlobalBranch, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(
+        self,
+        batch: Batch,
+        masked_BW: Tensor,
+        ratio: float,
+        taught: Taught | None = None,
+        peers: Peers | None = None,
+    ) -> dict[str, Tensor]:
+        """Eqs. 8, 12 and the teacher's: every term (scalars), and their weighted sum as `loss`.
+
+        masked_BW: the words hidden from reconstruction. ratio: how far CPL's negatives reach.
+        taught: the teacher's answers, for a student. peers: where other processes have other rows
+        of the batch; the terms are means over the rows of this one.
+        """
+        model, recipe = self.model, self.recipe
+        config, matching, mutual, distill = (
+            recipe.loss, recipe.matching, recipe.mutual, recipe.distill
+        )  # fmt: skip
+        proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
+        pseudo = None
+        if distill is not None and distill.distill_global:
             assert taught is not None
-            terms["distill_local"] = map_distance(mean_map(own), taught.maps_BL)
-            weight = distill.distill_weight * matching.local_weight
-            loss = loss + weight * terms["distill_local"]
-    if distill is not None and distill.distill_global:
-        loss = loss + distill.distill_weight * terms["distill_global"]
-    return terms | {"loss": loss}
+            pseudo = pseudo_span(proposals, taught)
+        terms = global_terms(
+            model, proposals, batch.ids_BW, masked_BW, config, ratio=ratio, pseudo=pseudo
+        )
+        hinges = [terms[name] for name in terms if name.startswith("hinge")]
+        loss = (
+            config.reconstruction_weight * terms["reconstruction"]
+            + config.whole_weight * terms["whole"]
+            + config.diversity_weight * terms["diversity"]
+            + config.contrast_weight * sum(hinges)
+        )
+        if matching is not None and matching.local_weight:
+            assert isinstance(model, GroundingNetwork)
+            gather = peers.gather if peers else None
+            maps = model.activate_each(batch, proposals, all_pairs=True, gather=gather)
+            rows = torch.arange(len(maps[0]), device=maps[0].device)
+            own_B = peers.own_B if peers else rows
+            terms["local"] = local_term(mean_map(maps), batch, matching, peers)
+            loss = loss + matching.local_weight * terms["local"]
+            own = [maps_BQL[rows, own_B] for maps_BQL in maps]  # [B, L] of the matched pairs
+            if mutual is not None and mutual.mutual_weight:
+                terms["mutual"] = mutual_loss(own[0], own[1])
+                loss = loss + mutual.mutual_weight * terms["mutual"]
+            if distill is not None and distill.distill_local:
+                assert taught is not None
+                terms["distill_local"] = map_distance(mean_map(own), taught.maps_BL)
+                weight = distill.distill_weight * matching.local_weight
+                loss = loss + weight * terms["distill_local"]
+        if distill is not None and distill.distill_global:
+            loss = loss + distill.distill_weight * terms["distill_global"]
+        return terms | {"loss": loss}
 
 
 def pseudo_span(proposals: Proposals, taught: Taught) -> tuple[Tensor, Tensor]:

@@ -42,13 +42,13 @@ from mmdist_e2e.grounding.data.annotations import (
     protocol_of,
     world_of,
 )
-from mmdist_e2e.grounding.data.batches import Batch, Item, batches, draw_masks, make_items
+from mmdist_e2e.grounding.data.batches import Item, batches, draw_masks, make_items
 from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
 from mmdist_e2e.grounding.data.text import Vocabulary, tokenize
 from mmdist_e2e.grounding.evaluate import prediction_iou, recall_metrics
-from mmdist_e2e.grounding.losses import Taught, batch_loss
-from mmdist_e2e.grounding.network import GroundingNetwork, build_network
-from mmdist_e2e.grounding.parallel import Peers, rank, several, share
+from mmdist_e2e.grounding.losses import BatchLoss, Taught
+from mmdist_e2e.grounding.network import build_network
+from mmdist_e2e.grounding.parallel import rank, several, share
 from mmdist_e2e.store import check_out, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
@@ -210,36 +210,6 @@ class TrainingState:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-class _Loss(nn.Module):
-    """`batch_loss` of a recipe as the module whose gradients DistributedDataParallel averages."""
-
-    def __init__(self, model: GroundingNetwork, recipe: Recipe) -> None:
-        super().__init__()
-        self.model, self.recipe = model, recipe
-
-    def forward(
-        self,
-        batch: Batch,
-        masked_BW: Tensor,
-        taught: Taught | None,
-        peers: Peers | None,
-        ratio: float,
-    ) -> dict[str, Tensor]:
-        recipe = self.recipe
-        return batch_loss(
-            self.model,
-            batch,
-            masked_BW,
-            recipe.loss,
-            recipe.matching,
-            recipe.mutual,
-            recipe.distill,
-            taught,
-            peers,
-            ratio=ratio,
-        )
-
-
 class Trainer:
     """A model, its optimizer and their progress, on the device of the features."""
 
@@ -260,7 +230,7 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = build_network(recipe).to(table.data_VLF.device)
-        self.loss: nn.Module = _Loss(self.model, recipe)
+        self.loss: nn.Module = BatchLoss(self.model, recipe)
         if several():
             untrained = recipe.matching is not None and not recipe.matching.local_weight
             self.loss = DistributedDataParallel(self.loss, find_unused_parameters=untrained)
@@ -291,7 +261,7 @@ class Trainer:
                 bf16 = settings.precision == "bf16"
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     taught = self.answers.of(batch.items_B) if self.answers else None
-                    terms = self.loss(batch, masked_BW, taught, peers, ratio)
+                    terms = self.loss(batch, masked_BW, ratio, taught, peers)
                 self.update(terms["loss"] * (peers.weight if peers else 1.0))
                 terms = peers.mean(terms) if peers else terms
                 done += size
