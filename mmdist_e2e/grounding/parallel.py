@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmdist_e2e.grounding.data.batches import Batch
@@ -61,13 +60,13 @@ def processes(device: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Peers:
-    """A share of a global batch, and the rows of the other processes.
+    """The place of this process's rows in a global batch.
 
-    sizes: rows of every process. own_B: where the rows of this one stand in the global batch.
-    videos_G, sentences_G: of the global batch.
+    size: how many rows it has; 0 where there are more processes than rows. own_B: where they stand
+    in the global batch. videos_G, sentences_G: of the global batch.
     """
 
-    sizes: tuple[int, ...]
+    size: int
     own_B: Tensor
     videos_G: Tensor
     sentences_G: Tensor
@@ -75,50 +74,46 @@ class Peers:
     @property
     def weight(self) -> float:
         """The weight of a mean over the rows of this process in the mean over processes."""
-        return self.sizes[rank()] * len(self.sizes) / sum(self.sizes)
+        return self.size * dist.get_world_size() / len(self.videos_G)
 
     def gather(self, rows_BD: Tensor) -> Tensor:
-        """[G, D]: the rows of all processes in order; gradients flow back to where they came from.
-
-        Every process sends as many rows as the largest share has.
-        """
-        padded = F.pad(rows_BD, (0, 0, 0, max(self.sizes) - len(rows_BD)))
-        parts: Tensor = _Gather.apply(padded)
-        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+        """[G, D]: the rows of all processes; gradients flow back to where they came from."""
+        empty_GD = rows_BD.new_zeros(len(self.videos_G), rows_BD.shape[1])
+        own_GD = empty_GD.index_copy(0, self.own_B[: self.size], rows_BD[: self.size])
+        every_GD: Tensor = _Sum.apply(own_GD)
+        return every_GD
 
     def mean(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Means over the global batch from the means of every process."""
         stacked = torch.stack([term.detach().float() for term in terms.values()]) * self.weight
         dist.all_reduce(stacked)
-        return dict(zip(terms, stacked / len(self.sizes), strict=True))
+        return dict(zip(terms, stacked / dist.get_world_size(), strict=True))
 
 
-class _Gather(torch.autograd.Function):
-    """all_gather with gradients; torch's own is deprecated in favor of a private module."""
+class _Sum(torch.autograd.Function):
+    """A sum over processes, with gradients (torch's own is deprecated for a private module)."""
 
     @staticmethod
-    def forward(ctx: object, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.stack(parts)
+    def forward(ctx: object, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
-        """The sum of what every process asks of the rows of this one."""
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient[rank()]
+        return _Sum.forward(ctx, gradient)
 
 
 def share(batch: Batch, masked_GW: Tensor) -> tuple[Batch, Tensor, Peers | None]:
-    """The rows of this process in a global batch, their masked words, and its place among others.
+    """The rows of this process in a global batch, their masked words, and their place in it.
 
-    A process without rows (more processes than rows) takes the first row, with the weight 0.
+    A process without rows takes the first row, with the weight 0.
     """
     if not several():
         return batch, masked_GW, None
     every_G = torch.arange(len(masked_GW), device=masked_GW.device)
-    shares = every_G.tensor_split(dist.get_world_size())
-    own_B = shares[rank()] if len(shares[rank()]) else every_G[:1]
-    peers = Peers(tuple(map(len, shares)), own_B, batch.videos_B, batch.sentences_B)
+    own_B = every_G.tensor_split(dist.get_world_size())[rank()]
+    size = len(own_B)
+    own_B = own_B if size else every_G[:1]
+    peers = Peers(size, own_B, batch.videos_B, batch.sentences_B)
     return batch.rows(own_B), masked_GW[own_B], peers
