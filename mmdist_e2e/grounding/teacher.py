@@ -35,17 +35,16 @@ from mmdist_e2e.structures import MmdistError
 
 FILE = "teacher.safetensors"
 
-TENSORS = ("proposals_Q", "centers_Q", "widths_Q", "maps_QL")
+TENSORS = ("centers_Q", "widths_Q", "maps_QL")
 
 
 @dataclass(frozen=True)
 class TeacherAnswers:
     """Of every training query, in the order of the annotations.
 
-    proposals_Q int64: k^T = argmax of Eq. 9. centers_Q, widths_Q: its span. maps_QL: m^T.
+    centers_Q, widths_Q: the span of k^T = argmax of Eq. 9. maps_QL: m^T.
     """
 
-    proposals_Q: Tensor
     centers_Q: Tensor
     widths_Q: Tensor
     maps_QL: Tensor
@@ -80,7 +79,7 @@ def teach(
         rows = torch.arange(len(best_B), device=best_B.device)
         maps_BL = model.activate(batch, proposals)
         spans = scored.centers_BK[rows, best_B], scored.widths_BK[rows, best_B]
-        parts.append(tuple(t.cpu().clone() for t in (best_B, *spans, maps_BL)))
+        parts.append(tuple(t.cpu().clone() for t in (*spans, maps_BL)))
         done += len(best_B)
         if progress:
             progress("asking the teacher", done, len(items))

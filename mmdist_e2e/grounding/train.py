@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mmdist_e2e.grounding.answer import Progress
 from mmdist_e2e.grounding.checkpoint import (
@@ -56,9 +57,9 @@ from mmdist_e2e.grounding.evaluate import (
     recall_metrics,
     video_seconds,
 )
-from mmdist_e2e.grounding.losses import batch_loss
+from mmdist_e2e.grounding.losses import BatchLoss
 from mmdist_e2e.grounding.network import build_network
-from mmdist_e2e.grounding.parallel import average_gradients, mean_over_processes, rank, share
+from mmdist_e2e.grounding.parallel import rank, several, share
 from mmdist_e2e.grounding.teacher import FILE as TEACHER
 from mmdist_e2e.grounding.teacher import TeacherAnswers, cached_answers, load_teacher
 from mmdist_e2e.store import check_out, write_atomically, write_json
@@ -71,7 +72,9 @@ MAXIMUM_WARMUP = 400
 
 SEEDS_APART = 100_003  # a prime above any number of epochs: epochs of two seeds never coincide
 
-RANKS_APART = 2**40
+RANKS_APART = 2**49  # above every seed of one process
+
+MAXIMUM_SEED = 2**32
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of a parameter
 
@@ -115,7 +118,7 @@ class TrainingState:
 
 
 class Trainer:
-    """A model, its optimizer and how far they are, where the features lie."""
+    """A model, its optimizer and their progress, on the device of the features."""
 
     def __init__(
         self,
@@ -127,11 +130,17 @@ class Trainer:
     ) -> None:
         """answers: the teacher's, of the same items, where the recipe is a student's."""
         assert (recipe.distill is None) == (answers is None)
+        if not 0 <= seed < MAXIMUM_SEED:
+            raise MmdistError(f"seed must be at least 0 and below 2**32; got {seed}.")
         self.recipe, self.items, self.table, self.seed = recipe, items, table, seed
         self.answers = answers
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = build_network(recipe).to(table.data_VLF.device)
+        self.loss: nn.Module = BatchLoss(self.model, recipe)
+        if several():
+            untrained = recipe.matching is not None and not recipe.matching.local_weight
+            self.loss = DistributedDataParallel(self.loss, find_unused_parameters=untrained)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=True)
         self.state = TrainingState()
         per_epoch = math.ceil(len(items) / recipe.training.batch_size)
@@ -158,21 +167,10 @@ class Trainer:
                 size = len(whole.frames_BLF)
                 bf16 = settings.precision == "bf16"
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    terms = batch_loss(
-                        self.model,
-                        batch,
-                        masked_BW,
-                        self.recipe.loss,
-                        self.recipe.matching,
-                        self.recipe.mutual,
-                        self.recipe.distill,
-                        self.answers.of(batch.items_B) if self.answers else None,
-                        peers,
-                        ratio=ratio,
-                    )
-                weight = peers.weight if peers else 1.0
-                self.update(terms["loss"] * weight)
-                terms = mean_over_processes(terms, weight)
+                    taught = self.answers.of(batch.items_B) if self.answers else None
+                    terms = self.loss(batch, masked_BW, ratio, taught, peers)
+                self.update(terms["loss"] * (peers.weight if peers else 1.0))
+                terms = peers.mean(terms) if peers else terms
                 done += size
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0) + value.detach() * size
@@ -189,7 +187,6 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        average_gradients(self.model.parameters())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_norm)
         self.optimizer.step()
         self.state.updates += 1
