@@ -181,6 +181,7 @@ def test_a_student_without_a_fitting_teacher_is_refused(both: Path, tmp_path: Pa
     assert train(both, tmp_path / "u", "--modality", "sound", recipe="teacher").exit_code == 1
 
 
+@pytest.mark.slow
 def test_from_mp4_a_teacher_takes_both_and_a_student_rgb_alone(
     tiny_run: Path, tiny_extractor: Path, tiny_flow_extractor: Path, tmp_path: Path
 ) -> None:

@@ -181,6 +181,13 @@ def test_rgb_and_flow_are_never_one_source(tmp_path: Path, kind: str) -> None:
     other = write_source(tmp_path / "other", kind, {v: array + 0.1 for v, array in arrays.items()})
     table = load_features(places_of(("rgb", "flow"), source, other), ["a", "b"], length=5)
     assert table.channels == {"rgb": 4, "flow": 4}
+    # However small the numbers are, other features are no copy; nor are two black videos.
+    tiny = {v: rng.normal(size=(9, 4)).astype(np.float32) * np.float32(1e-9) for v in "ab"}
+    small = write_source(tmp_path / "tiny", kind, {v: array * 0.9 for v, array in tiny.items()})
+    tiny["black"] = np.zeros((9, 4), np.float32)
+    one = write_source(tmp_path / "tiny-rgb", kind, tiny)
+    assert load_features({"rgb": one, "flow": small}, ["a", "b"], length=5).channels
+    load_features({"rgb": one, "flow": one}, ["black"], length=5)
 
 
 def test_one_store_holds_both_modalities(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def run(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_learns_and_answers(world: Path, tmp_path: Path) -> None:
     # Long enough for every seed: 88 to 100 over five; at 20 epochs luck decided (37 to 99).
     summary = run(
