@@ -267,10 +267,12 @@ def _refuse_copies(tables: Sequence[FeatureTable], places: Mapping[str, Path]) -
     one_VLF, other_VLF = (table.data_VLF for table in tables)
     if one_VLF.shape != other_VLF.shape:
         return
-    spread_V = one_VLF.flatten(1).std(dim=1, correction=0)
-    apart_V = (one_VLF - other_VLF).abs().flatten(1).amax(dim=1)
-    is_copy_V = (spread_V > 0) & (apart_V <= COPY_TOLERANCE * spread_V)
-    copies = [video for video, same in zip(tables[0].videos, is_copy_V, strict=True) if same]
+    copies = [
+        video
+        for video, one_LF, other_LF in zip(tables[0].videos, one_VLF, other_VLF, strict=True)
+        if (spread := float(one_LF.std(correction=0))) > 0
+        and float((one_LF - other_LF).abs().max()) <= COPY_TOLERANCE * spread
+    ]
     if copies:
         raise MmdistError(
             f"{' and '.join(map(str, places.values()))} hold the same features of {len(copies)} "
