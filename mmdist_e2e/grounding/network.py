@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +102,6 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
-        if channels % heads:
-            raise ValueError(f"{channels} channels cannot be divided among {heads} heads.")
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
@@ -119,20 +118,17 @@ class Attention(nn.Module):
         q, k, v = F.linear(x_BTD, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         return self._split(q), self._split(k), self._split(v)
 
-    def project_memory(self, memory_BSD: Tensor) -> KeysValues:
-        """Keys and values [B, H, S, h] of a memory, projected once for however many readers."""
-        channels = memory_BSD.shape[-1]
-        k, v = F.linear(
-            memory_BSD, self.in_proj_weight[channels:], self.in_proj_bias[channels:]
-        ).chunk(2, dim=-1)
-        return self._split(k), self._split(v)
-
     def project_queries(self, x_BTD: Tensor) -> Tensor:
         """[B, H, T, h] queries of cross-attention."""
-        channels = x_BTD.shape[-1]
-        return self._split(
-            F.linear(x_BTD, self.in_proj_weight[:channels], self.in_proj_bias[:channels])
-        )
+        D = x_BTD.shape[-1]
+        return self._split(F.linear(x_BTD, self.in_proj_weight[:D], self.in_proj_bias[:D]))
+
+    def project_memory(self, memory_BSD: Tensor) -> KeysValues:
+        """Keys and values [B, H, S, h] of a memory, projected once for all its readers."""
+        D = memory_BSD.shape[-1]
+        both = F.linear(memory_BSD, self.in_proj_weight[D:], self.in_proj_bias[D:])
+        k, v = both.chunk(2, dim=-1)
+        return self._split(k), self._split(v)
 
     def attend(self, q_BHTh: Tensor, k_BHSh: Tensor, v_BHSh: Tensor, bias_BTS: Tensor) -> Tensor:
         """Scores scaled by 1/√h plus bias, softmax, values, output projection: [B, T, D].
@@ -212,12 +208,11 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """Layers over one sequence; self-attention is always causal."""
 
-    def __init__(
-        self, channels: int, *, heads: int, layers: int, feed_forward: int, dropout: float
-    ) -> None:
+    def __init__(self, config: GlobalConfig) -> None:
         super().__init__()
         self.decoder_layers = nn.ModuleList(
-            Layer(channels, heads, feed_forward, dropout) for _ in range(layers)
+            Layer(config.hidden, config.heads, config.feed_forward, config.dropout)
+            for _ in range(config.layers)
         )
 
     def _layers(self) -> list[Layer]:
@@ -263,46 +258,41 @@ MINIMUM_NORM = 1e-8
 
 
 class LocalBranch(nn.Module):
-    """Context-enhanced features V̂ of every position (before Eq. 4)."""
+    """Context-enhanced features V̂ of every position (before Eq. 4).
 
-    def __init__(self, config: LocalConfig, *, feature_dim: int, hidden: int) -> None:
+    feature_dim: F of features that go through a Linear of the branch's own; by default the
+    branch reads the frames that the global branch has projected.
+    """
+
+    def __init__(self, config: LocalConfig, hidden: int, feature_dim: int | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.frame_fc = nn.Linear(feature_dim, hidden) if config.own_frames else None
+        self.frame_fc = nn.Identity() if feature_dim is None else nn.Linear(feature_dim, hidden)
         self.convolutions = nn.ModuleList(
             nn.Conv1d(hidden, hidden, config.kernel, padding=config.kernel // 2)
             for _ in range(config.depth)
         )
 
     def forward(self, frames_BLX: Tensor) -> Tensor:
-        """V̂ [B, L, D] of frames: features [B, L, F] where the Linear is its own, else projected."""
-        if self.frame_fc is not None:
-            frames_BLX = self.frame_fc(frames_BLX)
-        x_BDL = frames_BLX.transpose(1, 2)
-        for i, convolution in enumerate(self.convolutions, start=1):
-            x_BDL = convolution(x_BDL)
-            if i < len(self.convolutions) or self.config.relu_last:
-                x_BDL = F.relu(x_BDL)
+        """V̂ [B, L, D] of frames [B, L, F] or [B, L, D]; a ReLU between two convolutions."""
+        x_BDL: Tensor = self.frame_fc(frames_BLX).transpose(1, 2)
+        for i, convolution in enumerate(self.convolutions):
+            x_BDL = convolution(F.relu(x_BDL) if i else x_BDL)
         return x_BDL.transpose(1, 2)
 
 
-def sentence_vector(
-    encoded_BTD: Tensor, is_word_BW: Tensor, content_BW: Tensor, kind: str
-) -> Tensor:
-    """The query vector q [B, D], from the word stack's reading [B, W + 1, D] of start and words.
+def sentence_vector(encoded_BTD: Tensor, read_BW: Tensor) -> Tensor:
+    """The query vector q [B, D]: the mean of the word stack's reading over the words in read_BW.
 
-    kind: as `LocalConfig.query`; the start is never read. is_word_BW, content_BW: bool.
+    encoded_BTD: of the start vector, which is never read, and W words. read_BW: bool.
     """
-    if kind == "last":
-        rows = torch.arange(len(encoded_BTD), device=encoded_BTD.device)
-        return encoded_BTD[rows, is_word_BW.sum(1)]
-    read_BW = is_word_BW
-    if kind == "content":
-        read_BW = content_BW & is_word_BW
-        read_BW = torch.where(read_BW.any(1, keepdim=True), read_BW, is_word_BW)
     read_BW1 = read_BW.unsqueeze(-1)
-    words_BWD = torch.where(read_BW1, encoded_BTD[:, 1:], 0)
-    return words_BWD.sum(1) / read_BW1.sum(1)
+    return torch.where(read_BW1, encoded_BTD[:, 1:], 0).sum(1) / read_BW1.sum(1)
+
+
+def content_words(is_word_BW: Tensor, content_BW: Tensor) -> Tensor:
+    """[B, W] bool: the content words of each sentence, or all its words where there is none."""
+    content_BW = content_BW & is_word_BW
+    return torch.where(content_BW.any(1, keepdim=True), content_BW, is_word_BW)
 
 
 def activation_maps(local_BLD: Tensor, query_QD: Tensor) -> Tensor:
@@ -330,30 +320,18 @@ def mean_map(maps: Sequence[Tensor]) -> Tensor:
 NEGATIVE_SHARPNESS = 4.5  # σ of the masks to the left and right of a proposal
 
 
-def scored_words(ids_BW: Tensor, masked_BW: Tensor, kind: str) -> Tensor:
-    """[B, W] bool: the words of Eq. 1, "all" of a sentence or the "masked" ones alone.
+def reconstruction_loss(logits_BMWV: Tensor, ids_BW: Tensor) -> Tensor:
+    """Eq. 1, [B, M]: mean over a sentence's words of 0.9·NLL + (0.1/V)·Σ_v(-log p_v).
 
-    Words with id 0 (padding, or outside the output vocabulary) never are.
+    Words with id 0 (padding, or outside the output vocabulary) are left out of the mean. A
+    sentence without any other word gives 0.
     """
-    scored_BW = ids_BW != PADDING_ID
-    return scored_BW & masked_BW if kind == "masked" else scored_BW
-
-
-def reconstruction_loss(
-    logits_BMWV: Tensor, ids_BW: Tensor, scored_BW: Tensor | None = None
-) -> Tensor:
-    """Eq. 1, [B, M]: mean over a sentence's scored words of 0.9·NLL + (0.1/V)·Σ_v(-log p_v).
-
-    scored_BW: as `scored_words`, by default all. A sentence with none gives 0.
-    """
-    if scored_BW is None:
-        scored_BW = ids_BW != PADDING_ID
+    scored_B1W = (ids_BW != PADDING_ID).unsqueeze(1)
     log_p = F.log_softmax(logits_BMWV.float(), dim=-1)
     ids_BMW1 = ids_BW[:, None, :, None].expand(*log_p.shape[:3], 1)
     picked = -log_p.gather(-1, ids_BMW1).squeeze(-1)
     spread = -log_p.mean(dim=-1)
     word_loss = (1 - LABEL_SMOOTHING) * picked + LABEL_SMOOTHING * spread
-    scored_B1W = scored_BW.unsqueeze(1)
     return torch.where(scored_B1W, word_loss, 0.0).sum(-1) / scored_B1W.sum(-1).clamp_min(1)
 
 
@@ -384,23 +362,6 @@ class Memory:
     bias_BMN: Tensor
 
 
-class _Stacks(nn.Module):
-    """Named as in CPL's checkpoints: decoder1 reads frames, decoder2 words."""
-
-    def __init__(self, config: GlobalConfig) -> None:
-        super().__init__()
-        self.decoder1, self.decoder2 = (
-            Stack(
-                config.hidden,
-                heads=config.heads,
-                layers=config.layers,
-                feed_forward=config.feed_forward,
-                dropout=config.dropout,
-            )
-            for _ in range(2)
-        )
-
-
 class GlobalBranch(nn.Module):
     """Proposals, and reconstruction of the query from masked frames."""
 
@@ -412,9 +373,18 @@ class GlobalBranch(nn.Module):
         self.pred_vec = nn.Parameter(torch.zeros(config.feature_dim))
         self.frame_fc = nn.Linear(config.feature_dim, config.hidden)
         self.word_fc = nn.Linear(config.word_dim, config.hidden)
-        self.trans = _Stacks(config)
+        # Named as in CPL's checkpoints: decoder1 reads frames, decoder2 words.
+        self.trans = nn.ModuleDict({"decoder1": Stack(config), "decoder2": Stack(config)})
         self.fc_comp = nn.Linear(config.hidden, config.vocabulary_size + 1)
         self.fc_gauss = nn.Linear(config.hidden, 2 * config.proposals)
+
+    @property
+    def frame_stack(self) -> Stack:
+        return cast(Stack, self.trans["decoder1"])
+
+    @property
+    def word_stack(self) -> Stack:
+        return cast(Stack, self.trans["decoder2"])
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.config.dropout, training=self.training)
@@ -439,14 +409,14 @@ class GlobalBranch(nn.Module):
         is_token_BT = F.pad(is_word_BW, (1, 0), value=True)
         token_bias_BT = padding_bias(is_token_BT)
         positions_TD = sinusoids(words_BTD.shape[1], config.hidden, words_BTD.device)
-        encoded_BTD = self.trans.decoder2(words_BTD + positions_TD, token_bias_BT)
+        encoded_BTD = self.word_stack(words_BTD + positions_TD, token_bias_BT)
         # The prediction position reads every frame and is itself read by none.
         is_frame = torch.ones(1, config.length + 1, dtype=torch.bool, device=frames_BLF.device)
         is_frame[:, -1] = False
-        read_B1D = self.trans.decoder1(
+        read_B1D = self.frame_stack(
             frames_BPD,
             padding_bias(is_frame),
-            memory=self.trans.decoder1.project_memory(encoded_BTD),
+            memory=self.frame_stack.project_memory(encoded_BTD),
             memory_bias_BS=token_bias_BT,
             last_only=True,
         )
@@ -490,8 +460,8 @@ class GlobalBranch(nn.Module):
         if whole:
             bias_BMN = torch.cat([bias_BMN, torch.zeros_like(bias_BMN[:, :1])], dim=1)
         copies = bias_BMN.shape[1]
-        encoded = self.trans.decoder1(kept_BND, bias_BMN.flatten(0, 1), copies=copies)
-        return Memory(self.trans.decoder2.project_memory(encoded), bias_BMN)
+        encoded = self.frame_stack(kept_BND, bias_BMN.flatten(0, 1), copies=copies)
+        return Memory(self.word_stack.project_memory(encoded), bias_BMN)
 
     def reconstruct(self, proposals: Proposals, masked_BW: Tensor, memory: Memory) -> Tensor:
         """Logits [B, M, W, V]: output i predicts word i + 1 from the words before it.
@@ -505,7 +475,7 @@ class GlobalBranch(nn.Module):
         words_BTD = words_BTD + sinusoids(words_BTD.shape[1], self.config.hidden, mask_D.device)
         copies = memory.bias_BMN.shape[1]
         token_bias_BW = padding_bias(proposals.is_token_BT[:, :-1])
-        read = self.trans.decoder2(
+        read = self.word_stack(
             words_BTD[:, :-1],  # the last word is not fed
             token_bias_BW.repeat_interleave(copies, dim=0),
             memory=memory.keys_values,
@@ -535,13 +505,10 @@ class GroundingNetwork(GlobalBranch):
         self.local_config, self.channels = local, tuple(channels)
         self.local: LocalBranch | nn.ModuleList | None = None
         if local is not None and not channels:
-            self.local = LocalBranch(local, feature_dim=config.feature_dim, hidden=config.hidden)
+            self.local = LocalBranch(local, config.hidden)
         elif local is not None:
             assert sum(channels) == config.feature_dim
-            own = replace(local, own_frames=True)
-            self.local = nn.ModuleList(
-                LocalBranch(own, feature_dim=each, hidden=config.hidden) for each in channels
-            )
+            self.local = nn.ModuleList(LocalBranch(local, config.hidden, each) for each in channels)
 
     @property
     def score_weight(self) -> float:
@@ -575,16 +542,15 @@ class GroundingNetwork(GlobalBranch):
         """
         assert self.local is not None
         assert self.local_config is not None
-        query_BD = sentence_vector(
-            proposals.encoded_BTD, batch.is_word_BW, batch.content_BW, self.local_config.query
-        )
+        read_BW = batch.is_word_BW
+        if self.local_config.query == "content":
+            read_BW = content_words(read_BW, batch.content_BW)
+        query_BD = sentence_vector(proposals.encoded_BTD, read_BW)
         if gather is not None:
             query_BD = gather(query_BD)
         maps = activation_maps if all_pairs else matched_maps
         if isinstance(self.local, LocalBranch):
-            own = self.local_config.own_frames
-            frames_BLX = self._drop(batch.frames_BLF) if own else proposals.frames_BLD
-            return [maps(self.local(frames_BLX), query_BD)]
+            return [maps(self.local(proposals.frames_BLD), query_BD)]
         parts = torch.split(self._drop(batch.frames_BLF), list(self.channels), dim=-1)
         return [
             maps(local(part_BLF), query_BD)
