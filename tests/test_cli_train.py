@@ -129,6 +129,13 @@ def test_misspelt_settings_are_refused_with_the_valid_ones(files: Path, tmp_path
     assert "'cpl' has no setting 'temperature'" in run.output
 
 
+@pytest.mark.parametrize("value", ["0", "-3", "2.5", "nan", "abc"])
+def test_a_length_that_is_not_valid_is_refused(files: Path, tmp_path: Path, value: str) -> None:
+    run = train(files, tmp_path, f"--set=length={value}")
+    assert run.exit_code == 1
+    assert "length must be a whole number at least 1; got" in run.output
+
+
 def test_help_says_what_the_checkpoint_is_chosen_on() -> None:
     text = " ".join(mmdist("train", "baseline", "--help").output.split())
     assert "train without --val, then run `mmdist evaluate" in text
