@@ -23,7 +23,8 @@ from mmdist_e2e.grounding.data.batches import Item, batches, draw_masks
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.data.text import Sentence
 from mmdist_e2e.grounding.losses import BatchLoss
-from mmdist_e2e.grounding.train import TeacherAnswers, Trainer
+from mmdist_e2e.grounding.teacher import TeacherAnswers
+from mmdist_e2e.grounding.train import Trainer
 
 QUERIES, VIDEOS, L, FEATURES, WORDS, WORD_DIM, VOCABULARY = 10_602, 5_338, 200, 1024, 9, 300, 1111
 TARGET_SECONDS, TOLERANCE = 300, 1e-3  # of the three recipes together; of a loss term
