@@ -130,6 +130,13 @@ def test_misspelt_settings_are_refused_with_the_valid_ones(files: Path, tmp_path
     assert "'cpl' has no setting 'temperature'" in run.output
 
 
+@pytest.mark.parametrize("value", ["0", "-3", "2.5", "nan", "abc"])
+def test_a_length_that_is_not_valid_is_refused(files: Path, tmp_path: Path, value: str) -> None:
+    run = train(files, tmp_path, f"--set=length={value}")
+    assert run.exit_code == 1
+    assert "length must be a whole number at least 1; got" in run.output
+
+
 def test_a_finished_run_is_said_to_be_finished(files: Path, tmp_path: Path) -> None:
     first = train(files, tmp_path)
     again = train(files, tmp_path)

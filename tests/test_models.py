@@ -25,8 +25,8 @@ from mmdist_e2e.grounding.data.batches import Batch
 from mmdist_e2e.grounding.losses import BatchLoss, Taught
 from mmdist_e2e.grounding.network import (
     Attention,
+    Dropout,
     GlobalBranch,
-    dropout,
     gaussian_masks,
     mask_bias,
     reconstruction_loss,
@@ -162,12 +162,12 @@ def test_start_of_training() -> None:
 
 def test_gaussian_masks_equal_the_textbook_form_and_are_never_0_over_0() -> None:
     centers, widths = torch.tensor([0.31, 0.5, 0.02]), torch.tensor([0.4, 1.0, 0.15])
-    masks, _ = gaussian_masks(centers, widths, positions=50, sharpness=9.0)
+    masks = gaussian_masks(centers, widths, positions=50, sharpness=9.0)
     grid = torch.arange(50).double() / 49
     for mask, c, w in zip(masks, centers.double(), widths.double(), strict=True):
         g = torch.exp(-((grid - c) ** 2) / (2 * (w / 9) ** 2))
         assert_close(mask.double(), g / g.max(), rtol=0, atol=1e-5)
-    narrow, _ = gaussian_masks(
+    narrow = gaussian_masks(
         torch.tensor([0.3333], requires_grad=True), torch.tensor([0.0]), positions=5, sharpness=9.0
     )
     assert narrow.isfinite().all()
@@ -264,7 +264,8 @@ def test_features_of_another_shape_are_refused() -> None:
 def test_dropout_drops_its_share_evenly_and_keeps_the_mean():
     torch.manual_seed(0)
     ones = torch.ones(1001, 301)  # not a multiple of the four values that share a number
-    out = dropout(ones, 0.1, training=True)
+    drop = Dropout(0.1)
+    out = drop(ones)
     kept = out != 0
     assert kept.float().mean().item() == pytest.approx(0.9, abs=0.003)
     assert out[kept].unique().tolist() == pytest.approx([1 / 0.9], abs=1e-4)
@@ -273,4 +274,4 @@ def test_dropout_drops_its_share_evenly_and_keeps_the_mean():
     assert lanes.mean(dim=0).tolist() == pytest.approx([0.9] * 4, abs=0.01)
     # Values that share a number are dropped independently of each other.
     assert torch.corrcoef(lanes.T).fill_diagonal_(0).abs().max() < 0.02
-    assert dropout(ones, 0.1, training=False) is ones
+    assert drop.eval()(ones) is ones

@@ -9,8 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from mmdist_e2e.grounding.config import Recipe, baseline, cpl, get_recipe, student, teacher
+from mmdist_e2e.grounding.data.features import FeatureTable
+from mmdist_e2e.grounding.train import Trainer
 from mmdist_e2e.structures import MmdistError
 
 
@@ -187,3 +190,10 @@ def test_good_settings_take_their_kind() -> None:
 def test_unknown_recipe() -> None:
     with pytest.raises(MmdistError, match="valid: baseline, cpl"):
         get_recipe("clp")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    table = FeatureTable((), torch.zeros(1, 64, 4), {}, {"rgb": {}}, {"rgb": 4})
+    with pytest.raises(MmdistError, match=f"seed .*{seed}"):
+        Trainer(cpl(**SHAPE), [], table, seed)

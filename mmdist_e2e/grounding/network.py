@@ -32,24 +32,19 @@ MINIMUM_WIDTH = 0.01
 
 DROPOUT_STEPS = 2**15  # a share is rounded to so many steps
 
-MINUS_INFINITY = float("-inf")
-
 KeysValues = tuple[Tensor, Tensor]
 
 
-def gaussian_masks(
-    centers: Tensor, widths: Tensor, *, positions: int, sharpness: float
-) -> tuple[Tensor, Tensor]:
+def gaussian_masks(centers: Tensor, widths: Tensor, *, positions: int, sharpness: float) -> Tensor:
     """Gaussians on the grid t_j = j/(N-1), each divided by its largest value on the grid.
 
     centers, widths: [...] in units of the video; `sharpness` is σ: s = max(w, 0.01)/σ.
-    Returns (g, log g), both [..., N] and fp32. As exp(-(d² - min d²)/(2s²)) it is never 0/0.
+    Returns g, [..., N] in fp32. Computed as exp(-(d² - min d²)/(2s²)), it is never 0/0.
     """
     grid_N = torch.arange(positions, dtype=torch.float32, device=centers.device) / (positions - 1)
     squared = (grid_N - centers.float().unsqueeze(-1)).square()
     deviation = widths.float().clamp_min(MINIMUM_WIDTH).unsqueeze(-1) / sharpness
-    exponent = -(squared - squared.amin(-1, keepdim=True)) / (2 * deviation.square())
-    return exponent.exp(), exponent
+    return (-(squared - squared.amin(-1, keepdim=True)) / (2 * deviation.square())).exp()
 
 
 def mask_bias(masks: Tensor) -> Tensor:
@@ -59,13 +54,12 @@ def mask_bias(masks: Tensor) -> Tensor:
 
 def padding_bias(is_word: Tensor) -> Tensor:
     """[B, S] bool, True for keys that may be read -> 0 or -inf, fp32."""
-    return torch.zeros(is_word.shape, device=is_word.device).masked_fill(~is_word, MINUS_INFINITY)
+    return torch.zeros(is_word.shape, device=is_word.device).masked_fill(~is_word, -torch.inf)
 
 
 def causal_bias(length: int, device: torch.device) -> Tensor:
     """[T, T]: -inf above the diagonal."""
-    full = torch.full((length, length), MINUS_INFINITY, device=device)
-    return full.triu(diagonal=1)
+    return torch.full((length, length), -torch.inf, device=device).triu(diagonal=1)
 
 
 def sinusoids(length: int, channels: int, device: torch.device) -> Tensor:
@@ -80,21 +74,27 @@ def sinusoids(length: int, channels: int, device: torch.device) -> Tensor:
     return table_TD
 
 
-def dropout(x: Tensor, share: float, *, training: bool) -> Tensor:
-    """Zero a `share` of the values and scale the rest; off the CPU torch's own.
+class Dropout(nn.Module):
+    """Zero a `share` of the values and scale the rest; torch's own on a GPU.
 
     torch's CPU generator makes one number after the other and takes longer than the layers here;
     one 64-bit number has bits for four values.
     """
-    if not training or share == 0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, share)
-    cut = round(share * DROPOUT_STEPS)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_().view(torch.int16)
-    # The generator's 64-bit numbers are not negative, so the sign bits say nothing.
-    keep = (bits[: x.numel()].view(x.shape) & (DROPOUT_STEPS - 1)) >= cut
-    return x * (keep.to(x.dtype) * (DROPOUT_STEPS / (DROPOUT_STEPS - cut)))
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.share == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.share)
+        cut = round(self.share * DROPOUT_STEPS)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_().view(torch.int16)
+        # The generator's 64-bit numbers are not negative, so the sign bits are always 0.
+        keep = (bits[: x.numel()].view(x.shape) & (DROPOUT_STEPS - 1)) >= cut
+        return x * (keep.to(x.dtype) * (DROPOUT_STEPS / (DROPOUT_STEPS - cut)))
 
 
 class Attention(nn.Module):
@@ -155,19 +155,17 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Post-norm: self-attention, cross-attention when there is a memory, feed-forward."""
 
-    def __init__(self, channels: int, heads: int, feed_forward: int, dropout: float) -> None:
+    def __init__(self, config: GlobalConfig) -> None:
         super().__init__()
-        self.dropout = dropout
-        self.self_attn = Attention(channels, heads)
-        self.self_attn_layer_norm = nn.LayerNorm(channels)
-        self.encoder_attn = Attention(channels, heads)
-        self.encoder_attn_layer_norm = nn.LayerNorm(channels)
-        self.fc1 = nn.Linear(channels, feed_forward)
-        self.fc2 = nn.Linear(feed_forward, channels)
-        self.final_layer_norm = nn.LayerNorm(channels)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, training=self.training)
+        D = config.hidden
+        self.drop = Dropout(config.dropout)
+        self.self_attn = Attention(D, config.heads)
+        self.self_attn_layer_norm = nn.LayerNorm(D)
+        self.encoder_attn = Attention(D, config.heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(D)
+        self.fc1 = nn.Linear(D, config.feed_forward)
+        self.fc2 = nn.Linear(config.feed_forward, D)
+        self.final_layer_norm = nn.LayerNorm(D)
 
     def forward(
         self,
@@ -193,15 +191,15 @@ class Layer(nn.Module):
         if copies > 1:
             x_BTD, q, k, v = (t.repeat_interleave(copies, dim=0) for t in (x_BTD, q, k, v))
         x_BTD = self.self_attn_layer_norm(
-            x_BTD + self._drop(self.self_attn.attend(q, k, v, self_bias_BTT))
+            x_BTD + self.drop(self.self_attn.attend(q, k, v, self_bias_BTT))
         )
         if memory is not None:
             assert memory_bias_B1S is not None
             q = self.encoder_attn.project_queries(x_BTD)
             read = self.encoder_attn.attend(q, *memory, memory_bias_B1S)
-            x_BTD = self.encoder_attn_layer_norm(x_BTD + self._drop(read))
+            x_BTD = self.encoder_attn_layer_norm(x_BTD + self.drop(read))
         hidden = self.fc2(F.relu(self.fc1(x_BTD)))
-        out: Tensor = self.final_layer_norm(x_BTD + self._drop(hidden))
+        out: Tensor = self.final_layer_norm(x_BTD + self.drop(hidden))
         return out
 
 
@@ -210,10 +208,7 @@ class Stack(nn.Module):
 
     def __init__(self, config: GlobalConfig) -> None:
         super().__init__()
-        self.decoder_layers = nn.ModuleList(
-            Layer(config.hidden, config.heads, config.feed_forward, config.dropout)
-            for _ in range(config.layers)
-        )
+        self.decoder_layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.decoder_layers if isinstance(layer, Layer)]
@@ -368,6 +363,7 @@ class GlobalBranch(nn.Module):
     def __init__(self, config: GlobalConfig) -> None:
         super().__init__()
         self.config = config
+        self.drop = Dropout(config.dropout)
         self.mask_vec = nn.Parameter(torch.zeros(config.word_dim))
         self.start_vec = nn.Parameter(torch.zeros(config.word_dim))
         self.pred_vec = nn.Parameter(torch.zeros(config.feature_dim))
@@ -386,9 +382,6 @@ class GlobalBranch(nn.Module):
     def word_stack(self) -> Stack:
         return cast(Stack, self.trans["decoder2"])
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.config.dropout, training=self.training)
-
     def propose(self, frames_BLF: Tensor, words_BWE: Tensor, is_word_BW: Tensor) -> Proposals:
         """Read frames with the whole query and place K proposals.
 
@@ -399,13 +392,13 @@ class GlobalBranch(nn.Module):
         if tuple(frames_BLF.shape[1:]) != (config.length, config.feature_dim):
             raise MmdistError(
                 f"This model reads features of shape [{config.length}, {config.feature_dim}] a "
-                f"video; these have {list(frames_BLF.shape[1:])}: extract or resample them anew."
+                f"video; these have {list(frames_BLF.shape[1:])}. Extract or resample them again."
             )
         batch = len(frames_BLF)
         prediction = self.pred_vec.expand(batch, 1, -1)
-        frames_BPD = self.frame_fc(self._drop(torch.cat([frames_BLF, prediction], dim=1)))
+        frames_BPD = self.frame_fc(self.drop(torch.cat([frames_BLF, prediction], dim=1)))
         start = self.start_vec.expand(batch, 1, -1)
-        words_BTD = self.word_fc(self._drop(torch.cat([start, words_BWE], dim=1)))
+        words_BTD = self.word_fc(self.drop(torch.cat([start, words_BWE], dim=1)))
         is_token_BT = F.pad(is_word_BW, (1, 0), value=True)
         token_bias_BT = padding_bias(is_token_BT)
         positions_TD = sinusoids(words_BTD.shape[1], config.hidden, words_BTD.device)
@@ -438,12 +431,12 @@ class GlobalBranch(nn.Module):
         config = self.config
         return gaussian_masks(
             centers, widths, positions=config.kept_frames, sharpness=config.sharpness
-        )[0]
+        )
 
     def negative_masks(self, center_B: Tensor, width_B: Tensor, ratio: float) -> Tensor:
         """[B, 2, N]: masks over what lies left and right of a proposal (CPL).
 
-        `ratio` grows from 0 to 1 over training; see `recipes`.
+        `ratio` grows from 0 to 1 over training (`train.negative_ratio`).
         """
         left = (center_B - width_B / 2).clamp_min(0) * (ratio * 0.5)
         right = (1 - center_B - width_B / 2).clamp_min(0) * (ratio * 0.5)
@@ -452,7 +445,7 @@ class GlobalBranch(nn.Module):
             torch.stack([left, right], dim=1),
             positions=self.config.kept_frames,
             sharpness=NEGATIVE_SHARPNESS,
-        )[0]
+        )
 
     def remember(self, kept_BND: Tensor, masks_BMN: Tensor, *, whole: bool = False) -> Memory:
         """Encode the kept frames under M masks, and once more unmasked if `whole` (the last)."""
@@ -551,7 +544,7 @@ class GroundingNetwork(GlobalBranch):
         maps = activation_maps if all_pairs else matched_maps
         if isinstance(self.local, LocalBranch):
             return [maps(self.local(proposals.frames_BLD), query_BD)]
-        parts = torch.split(self._drop(batch.frames_BLF), list(self.channels), dim=-1)
+        parts = torch.split(self.drop(batch.frames_BLF), list(self.channels), dim=-1)
         return [
             maps(local(part_BLF), query_BD)
             for local, part_BLF in zip(self.local, parts, strict=True)

@@ -37,7 +37,7 @@ from mmdist_e2e.grounding.checkpoint import (
     refuse_other,
     save_checkpoint,
 )
-from mmdist_e2e.grounding.config import Recipe, TrainingConfig, get_recipe
+from mmdist_e2e.grounding.config import Count, Recipe, TrainingConfig, check_setting, get_recipe
 from mmdist_e2e.grounding.data.annotations import (
     Annotation,
     carve_validation,
@@ -318,7 +318,8 @@ def train_run(
     word_vectors = word_vectors.limited(w for s in sentences for w in tokenize(s))
     vocabulary = Vocabulary.from_sentences(sentences, word_vectors)
     overrides = dict(overrides or {})
-    length = int(overrides.pop("length", length))
+    length = overrides.pop("length", length)
+    check_setting("length", length, Count)
     places = places_of(modalities, features_path, flow_features_path)
     videos = [a.video for a in (*train_annotations, *val_annotations)]
     table = load_features(places, videos, length=length).to(device)
