@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdist_e2e.extractors.networks import scaled
 from mmdist_e2e.extractors.profiles import LAYERS
 from mmdist_e2e.structures import MmdistError
 
@@ -36,37 +37,24 @@ class C3D(nn.Module):
     """C3D; width 1 has 78.0 M parameters without fc8.
 
     Args:
-        num_classes: outputs of fc8; 0 leaves fc8 out, as some public checkpoints do.
-        width: factor on every channel count. Raises ValueError when a layer would not have a
-            whole number of channels.
-        dropout: after fc6 and fc7, in training.
+        num_classes: outputs of fc8, which is loaded and never run; 0 leaves it out, as some public
+            checkpoints do.
+        width: factor on every channel count. Raises ValueError unless all stay whole numbers.
     """
 
-    def __init__(
-        self, num_classes: int = SPORTS1M_CLASSES, width: float = 1.0, *, dropout: float = 0.5
-    ) -> None:
+    def __init__(self, num_classes: int = SPORTS1M_CLASSES, width: float = 1.0) -> None:
         super().__init__()
-        self.num_classes, self.width, self.in_channels = num_classes, width, 3
-
-        def scaled(channels: int) -> int:
-            count = channels * width
-            if count != int(count) or count < 1:
-                raise ValueError(
-                    f"width {width} gives {count} channels where C3D has {channels}; "
-                    f"use a multiple of 1/64."
-                )
-            return int(count)
-
+        self.in_channels = 3
         channels = self.in_channels
         for convolutions, _, _ in STAGES:
             for name, out_channels in convolutions.items():
-                self.add_module(name, nn.Conv3d(channels, scaled(out_channels), 3, padding=1))
-                channels = scaled(out_channels)
-        self.feature_channels = scaled(FULLY_CONNECTED)
+                out = scaled(out_channels, width)
+                self.add_module(name, nn.Conv3d(channels, out, 3, padding=1))
+                channels = out
+        self.feature_channels = scaled(FULLY_CONNECTED, width)
         self.fc6 = nn.Linear(channels * FINAL_POSITIONS, self.feature_channels)
         self.fc7 = nn.Linear(self.feature_channels, self.feature_channels)
         self.fc8 = nn.Linear(self.feature_channels, num_classes) if num_classes else None
-        self.dropout = nn.Dropout(dropout)
 
     def maps(self, frames_BCTHW: Tensor) -> Tensor:
         """Run up to pool5: [B, 512 · width, 1, 4, 4].
@@ -96,12 +84,5 @@ class C3D(nn.Module):
             raise MmdistError(f"The layer {layer!r} is unknown; valid: {', '.join(LAYERS)}.")
         rows_BD = F.relu(self.fc6(self.maps(frames_BCTHW).flatten(1)))
         if layer == "fc7":
-            rows_BD = F.relu(self.fc7(self.dropout(rows_BD)))
+            rows_BD = F.relu(self.fc7(rows_BD))
         return rows_BD[:, None]
-
-    def forward(self, frames_BCTHW: Tensor) -> Tensor:
-        """Class scores [B, num_classes] before any softmax. Raises ValueError without fc8."""
-        if self.fc8 is None:
-            raise ValueError("This C3D has no fc8 (num_classes is 0); use features().")
-        scores: Tensor = self.fc8(self.dropout(self.features(frames_BCTHW)[:, 0]))
-        return scores

@@ -6,11 +6,10 @@ replaced by faster ones with the same values:
 - Convolution and ReLU run in one pass over memory, by a private operator of torch. Two windows of
   16×224² with one thread (AVX-512, torch 2.14, 25 November): 1.56 s instead of 2.01 s in fp32,
   0.61 s instead of 0.72 s in bf16. Without the operator, the units stay as they are.
-- The first convolution reads 2×2×2 neighbourhoods as channels, because kernels for three channels
-  leave most of a vector register unused.
 - In bf16, max-pooling runs along one axis after the other.
 
-Merging the 1×1×1 convolutions of an inception block was tried and is not faster.
+Tried and not faster: one convolution for all 1×1×1 branches of an inception block, and a first
+convolution that reads 2×2×2 neighbourhoods as channels.
 
 Shapes: B batch, C channels, T frames, H height, W width, O output channels.
 """
@@ -20,7 +19,6 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -70,9 +68,8 @@ def prepare_for_inference(network: nn.Module, device: torch.device | str, bf16: 
             (parent, *child) for parent in ready.modules() for child in parent.named_children()
         ]
         for parent, name, module in children:
-            if isinstance(module, Unit3D) and _fuses(module.conv3d.weight):
-                halved = module.stride == (2, 2, 2)
-                setattr(parent, name, HalvedConvReLU(module) if halved else ConvReLU(module))
+            if isinstance(module, Unit3D) and module.stride == (1, 1, 1) and _fuses(module):
+                setattr(parent, name, ConvReLU(module))
             elif isinstance(module, SameMaxPool3d) and bf16:
                 setattr(parent, name, AxisMaxPool3d(module))
             elif isinstance(module, nn.AvgPool3d) and bf16:
@@ -83,10 +80,10 @@ def prepare_for_inference(network: nn.Module, device: torch.device | str, bf16: 
     return ready
 
 
-def _fuses(weight: Tensor) -> bool:
-    """Whether this build of torch has the fused operator for these weights."""
+def _fuses(unit: Unit3D) -> bool:
+    """Whether this build of torch has the fused operator for the weights of this unit."""
     built = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    return built and weight.dtype in (torch.float32, torch.bfloat16)
+    return built and unit.conv3d.weight.dtype in (torch.float32, torch.bfloat16)
 
 
 def _convolve_relu(
@@ -104,7 +101,6 @@ class ConvReLU(nn.Module):
 
     def __init__(self, unit: Unit3D) -> None:
         super().__init__()
-        assert unit.stride == (1, 1, 1)
         assert all(size % 2 for size in unit.kernel)
         self.padding = [size // 2 for size in unit.kernel]
         self.weight, self.bias = unit.conv3d.weight, unit.conv3d.bias
@@ -117,42 +113,6 @@ class ConvReLU(nn.Module):
         # takes from uninitialised memory when it uses AMX and there are 9 to 15 channels.
         middle = self.weight[:, :, time : time + 1]
         return _convolve_relu(volume_BCTHW, middle, self.bias, [0, height, width])
-
-
-class HalvedConvReLU(nn.Module):
-    """A folded `Unit3D` of stride 2, run with stride 1 over 2×2×2 neighbourhoods.
-
-    The eight positions of a neighbourhood become channels, also in the kernel, which is padded to
-    an even size with zeros at its end: [O, C, k, k, k] -> [O, 8C, ⌈k/2⌉, ⌈k/2⌉, ⌈k/2⌉].
-    """
-
-    def __init__(self, unit: Unit3D) -> None:
-        super().__init__()
-        assert unit.stride == (2, 2, 2)
-        assert len(set(unit.kernel)) == 1
-        weight, size = unit.conv3d.weight, unit.kernel[0]
-        (outputs, channels), taps = weight.shape[:2], -(-size // 2)
-        self.size, self.taps, self.bias = size, taps, unit.conv3d.bias
-        even_OCTHW = F.pad(weight, (0, 2 * taps - size) * 3)
-        pairs = even_OCTHW.reshape(outputs, channels, taps, 2, taps, 2, taps, 2)
-        halved = pairs.permute(0, 3, 5, 7, 1, 2, 4, 6).reshape(outputs, -1, taps, taps, taps)
-        self.weight = nn.Parameter(halved, requires_grad=False)
-
-    def forward(self, volume_BCTHW: Tensor) -> Tensor:
-        pads: list[int] = []
-        for n in reversed(volume_BCTHW.shape[-3:]):
-            before, _ = same_padding(n, self.size, 2)
-            pads += [before, 2 * (-(-n // 2) + self.taps - 1) - n - before]
-        padded_BTHWC = F.pad(volume_BCTHW, pads).permute(0, 2, 3, 4, 1).contiguous()
-        batch, frames, height, width, channels = padded_BTHWC.shape
-        # Pairs along W are adjacent already. Copying quarters has longer inner loops than one
-        # permutation of everything, and takes less than half the time.
-        shape = (batch, frames // 2, height // 2, width // 2, 2 * channels)
-        quarters = [
-            padded_BTHWC[:, t::2, h::2].reshape(shape) for t, h in ((0, 0), (0, 1), (1, 0), (1, 1))
-        ]
-        halved_B8CTHW = torch.cat(quarters, dim=4).permute(0, 4, 1, 2, 3)
-        return _convolve_relu(halved_B8CTHW, self.weight, self.bias, [0, 0, 0])
 
 
 class AxisMaxPool3d(nn.Module):

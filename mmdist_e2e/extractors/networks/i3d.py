@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdist_e2e.extractors.networks import scaled
 from mmdist_e2e.structures import MmdistError
 
 BATCH_NORM_EPS = 1e-3
@@ -133,8 +134,8 @@ class InceptionI3d(nn.Module):
     Args:
         num_classes: outputs of the logits layer.
         in_channels: 3 for RGB, 2 for flow.
-        width: factor on every channel count; D = 1024 · width. Raises ValueError when a branch
-            would not have a whole number of channels.
+        width: factor on every channel count; D = 1024 · width. Raises ValueError unless all stay
+            whole numbers.
         dropout: before the logits.
     """
 
@@ -148,28 +149,20 @@ class InceptionI3d(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes, self.in_channels, self.width = num_classes, in_channels, width
-
-        def scaled(channels: int) -> int:
-            count = channels * width
-            if count != int(count) or count < 1:
-                raise ValueError(
-                    f"width {width} gives {count} channels where I3D has {channels}; "
-                    f"use a multiple of 1/8."
-                )
-            return int(count)
-
-        self.Conv3d_1a_7x7 = Unit3D(in_channels, scaled(64), kernel=(7, 7, 7), stride=(2, 2, 2))
+        self.Conv3d_1a_7x7 = Unit3D(
+            in_channels, scaled(64, width), kernel=(7, 7, 7), stride=(2, 2, 2)
+        )
         self.MaxPool3d_2a_3x3 = SameMaxPool3d((1, 3, 3), (1, 2, 2))
-        self.Conv3d_2b_1x1 = Unit3D(scaled(64), scaled(64))
-        self.Conv3d_2c_3x3 = Unit3D(scaled(64), scaled(192), kernel=(3, 3, 3))
-        channels = scaled(192)
+        self.Conv3d_2b_1x1 = Unit3D(scaled(64, width), scaled(64, width))
+        self.Conv3d_2c_3x3 = Unit3D(scaled(64, width), scaled(192, width), kernel=(3, 3, 3))
+        channels = scaled(192, width)
         self.body = ["Conv3d_1a_7x7", "MaxPool3d_2a_3x3", "Conv3d_2b_1x1", "Conv3d_2c_3x3"]
         for name, outs in MIXED.items():
             if name in POOL_BEFORE:
                 pool, kernel, stride = POOL_BEFORE[name]
                 self.add_module(pool, SameMaxPool3d(kernel, stride))
                 self.body.append(pool)
-            block = InceptionBlock(channels, [scaled(c) for c in outs])
+            block = InceptionBlock(channels, [scaled(c, width) for c in outs])
             self.add_module(name, block)
             self.body.append(name)
             channels = block.out_channels
