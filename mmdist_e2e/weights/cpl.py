@@ -193,19 +193,13 @@ def read_vocabulary(file: Path, size: int) -> Vocabulary:
     CPL drops all other words from a query. Raises MmdistError for a file that is no such pickle
     or has too few words.
     """
-    if not file.is_file():
-        raise MmdistError(f"There is no vocabulary '{file}'; give CPL's glove.pkl.")
-    with file.open("rb") as stream:
-        is_pickle = stream.read(1) == b"\x80"  # the first byte since protocol 2
+    raw = load_restricted(file)
     try:
-        raw = load_restricted(file) if is_pickle else {}
         rows, table = raw["w2id"], raw["id2vec"]
         # most_common is stable: ties keep the order of first appearance.
         words = tuple(str(word) for word, _ in Counter(dict(raw["counter"])).most_common(size))
         vectors_VE = np.stack([np.asarray(table[rows[word]], dtype=np.float32) for word in words])
     except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
-        if isinstance(error, MmdistError):
-            raise
         raise MmdistError(
             f"'{file}' does not hold CPL's vocabulary (w2id, id2vec and counter); give the "
             f"glove.pkl that the checkpoint was trained with."
