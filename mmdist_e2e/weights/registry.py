@@ -232,8 +232,9 @@ def _install(entry: Entry, folder: Path) -> None:
             write_checkpoint(folder, entry, state, f"downloaded from {entry.url}")
     except (OSError, NotImplementedError) as error:  # a file system without locks
         raise MmdistError(
-            f"The weights {entry.name!r} cannot be kept in {folder} ({error}); set MMDIST_CACHE "
-            f"to a folder that can be written."
+            f"The weights {entry.name!r} cannot be kept in {folder} "
+            f"({getattr(error, 'strerror', None) or error}); set MMDIST_CACHE to a folder that can "
+            f"be written."
         ) from error
 
 
