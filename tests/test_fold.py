@@ -8,7 +8,7 @@ from torch import nn
 
 from mmdist_e2e.extractors.networks import fold
 from mmdist_e2e.extractors.networks.fold import fold_batch_norm, prepare_for_inference
-from mmdist_e2e.extractors.networks.i3d import InceptionI3d, SameMaxPool3d, Unit3D
+from mmdist_e2e.extractors.networks.i3d import InceptionI3d, Unit3D
 
 SHAPES = [(16, 32, 32), (9, 33, 47), (1, 17, 65), (26, 40, 34)]
 FUSED = fold._fuses(Unit3D(1, 1))
@@ -97,8 +97,6 @@ def test_a_cpu_gets_the_faster_parts():
     network = InceptionI3d(4, 3, 0.125)
     single, half = (prepare_for_inference(network, "cpu", bf16) for bf16 in (False, True))
     assert isinstance(single.Mixed_4b.b2b, fold.ConvReLU)
-    assert isinstance(single.Mixed_4b.b3a, SameMaxPool3d)
-    assert isinstance(half.Mixed_4b.b3a, fold.AxisMaxPool3d)
     for ready in (single, half):  # all but the first, of stride 2
         assert sum(isinstance(module, Unit3D) for module in ready.modules()) == 1
     weight = half.Mixed_4b.b2b.weight
@@ -116,25 +114,6 @@ def test_one_frame_does_not_read_uninitialised_memory():
         junk = [torch.full((n,), float("nan"), dtype=torch.bfloat16) for n in (500, 4000, 30000)]
         del junk  # what the next allocations are likely to find
         torch.testing.assert_close(fused(volume.bfloat16()).float(), expected, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "stride"),
-    [
-        ((3, 3, 3), (1, 1, 1)),
-        ((1, 3, 3), (1, 2, 2)),
-        ((3, 3, 3), (2, 2, 2)),
-        ((2, 2, 2), (2, 2, 2)),
-    ],
-)
-def test_maxima_by_axis_are_the_same_bits(kernel, stride):
-    pool = SameMaxPool3d(kernel, stride)
-    for shape in [(1, 1, 1), (1, 2, 3), (4, 5, 6), (5, 4, 7), (8, 9, 2)]:
-        volume = clip(2, 6, *shape).relu().bfloat16()
-        for layout in (torch.contiguous_format, torch.channels_last_3d):
-            given = volume.contiguous(memory_format=layout)
-            assert torch.equal(fold.AxisMaxPool3d(pool)(given), pool(volume))
-            assert torch.equal(given, volume)
 
 
 def test_without_the_fused_operator_the_units_stay(monkeypatch):

@@ -1,15 +1,13 @@
 """Networks prepared for inference: the same functions, computed faster.
 
-On every device, BatchNorm is folded into the convolution before it. On a CPU, parts of I3D are
-replaced by faster ones with the same values:
-
-- Convolution and ReLU run in one pass over memory, by a private operator of torch. Two windows of
-  16×224² with one thread (AVX-512, torch 2.14, 25 November): 1.56 s instead of 2.01 s in fp32,
-  0.61 s instead of 0.72 s in bf16. Without the operator, the units stay as they are.
-- In bf16, max-pooling runs along one axis after the other.
+On every device, BatchNorm is folded into the convolution before it. On a CPU, I3D's convolutions of
+stride 1 and their ReLUs run in one pass over memory, by a private operator of torch. Two windows of
+16×224² with one thread (AVX-512, torch 2.14, 25 November): 1.56 s instead of 2.01 s in fp32, 0.61 s
+instead of 0.72 s in bf16. Without the operator, the units stay as they are.
 
 Tried and not faster: one convolution for all 1×1×1 branches of an inception block, and a first
-convolution that reads 2×2×2 neighbourhoods as channels.
+convolution that reads 2×2×2 neighbourhoods as channels. Max-pooling in bf16 along one axis after
+the other saves 5 % of a network's time, too little for its code.
 
 Shapes: B batch, C channels, T frames, H height, W width, O output channels.
 """
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mmdist_e2e.extractors.networks.i3d import SameMaxPool3d, Unit3D, same_padding
+from mmdist_e2e.extractors.networks.i3d import Unit3D
 
 # By class: its modules that are a convolution and the BatchNorm right after it. All classes but
 # Unit3D are pytorchvideo's, which this file does not import.
@@ -70,8 +68,6 @@ def prepare_for_inference(network: nn.Module, device: torch.device | str, bf16: 
         for parent, name, module in children:
             if isinstance(module, Unit3D) and module.stride == (1, 1, 1) and _fuses(module):
                 setattr(parent, name, ConvReLU(module))
-            elif isinstance(module, SameMaxPool3d) and bf16:
-                setattr(parent, name, AxisMaxPool3d(module))
             elif isinstance(module, nn.AvgPool3d) and bf16:
                 setattr(parent, name, SinglePrecision(module))
     for parameter in ready.parameters():
@@ -115,27 +111,6 @@ class ConvReLU(nn.Module):
         return _convolve_relu(volume_BCTHW, middle, self.bias, [0, height, width])
 
 
-class AxisMaxPool3d(nn.Module):
-    """`SameMaxPool3d` in bf16, one axis after the other, of volumes without negative values.
-
-    Read as int16, the bits of such values have the same order, and a CPU compares int16 faster.
-    """
-
-    def __init__(self, pool: SameMaxPool3d) -> None:
-        super().__init__()
-        self.kernel, self.stride = pool.kernel, pool.stride
-
-    def forward(self, volume_BCTHW: Tensor) -> Tensor:
-        assert volume_BCTHW.dtype == torch.bfloat16
-        bits_BTHWC = volume_BCTHW.permute(0, 2, 3, 4, 1).view(torch.int16)
-        for axis, (kernel, stride) in enumerate(
-            zip(self.kernel, self.stride, strict=True), start=1
-        ):
-            if (kernel, stride) != (1, 1):
-                bits_BTHWC = _axis_maximum(bits_BTHWC, axis, kernel, stride)
-        return bits_BTHWC.view(torch.bfloat16).permute(0, 4, 1, 2, 3)
-
-
 class SinglePrecision(nn.Module):
     """Runs a module in float32: a CPU has no average pooling in bf16."""
 
@@ -146,22 +121,3 @@ class SinglePrecision(nn.Module):
     def forward(self, volume: Tensor) -> Tensor:
         out: Tensor = self.module(volume.float())
         return out.to(volume.dtype)
-
-
-def _axis_maximum(bits: Tensor, axis: int, kernel: int, stride: int) -> Tensor:
-    """Maxima of SAME windows along one axis: of i·stride + offset − before, where that exists."""
-    size = bits.shape[axis]
-    before, outputs = same_padding(size, kernel, stride)[0], -(-size // stride)
-
-    def inputs(offset: int, first: int, last: int) -> Tensor:
-        begin, end = (i * stride + offset - before for i in (first, last))
-        return bits.movedim(axis, 0)[begin : end + 1 : stride].movedim(0, axis)
-
-    maxima = inputs(before, 0, outputs - 1).clone(memory_format=torch.contiguous_format)
-    for offset in range(kernel):
-        first = max(-((offset - before) // stride), 0)
-        last = min((size - 1 + before - offset) // stride, outputs - 1)
-        if offset != before and first <= last:
-            part = maxima.narrow(axis, first, last - first + 1)
-            torch.maximum(part, inputs(offset, first, last), out=part)
-    return maxima
