@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from mmdist_e2e.extractors.batch import Video, extract_many
 from mmdist_e2e.extractors.profiles import ExtractorSpec, describe
-from mmdist_e2e.extractors.runner import BUILDERS
+from mmdist_e2e.extractors.runner import build
 from mmdist_e2e.store import FeatureStore, write_json
 from mmdist_e2e.structures import MmdistError
 from world.clips import ACTION_NAMES
@@ -130,7 +130,7 @@ def untrained_copy(spec: ExtractorSpec, folder: Path) -> ExtractorSpec:
     """The same network with random weights, written as a checkpoint."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = BUILDERS[spec.network](spec.config)
+        network = build(spec.config)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), folder / "model.safetensors")
     write_json(

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdist_e2e.extractors.profiles import TAIL
 from mmdist_e2e.extractors.runner import Chunk, DenseChunks, SnippetNetwork, Windows, row_times
 from mmdist_e2e.extractors.video.reader import VideoError
 from mmdist_e2e.store import fast_digest
@@ -131,7 +130,7 @@ class _Track:
         self._cutter: Windows | DenseChunks = (
             DenseChunks()
             if spec.mode == "dense"
-            else Windows(window=spec.window, stride=spec.stride, tail=TAIL)
+            else Windows(window=spec.window, stride=spec.stride)
         )
         self._pending: list[NDArray[np.generic]] = []
         self._rows: list[NDArray[np.float32]] = []
