@@ -8,12 +8,14 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from mmdist_e2e.cli.main import main
 from mmdist_e2e.grounding.config import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
 DERIVED = {"feature_dim", "word_dim", "vocabulary_size", "length", "channels"}  # from the data
 
 
@@ -78,3 +80,14 @@ def test_commands_and_options_exist(page):
 
 def test_the_readme_shows_commands():
     assert len(commands(ROOT / "README.md")) >= 8
+
+
+def test_the_readme_shows_what_the_command_prints(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("MMDIST_CACHE", str(tmp_path))
+    command, shown = re.search(
+        r"^```\n\$ mmdist (ground .*)\n(.*?)^```", README, re.M | re.S
+    ).groups()
+    printed = CliRunner().invoke(main, shlex.split(command)).stdout
+    without_figures = [re.sub(r"[ -]\d+\.\d\d", " #", text) for text in (shown, printed)]
+    assert without_figures[0] == without_figures[1]
