@@ -99,11 +99,8 @@ def _rounded(answer: Answer) -> dict[str, Any]:
 def _lines(file: Path) -> list[str]:
     """The queries of a file; blank lines are skipped."""
     try:
-        if str(file) == "-":
-            raw = click.get_binary_stream("stdin").read()
-        else:
-            raw = file.read_bytes()
-        lines = raw.decode("utf-8-sig").split("\n")
+        with click.open_file(str(file), "rb") as stream:  # - is standard input
+            lines = stream.read().decode("utf-8-sig").split("\n")
     except OSError as error:
         raise MmdistError(f"--queries {file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -32,7 +32,6 @@ from mmdist_e2e.grounding.network import (
 )
 from mmdist_e2e.structures import Features, MmdistError, Moment, differences
 
-
 SYNTHETIC_WARNING = "trained on a drawn world: on real video this is a guess."
 
 FEW = 8  # windows that one thread reads at least as fast as several
