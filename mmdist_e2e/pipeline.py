@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -43,7 +44,7 @@ RECENT_VIDEOS = 8  # whose features a Grounder keeps in memory
 def _expect(name: str, value: object, kinds: type | tuple[type, ...], valid: str) -> None:
     """Raises MmdistError for an argument of the wrong type."""
     if not isinstance(value, kinds):
-        raise MmdistError(f"{name} must be {valid}; got {value!r} ({type(value).__name__}).")
+        raise MmdistError(f"{name} must be {valid}; got {reprlib.repr(value)}.")
 
 
 def _path(name: str, value: object) -> Path:
@@ -270,7 +271,7 @@ class Grounder:
                     raise MmdistError(f"The features given as {key!r} are {value.modality}.")
         else:
             path = _path("video", video)
-            name, features = str(video), self._encode(path, progress)
+            name, features = str(os.fspath(video)), self._encode(path, progress)
         answers = [self._answer(name, features, text, int(top_k)) for text in queries]
         return answers[0] if isinstance(query, str) else answers
 
