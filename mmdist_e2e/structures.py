@@ -41,9 +41,6 @@ class Moment:
     score: float
 
 
-COLUMNS = ("rank", "start (s)", "end (s)", "score")
-
-
 @dataclass(frozen=True, repr=False)
 class Answer(Sequence[Moment]):
     """The moments of one query in one video, best first; a sequence of those moments.
@@ -90,21 +87,15 @@ class Answer(Sequence[Moment]):
         }
 
     @property
-    def title(self) -> str:
-        """Query, video and duration in one line."""
-        return f'"{self.query}" in {self.video or "features"} ({self.duration_seconds:.2f} s)'
-
-    @property
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """The cells of the table, one row per moment; see COLUMNS."""
-        return [
-            (str(rank), f"{moment.start:.2f}", f"{moment.end:.2f}", f"{moment.score:.3f}")
-            for rank, moment in enumerate(self.moments, start=1)
-        ]
+    def table(self) -> str:
+        """Query, video, moments and unknown words, as text."""
+        title, rows = self._cells()
+        lines = ["  ".join(f"{cell:>9}" for cell in row) for row in rows]
+        return "\n".join([title, *lines, *self.unknown])
 
     @property
     def unknown(self) -> list[str]:
-        """A line that names the unknown words; no line where there are none."""
+        """A line that names the unknown words, if there are any."""
         words = ", ".join(self.unknown_words)
         return [f"Unknown words, not read by the model: {words}"] if words else []
 
@@ -114,26 +105,24 @@ class Answer(Sequence[Moment]):
         warning = [f"Warning: {self.warning}"] if self.warning else []
         return [f"Model: {self.model}", f"Trained on: {self.trained_on}", *warning]
 
-    @property
-    def table(self) -> str:
-        """Title, moments and unknown words, as text."""
-        lines = ["  ".join(f"{cell:>9}" for cell in row) for row in (COLUMNS, *self.rows)]
-        return "\n".join([self.title, *lines, *self.unknown])
+    def _cells(self) -> tuple[str, list[tuple[str, ...]]]:
+        """The title of the table and its rows; the first one is the header."""
+        title = f'"{self.query}" in {self.video or "features"} ({self.duration_seconds:.2f} s)'
+        rows = [
+            (str(rank), f"{moment.start:.2f}", f"{moment.end:.2f}", f"{moment.score:.3f}")
+            for rank, moment in enumerate(self.moments, start=1)
+        ]
+        return title, [("rank", "start (s)", "end (s)", "score"), *rows]
 
     def __repr__(self) -> str:
         return "\n".join([self.table, *self.about])
 
     def _repr_html_(self) -> str:
         """The same as an HTML table, for notebooks."""
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in COLUMNS)
-        rows = "".join(
-            f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in self.rows
-        )
+        title, cells = self._cells()
+        rows = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
         below = "<br>".join(map(escape, [*self.unknown, *self.about]))
-        return (
-            f"<table><caption>{escape(self.title)}</caption>"
-            f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><p>{below}</p>"
-        )
+        return f"<table><caption>{escape(title)}</caption>{rows}</table><p>{below}</p>"
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def test_html_escapes_what_users_wrote():
     assert {"b", "script", "i"}.isdisjoint(tags)
     for part in ("<b>clip</b>.mp4", 'a "man" & <script>', "<i>", "x < y", WARNING):
         assert part in "\n".join(text)
-    assert tags.count("td") == 8
+    assert tags.count("td") == 12
 
 
 def test_ground_says_what_was_asked_and_what_answers(load, clip, tiny_run):
