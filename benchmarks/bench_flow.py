@@ -1,11 +1,11 @@
-"""TV-L1: our CPU solver beside OpenCV's CPU class of the same settings, and how near each comes.
+"""TV-L1: speed and error of our CPU solver and of OpenCV's CPU class with the same settings.
 
     python benchmarks/bench_flow.py [VIDEO ...]
 
 Ten pairs of consecutive frames of each video at shorter side 256 (without a video: the example
-clip). OpenCV stops early at ε 0.01; the converged solution is OpenCV's with every iteration. Both
-solvers may use every core. The ratio is the whole time of OpenCV over ours; `--error` adds the
-converged solution, which takes OpenCV some ten seconds a pair.
+clip). OpenCV stops early at ε 0.01. Both solvers may use every core. The ratio is OpenCV's total
+time over ours. `--error` compares both with the converged solution: OpenCV without the early stop,
+about ten seconds per pair.
 """
 
 from __future__ import annotations

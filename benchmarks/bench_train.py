@@ -81,7 +81,6 @@ def our_step(precision: str) -> Callable[[], None]:
     from mmdist_e2e.grounding.config import get_recipe
     from mmdist_e2e.grounding.data.batches import Batch, draw_masks
     from mmdist_e2e.grounding.data.features import FeatureTable
-    from mmdist_e2e.grounding.losses import batch_loss
     from mmdist_e2e.grounding.train import Trainer
 
     recipe = get_recipe("cpl")(
@@ -98,9 +97,7 @@ def our_step(precision: str) -> Callable[[], None]:
     def step() -> None:
         masked_BW = draw_masks(batch, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            terms = batch_loss(
-                trainer.model, batch, masked_BW, recipe.loss, ratio=(EPOCH / EPOCHS) ** 0.5
-            )
+            terms = trainer.loss(batch, masked_BW, (EPOCH / EPOCHS) ** 0.5)
         trainer.update(terms["loss"])
 
     return step

@@ -25,7 +25,7 @@ from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.batches import make_items
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.evaluate import evaluate_run, truth_of
-from mmdist_e2e.grounding.train import TeacherAnswers, teach
+from mmdist_e2e.grounding.teacher import TeacherAnswers, teach
 from mmdist_e2e.weights.words import shipped_word_vectors
 
 

@@ -1,17 +1,25 @@
-"""The feature store: one atomic `.npz` per video and modality, importable by every room.
+"""The feature store: one atomic `.npz` file per video and modality.
 
-A video's id is its path relative to the root it was given by, without the suffix, with forward
-slashes; its features live at `ROOT/<id>.<modality>.npz`. A file holds `data` [S, D] float32,
-`times` [S, 2] float64 and `meta` (JSON). Nothing is pickled.
+A video's id is its path relative to the folder that was searched, without the suffix, with
+forward slashes and in Unicode's NFC form. Its features are stored in `ROOT/<id>.<modality>.npz`.
+A part of that path that would be longer than 255 bytes is shortened: it ends in `~` and a digest.
+A file holds `data` [S, D] float32, `times` [S, 2] float64 and `meta` (JSON, with the whole id).
+Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
+import stat
 import tempfile
+import unicodedata
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -22,71 +30,105 @@ from mmdist_e2e.structures import Features, MmdistError, Provenance
 
 DIGEST_BLOCK_BYTES = 1 << 20
 
+NAME_MAX_BYTES = 255  # of one file name, on every file system in common use
+
+TEMPORARY = ".tmp-"  # short, so that a temporary name fits wherever the final one does
+
+# What numpy, zipfile and json raise for files that are damaged or something else.
+NOT_A_FEATURE_FILE = (
+    *(OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
+SHORTENED = re.compile(r"~[0-9a-f]{16}(?:/|$)")
+
 
 def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
     """Write a temporary file beside `path`, fsync it and rename it onto `path`.
 
-    content: the bytes, or what writes them to an open file.
-    A killed run or a full disk leaves the whole old file or none, never a part.
+    content: the bytes, or a function that writes them to an open file.
+    After a kill or on a full disk, `path` is the whole old file or absent, never a part.
     Raises MmdistError when the disk is full or the folder cannot be made or written.
     """
-    temporary: Path | None = None
+    temporary = path.with_name(TEMPORARY + secrets.token_hex(6))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             if isinstance(content, bytes):
                 stream.write(content)
             else:
                 content(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes private files; a feature file is as readable as any other output.
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        temporary = None
     except OSError as error:
-        reason = error.strerror or str(error)
         raise MmdistError(
-            f"{path} could not be written ({reason}); make room or choose another folder and "
-            f"run again: what is already done stays done."
+            f"{path} could not be written ({error.strerror or error}). Free some space or choose "
+            f"another folder, and run again: finished files are kept."
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def check_out(out: Path) -> None:
-    """Raises MmdistError when what shall become a folder is a file."""
-    if out.exists() and not out.is_dir():
-        raise MmdistError(f"{out} is a file; --out needs a folder (a new one is made).")
+    """Write and delete a small file in the folder `out`, or where that folder would be made.
+
+    Raises MmdistError when `out` is a file or nothing can be written there.
+    """
+    try:
+        if out.is_file():
+            raise MmdistError(f"{out} is a file; --out needs a folder (it is made if missing).")
+        for folder in (out.absolute(), *out.absolute().parents):
+            with contextlib.suppress(FileNotFoundError):
+                folder.lstat()  # unlike exists(), it sees dangling links and too long names
+                break
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMPORARY) as probe:
+            probe.write(b"\0")
+    except OSError as error:
+        raise MmdistError(
+            f"The output folder {out} cannot be made or written ({error.strerror or error}); "
+            f"choose another one with --out."
+        ) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """Write indented JSON atomically, with a stable key order. Raises as write_atomically."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_atomically(path, text.encode())
+    # Bytes of file names that are not UTF-8 arrive as surrogates: JSON writes those as \udcXX.
+    write_atomically(path, text.encode(errors="backslashreplace"))
 
 
 def fast_digest(path: Path) -> dict[str, Any]:
     """Size in bytes and a digest of the first, middle and last mebibyte of a file.
 
-    It tells a replaced video from the same one without reading an hour of it.
+    It detects a replaced video without reading all of it.
+    Raises MmdistError when the path is no regular file (reading a pipe may wait for ever).
     """
-    size = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise MmdistError(f"{path} is not a regular file; give a video file.")
+    size = status.st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
         for offset in sorted({0, max(0, size // 2), max(0, size - DIGEST_BLOCK_BYTES)}):
             stream.seek(offset)
             digest.update(stream.read(DIGEST_BLOCK_BYTES))
     return {"bytes": size, "digest": digest.hexdigest()[:16]}
+
+
+def video_key(video_id: str) -> str:
+    """The one form in which video ids are compared and stored: Unicode NFC."""
+    return unicodedata.normalize("NFC", video_id)
+
+
+def _fitting(name: str, suffix: str = "") -> str:
+    """`name` + `suffix`, with the name shortened where the whole is too long for a file name."""
+    if len(os.fsencode(name + suffix)) <= NAME_MAX_BYTES:
+        return name + suffix
+    data = os.fsencode(name)
+    tail = f"~{hashlib.sha256(data).hexdigest()[:16]}{suffix}"
+    return data[: NAME_MAX_BYTES - len(tail)].decode(errors="ignore") + tail
 
 
 class FeatureStore:
@@ -96,13 +138,27 @@ class FeatureStore:
         self.root = Path(root)
 
     def path(self, video_id: str, modality: str) -> Path:
-        return self.root / f"{video_id}.{modality}.npz"
+        """The feature file of a video, whether or not it exists.
+
+        A file that another program wrote in another Unicode normal form is found as well.
+        """
+        path = found = self._path(video_key(video_id), modality)
+        if not video_id.isascii() and not path.is_file():
+            found = self.root
+            for part in path.relative_to(self.root).parts:
+                same = (p for p in found.glob("*") if video_key(p.name) == video_key(part))
+                found = next(same, found / part)
+        return found
+
+    def _path(self, video_id: str, modality: str) -> Path:
+        *folders, name = video_id.split("/")
+        return self.root.joinpath(*map(_fitting, folders), _fitting(name, f".{modality}.npz"))
 
     def save(self, video_id: str, features: Features) -> Path:
         """Write one video's features atomically; returns the file. Raises as write_atomically."""
         meta = {
             "format": 1,
-            "video": video_id,
+            "video": video_key(video_id),
             "modality": features.modality,
             "duration_seconds": features.duration_seconds,
             "provenance": features.provenance.to_json(),
@@ -141,23 +197,35 @@ class FeatureStore:
         matters: Mapping[str, Any],
         source: Mapping[str, Any],
     ) -> bool:
-        """Whether stored features were made in this very way from this very file."""
-        if not self.path(video_id, modality).is_file():
+        """Whether the stored features were made in this way from this very file.
+
+        Never by name alone: without a digest of the source the answer is no.
+        """
+        if not source:
             return False
         try:
             provenance = self.load(video_id, modality).provenance
         except MmdistError:
-            return False  # an unreadable file is made again
+            return False  # missing, or damaged and to be made again
         return dict(provenance.matters) == dict(matters) and dict(provenance.source) == dict(source)
 
     def videos(self, modality: str) -> list[str]:
         """Ids of all videos with features of a modality, sorted."""
-        suffix = f".{modality}.npz"
-        return sorted(
-            path.relative_to(self.root).as_posix().removesuffix(suffix)
-            for path in self.root.rglob(f"*{suffix}")
-            if not path.name.startswith(".")
-        )
+        found = self.root.rglob(f"*.{modality}.npz")
+        return sorted({name for path in found if (name := self._id(path, modality)) is not None})
+
+    def _id(self, path: Path, modality: str) -> str | None:
+        """The id of a feature file; None for a hidden file that is none (macOS `._NAME`)."""
+        name = path.relative_to(self.root).as_posix().removesuffix(f".{modality}.npz")
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if not hidden and SHORTENED.search(name) is None:
+            return video_key(name)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                video = str(json.loads(arrays["meta"].tobytes())["video"])
+        except NOT_A_FEATURE_FILE:
+            return None if hidden else video_key(name)
+        return video if self._path(video, modality) == path else video_key(name)
 
 
 def read_features(path: Path) -> Features:
@@ -172,9 +240,9 @@ def read_features(path: Path) -> Features:
                 modality=meta["modality"],
                 provenance=Provenance.from_json(meta["provenance"]),
             )
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, MmdistError):
-            raise MmdistError(f"{path}: {error}") from error
+    except MmdistError as error:
+        raise MmdistError(f"{path}: {error}") from error
+    except NOT_A_FEATURE_FILE as error:
         raise MmdistError(
             f"{path} is not a whole feature file; delete it and run mmdist extract again."
         ) from error

@@ -257,6 +257,9 @@ def test_durations_of_a_feature_store(tmp_path: Path) -> None:
     )
     FeatureStore(tmp_path).save("room/a", features)
     assert load_durations(tmp_path) == {"room/a": 12.5}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MmdistError, match="holds no features"):
+        load_durations(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +270,7 @@ def test_durations_of_a_feature_store(tmp_path: Path) -> None:
         ('{"a": 5, "b": "x"}', "'b'"),
         ('{"a": 0}', "above 0"),
         ("id,length\n,5\n", "Line 2 .* no video"),
+        (f'id,length\n"a{"x" * 200_000}",5\n', "Line 2 .* is not CSV"),
         ("[1]", "must map"),
         ('{"a"', "not readable JSON"),
     ],
@@ -290,6 +294,16 @@ def test_the_protocol_cpl_drops_late_ends() -> None:
         in_protocol([late], "cpl")
     with pytest.raises(MmdistError, match="official, cpl"):
         in_protocol([late], "charades")
+
+
+def test_ids_that_are_not_valid_unicode_are_digested(tmp_path: Path) -> None:
+    """JSON may hold half a surrogate pair, as names of files with strange bytes become."""
+    rows = [[f"\ud800{i}", 9.0, [1, 2], "x"] for i in range(3)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows), encoding="ascii")
+    annotations = load_annotations(path)
+    assert protocol_of(path, annotations).startswith("a.json")
+    assert len(carve_validation(annotations).train) == 2
 
 
 def test_the_protocol_of_other_files_is_told_by_late_ends(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ LAYERS = ("conv1", "conv2", "conv3a", "conv3b", "conv4a", "conv4b", "conv5a", "c
 
 
 def slow(state: dict[str, Array], frames: Array) -> dict[str, Array]:
-    """fc6, fc7 (rectified) and fc8 of frames [3, 16, 112, 112], in float64 over numpy."""
+    """fc6 and fc7 (rectified) of frames [3, 16, 112, 112], in float64 over numpy."""
     volume = frames
     for name in LAYERS:
         weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
@@ -35,7 +35,7 @@ def slow(state: dict[str, Array], frames: Array) -> dict[str, Array]:
     assert volume.shape[1:] == (1, 4, 4)
     fc6 = np.maximum(state["fc6.weight"] @ volume.reshape(-1) + state["fc6.bias"], 0)
     fc7 = np.maximum(state["fc7.weight"] @ fc6 + state["fc7.bias"], 0)
-    return {"fc6": fc6, "fc7": fc7, "fc8": state["fc8.weight"] @ fc7 + state["fc8.bias"]}
+    return {"fc6": fc6, "fc7": fc7}
 
 
 def slow_pool(volume: Array, number: int) -> Array:
@@ -78,7 +78,6 @@ def outputs(network: C3D, frames: torch.Tensor) -> dict[str, Array]:
         return {
             "fc6": network.features(frames, "fc6")[:, 0].numpy(),
             "fc7": network.features(frames)[:, 0].numpy(),
-            "fc8": network(frames).numpy(),
         }
 
 
@@ -95,7 +94,6 @@ def test_all_layers_equal_the_slow_float64_evaluation():
 GOLDEN = {
     "fc6": (21.14065848, [0.93543612, 0.11144986, 1.66970484, 0.0, 0.0, 1.03341408]),
     "fc7": (19.24991421, [0.30017373, 2.74830717, 2.09016760, 0.50219520, 0.0, 0.63687252]),
-    "fc8": (2.927627699, [1.01416133, 0.46399837, 2.08087906, -0.38890440, 1.68697420]),
 }
 
 
@@ -131,16 +129,6 @@ def test_features_have_the_shape_of_the_contract():
         assert (
             network.features(frames, layer).shape == (2, 1, network.feature_channels) == (2, 1, 64)
         )
-    with pytest.raises(ValueError, match="no fc8"):
-        network(frames)
-
-
-def test_dropout_acts_in_training_alone():
-    network, frames = C3D(CLASSES, 1 / 64), torch.rand(1, 3, 16, 112, 112)
-    with torch.no_grad():
-        assert not torch.equal(network(frames), network(frames))
-        network.eval()
-        assert torch.equal(network(frames), network(frames))
 
 
 @pytest.mark.parametrize(

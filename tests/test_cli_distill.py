@@ -11,7 +11,7 @@ import pytest
 from click.testing import Result
 from test_cli_train import SMALL, files, mmdist, train
 
-from mmdist_e2e.grounding import train as distill
+from mmdist_e2e.grounding import teacher as distill
 from mmdist_e2e.grounding.answer import predict
 from mmdist_e2e.grounding.checkpoint import load_checkpoint
 from mmdist_e2e.grounding.data.annotations import load_annotations
@@ -55,8 +55,13 @@ def test_a_teacher_reads_two_modalities(both: Path, tmp_path: Path) -> None:
         "evaluate", both / "teacher", *data, "--flow-features", both / "flow.hdf5", "--json"
     )
     assert json.loads(result.stdout)["recipe"] == "teacher"
-    # Without --flow-features both are looked for in one place, where HDF5 gives rgb's again.
-    assert mmdist("evaluate", both / "teacher", *data, "--json").exit_code == 1
+    # Without --flow-features RGB would be read twice.
+    twice = mmdist("evaluate", both / "teacher", *data, "--json")
+    assert twice.exit_code == 1
+    assert "--flow-features" in twice.output
+    for flow in ([], ["--flow-features", both / "F.hdf5"]):
+        assert train(both, tmp_path / "t", *flow, recipe="teacher").exit_code == 1
+        assert not (tmp_path / "t").exists()
     model = load_checkpoint(both / "teacher")
     rows = np.ones((16, 6), np.float32)
     edges = np.linspace(0, 20, 17)
@@ -97,15 +102,49 @@ def test_the_teacher_is_asked_once(
     original = distill.teach
     monkeypatch.setattr(distill, "teach", lambda *a, **k: asked.append(1) or original(*a, **k))
     assert learn(both, tmp_path / "a").exit_code == 0
-    assert learn(both, tmp_path / "a").exit_code == 0  # finished: read from the cache
+
+    def once_more() -> None:
+        for path in (tmp_path / "a").iterdir():
+            if path.name != "teacher.safetensors":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert learn(both, tmp_path / "a").exit_code == 0
+
+    once_more()  # read from the cache
     assert len(asked) == 1
     (tmp_path / "a" / "teacher.safetensors").write_bytes(b"damaged")
-    assert learn(both, tmp_path / "a").exit_code == 0
+    once_more()
     assert len(asked) == 2
     again = learn(both, tmp_path / "b")
     assert again.exit_code == 0
     weights = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
+
+
+def test_a_student_of_another_teacher_is_refused(both: Path, tmp_path: Path) -> None:
+    """Of other weights, of other words for the same weights, or that read other flow."""
+    assert learn(both, tmp_path / "run").exit_code == 0
+    world = tmp_path / "world"
+    shutil.copytree(both, world)
+    assert learn(world, tmp_path / "run").exit_code == 0  # the same in another place
+    words = json.loads((world / "teacher" / "vocabulary.json").read_text())
+    words["words"][:2] = words["words"][1::-1]
+    (world / "teacher" / "vocabulary.json").write_text(json.dumps(words))
+    refused = learn(world, tmp_path / "run")
+    assert refused.exit_code == 1
+    assert "other inputs: other teacher." in refused.output
+    shutil.rmtree(world / "teacher")
+    flow = ["--flow-features", world / "flow.hdf5", "--seed", 1]
+    assert train(world, world / "teacher", *flow, recipe="teacher").exit_code == 0
+    assert "other inputs: other teacher." in learn(world, tmp_path / "run").output
+    shutil.rmtree(world / "teacher")
+    shutil.copytree(both / "teacher", world / "teacher")
+    import h5py
+
+    with h5py.File(world / "flow.hdf5", "r+") as file:
+        file["v0"][0, 0] += 1
+    refused = learn(world, tmp_path / "run")
+    assert refused.exit_code == 1
+    assert "other features for the teacher (flow)" in refused.output
 
 
 def test_its_answers_are_what_it_answers(both: Path) -> None:
@@ -142,6 +181,7 @@ def test_a_student_without_a_fitting_teacher_is_refused(both: Path, tmp_path: Pa
     assert train(both, tmp_path / "u", "--modality", "sound", recipe="teacher").exit_code == 1
 
 
+@pytest.mark.slow
 def test_from_mp4_a_teacher_takes_both_and_a_student_rgb_alone(
     tiny_run: Path, tiny_extractor: Path, tiny_flow_extractor: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mmdist_e2e.cli.main import main
+from mmdist_e2e.grounding import evaluate as evaluation
 
 ACTIONS = ("opens", "sits", "reads", "eats")
 SMALL = [
@@ -97,10 +98,9 @@ def test_without_val_a_part_of_training_chooses(files: Path, tmp_path: Path) -> 
     [
         ["local_weight=0", "score_weight=0"],  # without local
         ["contrast_weight=0"],  # without global
-        ["depth=1", "kernel=5", "relu_last=true", "own_frames=true", "query=last"],
-        ["top_divisor=8", "temperature=0.2", "same_video_negatives=1", "ranking=inside"],
-        ["same_sentence_negatives=1", "contrast_whole=0", "negatives=0", "diversity_weight=0"],
-        ["scored_words=masked", "select_by=val_recall"],
+        ["depth=1", "kernel=5", "query=mean", "select_by=val_recall"],
+        ["top_divisor=8", "temperature=0.2", "ranking=inside"],
+        ["contrast_whole=0", "negatives=0", "diversity_weight=0"],
     ],
 )
 def test_every_switch_trains_and_answers(files: Path, tmp_path: Path, settings: list[str]) -> None:
@@ -128,6 +128,60 @@ def test_misspelt_settings_are_refused_with_the_valid_ones(files: Path, tmp_path
     run = train(files, tmp_path, "--set", "temperature=0.1", recipe="cpl")
     assert run.exit_code == 1
     assert "'cpl' has no setting 'temperature'" in run.output
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "2.5", "nan", "abc"])
+def test_a_length_that_is_not_valid_is_refused(files: Path, tmp_path: Path, value: str) -> None:
+    run = train(files, tmp_path, f"--set=length={value}")
+    assert run.exit_code == 1
+    assert "length must be a whole number at least 1; got" in run.output
+
+
+def test_a_finished_run_is_said_to_be_finished(files: Path, tmp_path: Path) -> None:
+    first = train(files, tmp_path)
+    again = train(files, tmp_path)
+    assert again.exit_code == 0, again.output
+    assert f"{tmp_path}: finished before" in again.stdout
+    assert again.stdout.endswith(first.stdout)
+    more = train(files, tmp_path, "--epochs", 3)
+    assert more.exit_code == 0, more.output
+    assert "Epochs 1 to 2 were trained as part of 2, the following as part of 3" in more.stdout
+    assert "of 3 (chosen by" in more.stdout
+    fewer = train(files, tmp_path, "--epochs", 2)
+    assert fewer.exit_code == 1
+    assert "ask for more than 3 with --epochs" in fewer.output
+    other = train(files, tmp_path, "--epochs", 3, "--train", files / "B.json")
+    assert other.exit_code == 1
+    assert "other annotations (train)" in other.output
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "reproduce"])
+def test_an_unusable_out_is_refused_before_any_work(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    out = ["--out", tmp_path / "file"]
+    if command == "train":
+        result = train(files, tmp_path, *out, "--glove", tmp_path / "none")
+    elif command == "evaluate":
+        assert train(files, tmp_path / "run").exit_code == 0
+        monkeypatch.setattr(evaluation, "load_features", pytest.fail)
+        data = ["--features", files / "F.hdf5", "--annotations", files / "C.json"]
+        result = mmdist("evaluate", tmp_path / "run", *data, *out)
+    else:
+        data = ["--features", tmp_path / "none", "--train", files / "A.json"]
+        result = mmdist("reproduce", *data, "--annotations", files / "C.json", *out)
+    assert result.exit_code == 1
+    assert "--out" in result.output
+    assert "none" not in result.output
+
+
+def test_a_loss_that_is_not_finite_is_one_sentence(files: Path, tmp_path: Path) -> None:
+    run = train(files, tmp_path, "--set", "learning_rate=1e30")
+    assert run.exit_code == 1
+    assert "no longer finite in epoch 1" in run.output
+    assert "Traceback" not in run.output
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_help_says_what_the_checkpoint_is_chosen_on() -> None:

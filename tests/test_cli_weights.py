@@ -20,7 +20,7 @@ from mmdist_e2e.weights.registry import (
     ENTRIES,
     cached_folder,
     checkpoint_folder,
-    is_at_hand,
+    is_available,
     read_config,
 )
 
@@ -86,10 +86,10 @@ def test_a_public_file_becomes_a_folder_that_extractors_load(narrow, tmp_path):
 def test_the_command_that_the_error_tells_makes_the_name_work(narrow, monkeypatch):
     entry, file, _, _ = narrow
     entry = without_digest(monkeypatch, entry)
-    assert not is_at_hand(entry)
+    assert not is_available(entry)
     result = weights("convert", entry.name, file, "--out", cached_folder(entry))
     assert result.exit_code == 0, result.output
-    assert is_at_hand(entry)
+    assert is_available(entry)
     assert read_config(checkpoint_folder(entry.name))["name"] == entry.name
 
 
@@ -160,7 +160,7 @@ def test_mistakes_are_one_sentence(narrow, tmp_path):
     assert "is a file" in sentence(weights("convert", entry.name, file, "--out", tmp_path / "file"))
 
 
-def test_the_list_names_every_entry_and_what_is_at_hand(narrow):
+def test_the_list_names_every_entry_and_what_is_available(narrow):
     entry, file, _, _ = narrow
 
     def rows() -> dict[str, list[str]]:
@@ -173,7 +173,7 @@ def test_the_list_names_every_entry_and_what_is_at_hand(narrow):
     assert set(ENTRIES) <= set(before)
     assert before["world2-rgb"][:4] == ["shipped", "rgb", "i3d", "ships"]
     assert before["i3d-flow-charades"][:4] == ["public", "flow", "i3d", "no"]
-    assert before["slow_r50"][:4] == ["public", "rgb", "pytorchvideo", "no, bring it"]
+    assert before["slow_r50"][:4] == ["public", "rgb", "pytorchvideo", "no, supply it"]
     assert before[entry.name][3] == "no"
     assert "Apache-2.0" in before[entry.name][4]
     weights("convert", entry.name, file, "--out", cached_folder(entry))

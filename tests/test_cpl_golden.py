@@ -14,10 +14,11 @@ import grounding_reference as reference
 import numpy as np
 import pytest
 import torch
+from test_models import batch_loss
 
 from mmdist_e2e.grounding.config import GlobalConfig, LossConfig
 from mmdist_e2e.grounding.data.batches import Batch
-from mmdist_e2e.grounding.losses import batch_loss, diversity_loss
+from mmdist_e2e.grounding.losses import diversity_loss
 from mmdist_e2e.grounding.network import GlobalBranch, reconstruction_loss
 
 CONFIG = GlobalConfig(

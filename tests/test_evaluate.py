@@ -87,7 +87,7 @@ def test_best_constant_span_against_all_of_them() -> None:
 
 def test_a_random_proposal_is_an_expectation() -> None:
     values = np.random.default_rng(3).uniform(0, 1, (25, 8))
-    metrics = random_proposal_metrics(values)
+    metrics = random_proposal_metrics(values, np.ones(values.shape, bool))
     assert metrics["R@1,IoU=0.5"] == pytest.approx(100 * (values >= 0.5).mean())
     assert metrics["mIoU"] == pytest.approx(100 * values.mean())
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +15,29 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from make_videos import cut, frames_and_times, make_audio, make_video
+from rich.console import Console
 
 import mmdist_e2e as mm
+from mmdist_e2e.cli import common
 from mmdist_e2e.cli.main import main
+from mmdist_e2e.extractors import batch, runner
+from mmdist_e2e.extractors.batch import Video, find_videos
 from mmdist_e2e.extractors.networks.i3d import InceptionI3d
 from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.extractors.runner import SnippetNetwork
-from mmdist_e2e.store import FeatureStore
+from mmdist_e2e.extractors.video.reader import Decoder
+from mmdist_e2e.store import FeatureStore, video_key
 
 
 def extract(tiny: Path, *arguments: object) -> Result:
     return CliRunner().invoke(
         main, ["extract", *map(str, arguments), "--extractor", str(tiny), "--precision", "fp32"]
     )
+
+
+def new_video(path: Path, count: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return make_video(path, count)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -133,20 +147,215 @@ def test_bad_input_is_one_sentence_each_and_the_others_are_done(tmp_path, tiny_e
         assert any(word.isdigit() for word in cause.split()), f"no count of good frames: {cause}"
 
 
-def test_folder_without_videos(tmp_path, tiny_extractor):
+def test_two_files_with_one_id_fail_and_the_others_are_done(tmp_path, tiny_extractor):
+    for name in ("a.mp4", "a.mkv", "caf\u00e9.mp4", "cafe\u0301.mp4", "b.mp4"):
+        new_video(tmp_path / "in" / name, 20)
+    run = extract(tiny_extractor, tmp_path / "in", "--out", tmp_path / "f")
+    assert run.exit_code == 1
+    assert len([line for line in run.output.splitlines() if line.startswith("failed: ")]) == 4
+    assert "both have the video id 'a'; rename one" in run.output
+    assert files_in(tmp_path / "f") == ["b.rgb.npz"]
+
+
+def test_names_of_any_bytes_and_length(tmp_path, tiny_extractor):
+    """Whatever a folder holds is extracted, and found again under the same id."""
+    clip = make_video(tmp_path / "clip.mp4", 20).read_bytes()
+    ids = ["caf\udce9", "line\nfeed", "\x1b[31mred", "-dash", " space ", "[bold]x", "日\u3000本"]
+    ids += ["cafe\u0301", "x" * 246 + "y", "x" * 247 + "y", "x" * 248 + "y", "long/" + "é" * 125]
+    for name in [*ids, "bad\udcff"]:
+        path = tmp_path / "in" / f"{name}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(clip if name != "bad\udcff" else b"no video " * 50)
+    command = [sys.executable, "-m", "mmdist_e2e.cli.main", "extract", str(tmp_path / "in")]
+    command += ["--out", str(tmp_path / "f"), "--extractor", str(tiny_extractor)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    run = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert run.returncode == 1
+    assert b"Traceback" not in run.stderr
+    assert b"\x1b" not in run.stdout + run.stderr
+    (line,) = [line for line in run.stderr.decode().splitlines() if line.startswith("failed: ")]
+    assert "/bad\ufffd.mp4 is not a video" in line
+    assert "/bad\ufffd.mp4 is not a video" in run.stdout.decode()
+    assert FeatureStore(tmp_path / "f").videos("rgb") == sorted(map(video_key, ids))
+
+
+def test_a_drawn_progress_shows_names_of_any_bytes(monkeypatch):
+    drawn = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    console = Console(file=drawn, force_terminal=True, width=80)
+    monkeypatch.setattr(common, "notes", console)
+    with common.ExtractionProgress(1) as progress:
+        progress.started(Video("\x1b[2Jcaf\udce9\n", Path("x")), 0, 1)
+    drawn.flush()
+    assert "\ufffd[2Jcaf\ufffd\ufffd" in drawn.buffer.getvalue().decode()
+
+
+def ids_and_causes(*paths: Path) -> tuple[list[str], list[str]]:
+    found = find_videos(paths)
+    return [video.id for video in found.videos], [problem.cause for problem in found.problems]
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(path.name.encode(errors="replace"))
+
+
+def test_links_are_followed_once(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    touch(root / "sub" / "a.mp4", elsewhere / "b.mp4", elsewhere / "deep" / "c.mkv")
+    (root / "loop").symlink_to(root)
+    (root / "sub" / "up").symlink_to("..")
+    (root / "top").symlink_to("/")
+    (root / "an_alias_of_sub").symlink_to(root / "sub")
+    (root / "folder").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere)
+    (root / "alias.mp4").symlink_to(root / "sub" / "a.mp4")
+    (root / "blob.mp4").symlink_to(tmp_path / "content")
+    touch(tmp_path / "content")
+    (elsewhere / "back").symlink_to(root)
+    assert ids_and_causes(root) == (["again/b", "again/deep/c", "blob", "sub/a"], [])
+    assert find_videos([root]).repeated == 1
+    # A file's own name counts before a link's, in whatever order they are given.
+    assert ids_and_causes(root, elsewhere) == (["blob", "sub/a", "b", "deep/c"], [])
+    assert ids_and_causes(root / "alias.mp4") == (["alias"], [])
+    assert ids_and_causes(root / "alias.mp4", root / "sub" / "a.mp4", root / "sub") == (["a"], [])
+
+
+def test_dangling_links_are_named(tmp_path):
+    touch(tmp_path / "in" / "a.mp4")
+    for name in ("gone.mp4", "gone_folder", "notes.txt", ".hidden.mp4", "self.mp4"):
+        target = "self.mp4" if name == "self.mp4" else tmp_path / "nowhere"
+        (tmp_path / "in" / name).symlink_to(target)
+    ids, causes = ids_and_causes(tmp_path / "in")
+    assert ids == ["a"]
+    names = [cause.split(" is a link to ")[0] for cause in causes]
+    assert names == [str(tmp_path / "in" / x) for x in ("gone.mp4", "gone_folder", "self.mp4")]
+    assert "is a link to" in ids_and_causes(tmp_path / "in" / "notes.txt")[1][0]
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, tiny_extractor):
+    new_video(tmp_path / "in" / "a.mp4", 20)
+    os.mkfifo(tmp_path / "in" / "pipe.mp4")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        (tmp_path / "in" / "socket.mkv").symlink_to(tmp_path / "s")
+        given = ["/dev/null", tmp_path / "in" / "pipe.mp4", tmp_path / "in"]
+        run = extract(tiny_extractor, *given, "--out", tmp_path / "f")
+    assert run.exit_code == 1
+    causes = [line for line in run.output.splitlines() if line.startswith("failed: ")]
+    assert len(causes) == 4
+    assert all("not a regular file" in cause for cause in causes)
+    assert files_in(tmp_path / "f") == ["a.rgb.npz"]
+
+
+def test_hidden_files_are_ignored_in_folders_and_counted(tmp_path, tiny_extractor):
+    new_video(tmp_path / "in" / "a.mp4", 20)
+    touch(tmp_path / "in" / "._a.mp4", tmp_path / "in" / ".git" / "b.mp4")
+    touch(tmp_path / "in" / "sub" / ".c.mkv", tmp_path / "in" / ".DS_Store")
+    run = extract(tiny_extractor, tmp_path / "in", "--out", tmp_path / "f")
+    assert run.exit_code == 0, run.output
+    assert "Ignored 3 hidden files" in run.output
+    taken = make_video(tmp_path / ".take1.mp4", 20)
+    run = extract(tiny_extractor, taken, "--out", tmp_path / "f")
+    assert run.exit_code == 0, run.output
+    assert "gnored" not in run.output
+    assert FeatureStore(tmp_path / "f").videos("rgb") == [".take1", "a"]
+    ids, (cause,) = ids_and_causes(tmp_path / "in" / "sub")
+    assert (ids, "has no videos" in cause) == ([], True)
+
+
+def test_a_bad_path_never_stops_the_others(tmp_path, tiny_extractor):
+    clip = make_video(tmp_path / "a.mp4", 20)
     (tmp_path / "none").mkdir()
-    run = extract(tiny_extractor, tmp_path / "none", "--out", tmp_path / "f")
+    bad = [tmp_path / "missing.mp4", clip / "x.mp4", tmp_path / ("n" * 300), tmp_path / "none"]
+    run = extract(tiny_extractor, *bad, clip, "--out", tmp_path / "f")
     assert run.exit_code == 1
-    assert "has no videos" in run.output
+    causes = [line for line in run.output.splitlines() if line.startswith("failed: ")]
+    assert len(causes) == 4
+    assert "missing.mp4 does not exist" in causes[0]
+    assert "has no videos" in causes[3]
+    assert files_in(tmp_path / "f") == ["a.rgb.npz"]
 
 
-def test_two_files_with_one_id_are_refused_before_any_work(tmp_path, tiny_extractor):
-    make_video(tmp_path / "a.mp4", 20)
-    make_video(tmp_path / "a.mkv", 20)
-    run = extract(tiny_extractor, tmp_path, "--out", tmp_path / "f")
+@pytest.mark.parametrize(
+    ("place", "error", "words"),
+    [
+        ("network", torch.cuda.OutOfMemoryError("CUDA out of memory.\nTry less."), "CUDA out of"),
+        ("network", ZeroDivisionError("x"), "ZeroDivisionError: x"),
+        ("decoder", MemoryError(), "MemoryError"),
+        ("store", RuntimeError("odd"), "RuntimeError: odd"),
+        ("digest", PermissionError(13, "Permission denied"), "Permission denied"),
+    ],
+)
+def test_any_failure_costs_one_video(tmp_path, tiny_extractor, monkeypatch, place, error, words):
+    for count, name in enumerate("abc", 20):
+        new_video(tmp_path / "in" / f"{name}.mp4", count)
+    owner, name, is_b = {
+        "network": (SnippetNetwork, "rows", None),
+        "decoder": (Decoder, "frames", 1),
+        "store": (FeatureStore, "save", 1),
+        "digest": (batch, "fast_digest", 0),
+    }[place]
+    original, calls = getattr(owner, name), []
+
+    def failing(*arguments, **options):
+        calls.append(name)
+        if len(calls) == 2 if is_b is None else Path(arguments[is_b]).stem == "b":
+            raise error
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, failing)
+    run = extract(tiny_extractor, tmp_path / "in", "--out", tmp_path / "f")
     assert run.exit_code == 1
-    assert "one id" in run.output or "the video id 'a'" in run.output
-    assert not (tmp_path / "f").exists()
+    (cause,) = [line for line in run.output.splitlines() if line.startswith("failed: ")]
+    assert "/b.mp4" in cause
+    assert words in cause
+    assert "Try less" not in run.output
+    assert files_in(tmp_path / "f") == ["a.rgb.npz", "c.rgb.npz"]
+
+
+def test_a_network_that_does_not_fit_in_memory_is_one_sentence(
+    tmp_path, tiny_extractor, monkeypatch
+):
+    def full(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    new_video(tmp_path / "in" / "a.mp4", 20)
+    monkeypatch.setattr(runner, "load_network", full)
+    run = extract(tiny_extractor, tmp_path / "in", "--out", tmp_path / "f")
+    assert run.exit_code == 1
+    assert "Error: The extractor 'tiny' cannot be loaded (OutOfMemoryError: CUDA" in run.output
+
+
+def test_an_interrupt_keeps_what_is_done(tmp_path, tiny_extractor, monkeypatch):
+    for name in "ab":
+        new_video(tmp_path / "in" / f"{name}.mp4", 20)
+    frames = Decoder.frames
+
+    def interrupted(self, path, **options):
+        if path.stem == "b":
+            raise KeyboardInterrupt
+        return frames(self, path, **options)
+
+    monkeypatch.setattr(Decoder, "frames", interrupted)
+    run = extract(tiny_extractor, tmp_path / "in", "--out", tmp_path / "f")
+    assert run.exit_code == 1
+    assert "Aborted!" in run.output
+    assert files_in(tmp_path / "f") == ["a.rgb.npz"]
+
+
+@pytest.mark.parametrize("out", ["/proc/nope", "a.mp4/sub", "gone/sub"])
+def test_an_unwritable_out_is_refused_before_any_work(tmp_path, tiny_extractor, monkeypatch, out):
+    def must_not_decode(*_: object, **__: object) -> None:
+        raise AssertionError("nothing may be decoded")
+
+    clip = make_video(tmp_path / "a.mp4", 20)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(Decoder, "frames", must_not_decode)
+    run = extract(tiny_extractor, clip, "--out", tmp_path / out)
+    assert run.exit_code == 1
+    assert run.output.startswith("Error: The output folder ")
+    assert len(run.output.strip().splitlines()) == 1
 
 
 def test_out_is_a_file(tmp_path, tiny_extractor):

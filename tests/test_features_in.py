@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdist_e2e.grounding.data.features import load_features, open_features
+from mmdist_e2e.grounding.data.features import load_features, open_features, places_of
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, MmdistError, Provenance
 
@@ -141,6 +141,94 @@ def test_places_without_features(tmp_path: Path) -> None:
     save_video(tmp_path, "a")
     with pytest.raises(MmdistError, match="no flow features, only rgb"):
         load_features({"flow": tmp_path}, ["a"], length=2)
+
+
+def write_source(path: Path, kind: str, arrays: dict[str, np.ndarray]) -> Path:
+    """An HDF5 file or a folder of .npy files."""
+    if kind == "hdf5":
+        h5py = pytest.importorskip("h5py", reason="needs the extra hdf5")
+        with h5py.File(path, "w") as file:
+            for video, array in arrays.items():
+                file[video] = array
+        return path
+    path.mkdir()
+    for video, array in arrays.items():
+        np.save(path / f"{video}.npy", array)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["hdf5", "npy"])
+def test_rgb_and_flow_are_never_one_source(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {video: rng.normal(size=(9, 4)).astype(np.float32) for video in "ab"}
+    source = write_source(tmp_path / "one", kind, arrays)
+    (tmp_path / "link").symlink_to(source)
+    same = [None, source, tmp_path / "link", tmp_path / "link" / ".." / "one"]
+    if kind == "hdf5":
+        (tmp_path / "hard").hardlink_to(source)
+        same = [None, source, tmp_path / "link", tmp_path / "hard"]
+    for flow in same:
+        with pytest.raises(MmdistError, match="give the flow features with --flow-features"):
+            places_of(("rgb", "flow"), source, flow)
+        assert places_of(("rgb",), source, flow) == {"rgb": source}
+    # A copy, and a copy in another number type, are the same features too; one video is enough.
+    half = {video: array.astype(np.float16) for video, array in arrays.items()}
+    for name, copied in (("copy", arrays), ("half", half), ("part", arrays | {"b": -arrays["b"]})):
+        flow = write_source(tmp_path / name, kind, copied)
+        places = places_of(("rgb", "flow"), source, flow)
+        with pytest.raises(MmdistError, match=r"same features of \d of 2 videos \(a.*--flow-feat"):
+            load_features(places, ["a", "b"], length=5)
+    other = write_source(tmp_path / "other", kind, {v: array + 0.1 for v, array in arrays.items()})
+    table = load_features(places_of(("rgb", "flow"), source, other), ["a", "b"], length=5)
+    assert table.channels == {"rgb": 4, "flow": 4}
+    # However small the numbers are, other features are no copy; nor are two black videos.
+    tiny = {v: rng.normal(size=(9, 4)).astype(np.float32) * np.float32(1e-9) for v in "ab"}
+    small = write_source(tmp_path / "tiny", kind, {v: array * 0.9 for v, array in tiny.items()})
+    tiny["black"] = np.zeros((9, 4), np.float32)
+    one = write_source(tmp_path / "tiny-rgb", kind, tiny)
+    assert load_features({"rgb": one, "flow": small}, ["a", "b"], length=5).channels
+    load_features({"rgb": one, "flow": one}, ["black"], length=5)
+
+
+def test_one_store_holds_both_modalities(tmp_path: Path) -> None:
+    save_video(tmp_path, "a")
+    rgb = FeatureStore(tmp_path).load("a", "rgb")
+    flow = Features(rgb.data[::-1], rgb.times, 20.0, "flow", rgb.provenance)
+    FeatureStore(tmp_path).save("a", flow)
+    places = places_of(("rgb", "flow"), tmp_path, None)
+    assert load_features(places, ["a"], length=5).data_VLF.shape == (1, 5, 8)
+    # A file that was renamed, or copied, to the other modality.
+    (tmp_path / "a.flow.npz").write_bytes((tmp_path / "a.rgb.npz").read_bytes())
+    with pytest.raises(MmdistError, match=r"flow file of 'a' .* holds rgb features"):
+        load_features(places, ["a"], length=5)
+    FeatureStore(tmp_path).save("a", Features(rgb.data, rgb.times, 20.0, "flow", rgb.provenance))
+    with pytest.raises(MmdistError, match="same features of 1 of 1 videos"):
+        load_features(places, ["a"], length=5)
+
+
+def test_digests_follow_what_was_read(tmp_path: Path) -> None:
+    def digest(**asked: object) -> str:
+        videos = asked.pop("videos", ["a", "b"])
+        return load_features({"rgb": tmp_path}, videos, length=5).digests["rgb"]
+
+    save_video(tmp_path, "a")
+    save_video(tmp_path, "b")
+    first = digest()
+    save_video(tmp_path, "c")
+    assert digest(videos=["b", "a", "a"]) == first
+    assert digest(videos=["a", "b", "c"]) != first
+    one = FeatureStore(tmp_path).load("a", "rgb")
+    seen = {first}
+    for changed in (
+        Features(one.data + np.float32(1e-3), one.times, 20.0, "rgb", one.provenance),
+        Features(one.data, one.times + 0.01, 20.0, "rgb", one.provenance),
+        Features(one.data, one.times, 20.5, "rgb", one.provenance),
+    ):
+        FeatureStore(tmp_path).save("a", changed)
+        seen.add(digest())
+    for video in "ab":
+        save_video(tmp_path, video, window=32)
+    assert len(seen | {digest()}) == 5
 
 
 @pytest.mark.skipif("MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ import flow_reference
 import numpy as np
 import pytest
 
+from mmdist_e2e.extractors import flow
 from mmdist_e2e.extractors.flow import tvl1
 from mmdist_e2e.extractors.flow.settings import NATIVE_ITERATIONS, TVL1Settings, pyramid
 from mmdist_e2e.structures import MmdistError
@@ -177,13 +179,67 @@ def test_opencv_cuda_is_used_where_it_is_and_explained_where_not(monkeypatch):
     assert (asked["iterations"], asked["scaleStep"]) == (300, 0.8)
 
 
+NO_CACHE_CHECK = """
+import numpy as np
+from mmdist_e2e.extractors.flow import cpu, tvl1
+from numba.core import caching
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+if "{fault}" == "full disk":
+    caching.IndexDataCacheFile.save = full
+images = np.random.default_rng(0).integers(0, 256, (2, 2, 16, 20), dtype=np.uint8)
+print(cpu.__file__, round(float(np.abs(tvl1(*images)).sum()), 3))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["read-only", "full disk", "damaged"])
+def test_flow_needs_no_cache_of_numba(tmp_path: Path, fault: str):
+    """No home and a read-only package, as in a container; a full disk; a damaged cache."""
+    package = Path(flow.__file__).parents[2]
+    shutil.copytree(package / "extractors" / "flow", tmp_path / "mmdist_e2e/extractors/flow")
+    for name in ("__init__.py", "structures.py", "extractors/__init__.py"):
+        shutil.copy(package / name, tmp_path / "mmdist_e2e" / name)
+    cached = tmp_path / "mmdist_e2e" / "extractors" / "flow" / "__pycache__"
+    if fault != "damaged":
+        shutil.rmtree(cached, ignore_errors=True)
+    if fault == "read-only":
+        cached.touch()  # root may write everywhere, but not into a file
+
+    def total() -> str:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA", "XDG"))}
+        environment |= {"HOME": "/proc/nowhere", "PYTHONPATH": str(tmp_path)}
+        run = subprocess.run(
+            [sys.executable, "-B", "-c", NO_CACHE_CHECK.format(fault=fault)],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.stdout.startswith(str(cached.parent)), run.stderr
+        return run.stdout.split()[1]
+
+    images = np.random.default_rng(0).integers(0, 256, (2, 2, 16, 20), dtype=np.uint8)
+    expected = str(round(float(np.abs(tvl1(*images)).sum()), 3))
+    assert total() == expected
+    if fault == "damaged":
+        indices = list(cached.glob("cpu.*.nbi"))
+        assert indices
+        for index in indices:
+            index.write_bytes(b"")
+        assert total() == expected
+
+
 GPU_CHECK = """
 import sys
 import numpy as np
-from mmdist_e2e.extractors import tvl1_gpu
-from mmdist_e2e.extractors.flow import TVL1Settings, pyramid, tvl1
+from mmdist_e2e.extractors.flow import gpu, tvl1
+from mmdist_e2e.extractors.flow.settings import TVL1Settings, pyramid
 
-tvl1_gpu.TILE_H, tvl1_gpu.TILE_W, tvl1_gpu.ITERATIONS_A_LAUNCH = 16, 32, 3
+gpu.TILE_H, gpu.TILE_W, gpu.ITERATIONS_A_LAUNCH = 16, 32, 3
 device = sys.argv[1]
 rng = np.random.default_rng(0)
 coarse = rng.uniform(0, 255, (3, 8, 8))
@@ -191,7 +247,7 @@ first = np.kron(coarse, np.ones((4, 5))).astype(np.uint8)
 second = np.roll(first, (1, -1), (1, 2))
 settings = TVL1Settings(iterations=5, warps=2, scales=2, epsilon=0.0)
 sizes = pyramid(*first.shape[1:], settings)
-got = tvl1_gpu.solve_arrays(first, second, sizes, settings, device)
+got = gpu.solve_arrays(first, second, sizes, settings, device)
 expected = tvl1(first, second, settings=settings)
 assert np.abs(expected).max() > 0.3
 np.testing.assert_allclose(got, expected, atol=2e-3)
@@ -230,7 +286,7 @@ def test_the_triton_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path, m
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mmdist_e2e.extractors.flow import gpu as gpu
+    from mmdist_e2e.extractors.flow import gpu
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     numbers = {"height": "i32", "width": "i32", "tiles_x": "i32"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from mmdist_e2e.extractors.networks import pytorchvideo as hub
 from mmdist_e2e.extractors.networks.fold import fold_batch_norm, prepare_for_inference
-from mmdist_e2e.extractors.networks.pytorchvideo import HUB_NAMES, HubBackbone
+from mmdist_e2e.extractors.networks.pytorchvideo import FRAMES, HubBackbone
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.registry import ENTRIES
 
@@ -24,7 +25,7 @@ SIZES = {"x3d_xs": 160, "x3d_s": 160, "x3d_m": 224, "mvit_base_16x4": 224}
 
 def clip(name: str, size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(4)
-    return torch.randn(1, 3, HUB_NAMES[name].frames, size, size, generator=generator)
+    return torch.randn(1, 3, FRAMES[name], size, size, generator=generator)
 
 
 def randomise(network: nn.Module) -> None:
@@ -140,15 +141,15 @@ def test_the_slow_pathway_takes_the_published_frames():
     assert fast is frames
 
 
-def test_the_registry_gives_what_the_backbones_read():
-    configs = {name: entry.config for name, entry in ENTRIES.items() if entry.config is not None}
-    backbones = {n: c for n, c in configs.items() if c["network"] == "pytorchvideo"}
-    assert set(backbones) == set(HUB_NAMES)
-    for name, wanted in HUB_NAMES.items():
-        config = backbones[name]
-        assert (config["backbone"], config["window"]) == (name, wanted.frames)
-        assert config["fps"] == pytest.approx(wanted.fps)
-        assert config["preprocessing"]["size"] == wanted.size
+def test_windows_span_the_published_clips():
+    """Public files are named for frames × rate of their clips, as in SLOW_8x8_R50.pyth."""
+    spans = {}
+    for name in FRAMES:
+        config, url = ENTRIES[name].config, ENTRIES[name].url
+        if named := re.search(r"_(\d+)x(\d+)", url):
+            spans[name] = config["window"] * 30 / config["fps"]
+            assert spans[name] == int(named[1]) * int(named[2])
+    assert len(spans) == 7
 
 
 def test_an_unknown_backbone_names_the_valid_ones():

@@ -9,14 +9,13 @@ import grounding_reference as reference
 import numpy as np
 import pytest
 import torch
-from test_models import TINY, random_batch, random_model
+from test_models import TINY, batch_loss, random_batch, random_model
 from torch.testing import assert_close
 
-from mmdist_e2e.grounding.config import LossConfig, MatchingConfig
+from mmdist_e2e.grounding.config import LossConfig
 from mmdist_e2e.grounding.data.batches import Batch
-from mmdist_e2e.grounding.losses import batch_loss, choose_proposal, diversity_loss
+from mmdist_e2e.grounding.losses import choose_proposal, diversity_loss
 from mmdist_e2e.grounding.network import GlobalBranch, reconstruction_loss
-from mmdist_e2e.structures import MmdistError
 
 
 def test_diversity_against_loops() -> None:
@@ -166,21 +165,3 @@ def test_switches_take_their_terms_out(change: dict[str, float], gone: set[str])
     less = batch_loss(model, batch, masked, LossConfig(**change), ratio=0.6)
     assert full.keys() - less.keys() == gone
     assert_close(full["loss"] - less["loss"], sum(full[name] for name in gone))
-
-
-def test_only_masked_words_are_scored_on_request() -> None:
-    batch = random_batch([5, 2, 7])
-    masked = (torch.arange(7) % 3 == 0) & batch.is_word_BW
-    model = random_model(dataclasses.replace(TINY, scored_words="masked"))
-    terms = batch_loss(model, batch, masked, LossConfig(), ratio=0.6)
-    hidden = dataclasses.replace(batch, ids_BW=batch.ids_BW * masked)
-    same = batch_loss(random_model(), hidden, masked, LossConfig(), ratio=0.6)
-    assert_close(terms["loss"], same["loss"])
-
-
-@pytest.mark.parametrize(
-    "change", [{"temperature": 0.0}, {"top_divisor": 0.5}, {"local_weight": -1.0}]
-)
-def test_impossible_local_losses_are_refused(change: dict[str, float]) -> None:
-    with pytest.raises(MmdistError, match=next(iter(change))):
-        MatchingConfig(**change)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import grounding_reference as reference
@@ -12,12 +11,22 @@ import torch
 from torch.testing import assert_close
 
 from mmdist_e2e.grounding.answer import predict_batch
-from mmdist_e2e.grounding.config import GlobalConfig
+from mmdist_e2e.grounding.config import (
+    DistillConfig,
+    GlobalConfig,
+    LocalConfig,
+    LossConfig,
+    MatchingConfig,
+    MutualConfig,
+    Recipe,
+    TrainingConfig,
+)
 from mmdist_e2e.grounding.data.batches import Batch
+from mmdist_e2e.grounding.losses import BatchLoss, Taught
 from mmdist_e2e.grounding.network import (
     Attention,
+    Dropout,
     GlobalBranch,
-    dropout,
     gaussian_masks,
     mask_bias,
     reconstruction_loss,
@@ -63,6 +72,18 @@ def alone(batch: Batch, row: int) -> Batch:
         *(getattr(batch, n)[row : row + 1, :count] for n in ("words_BWE", "ids_BW")),
         *(getattr(batch, n)[row : row + 1, :count] for n in ("is_word_BW", "content_BW")),
     )
+
+
+def batch_loss(
+    model: GlobalBranch, batch: Batch, masked: torch.Tensor, loss: LossConfig,
+    matching: MatchingConfig | None = None, mutual: MutualConfig | None = None,
+    distill: DistillConfig | None = None, taught: Taught | None = None, *, ratio: float,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """`BatchLoss` of these parts."""
+    local = LocalConfig(score_weight=0.0) if matching else None
+    recipe = Recipe("test", TINY, loss, TrainingConfig(), local, matching, mutual, distill)
+    terms: dict[str, torch.Tensor] = BatchLoss(model, recipe)(batch, masked, ratio, taught)
+    return terms
 
 
 def all_losses(
@@ -132,7 +153,7 @@ def test_keys_are_those_of_cpl() -> None:
 def test_start_of_training() -> None:
     model = GlobalBranch(TINY)
     assert not any(v.any() for v in (model.mask_vec, model.start_vec, model.pred_vec))
-    attention = model.trans.decoder1.decoder_layers[0].self_attn
+    attention = model.frame_stack.decoder_layers[0].self_attn
     assert not attention.in_proj_bias.any()
     bound = math.sqrt(6 / (16 + 48))  # Xavier, of the [3D, D] matrix as one
     assert attention.in_proj_weight.abs().max() <= bound
@@ -141,12 +162,12 @@ def test_start_of_training() -> None:
 
 def test_gaussian_masks_equal_the_textbook_form_and_are_never_0_over_0() -> None:
     centers, widths = torch.tensor([0.31, 0.5, 0.02]), torch.tensor([0.4, 1.0, 0.15])
-    masks, _ = gaussian_masks(centers, widths, positions=50, sharpness=9.0)
+    masks = gaussian_masks(centers, widths, positions=50, sharpness=9.0)
     grid = torch.arange(50).double() / 49
     for mask, c, w in zip(masks, centers.double(), widths.double(), strict=True):
         g = torch.exp(-((grid - c) ** 2) / (2 * (w / 9) ** 2))
         assert_close(mask.double(), g / g.max(), rtol=0, atol=1e-5)
-    narrow, _ = gaussian_masks(
+    narrow = gaussian_masks(
         torch.tensor([0.3333], requires_grad=True), torch.tensor([0.0]), positions=5, sharpness=9.0
     )
     assert narrow.isfinite().all()
@@ -215,22 +236,6 @@ def test_deterministic_inference_is_the_mean_over_its_patterns() -> None:
     assert_close(predict_batch(model, batch)[2], torch.stack(each).mean(0)[:, :-1])
 
 
-def test_masked_words_alone_are_each_scored_where_they_are_hidden() -> None:
-    model, batch = random_model(dataclasses.replace(TINY, scored_words="masked")), random_batch([7])
-    batch.ids_BW[0, 2] = 0
-    total = torch.zeros(1, 4)
-    with torch.no_grad():
-        proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-        masks = model.proposal_masks(proposals.centers_BK, proposals.widths_BK)
-        memory = model.remember(proposals.kept_BND, masks)
-        for word in {0, 1, 3, 4, 5, 6}:
-            masked = torch.arange(7)[None] % 4 == word % 4
-            logits = model.reconstruct(proposals, masked, memory)
-            only = batch.ids_BW * (torch.arange(7) == word)
-            total += reconstruction_loss(logits, only)
-    assert_close(predict_batch(model, batch).losses_BK, total / 6)
-
-
 def test_later_words_do_not_reach_earlier_outputs() -> None:
     model, batch = random_model(), random_batch([6])
     changed = Batch(
@@ -256,18 +261,11 @@ def test_features_of_another_shape_are_refused() -> None:
         model.propose(batch.frames_BLF[:, 1:], batch.words_BWE, batch.is_word_BW)
 
 
-@pytest.mark.parametrize(
-    "change", [{"frame_divisor": 12.0}, {"hidden": 15}, {"scored_words": "some"}]
-)
-def test_impossible_configs_are_refused(change: dict[str, object]) -> None:
-    with pytest.raises(MmdistError):
-        GlobalConfig(**{**vars(TINY), **change})
-
-
 def test_dropout_drops_its_share_evenly_and_keeps_the_mean():
     torch.manual_seed(0)
     ones = torch.ones(1001, 301)  # not a multiple of the four values that share a number
-    out = dropout(ones, 0.1, training=True)
+    drop = Dropout(0.1)
+    out = drop(ones)
     kept = out != 0
     assert kept.float().mean().item() == pytest.approx(0.9, abs=0.003)
     assert out[kept].unique().tolist() == pytest.approx([1 / 0.9], abs=1e-4)
@@ -276,4 +274,4 @@ def test_dropout_drops_its_share_evenly_and_keeps_the_mean():
     assert lanes.mean(dim=0).tolist() == pytest.approx([0.9] * 4, abs=0.01)
     # Values that share a number are dropped independently of each other.
     assert torch.corrcoef(lanes.T).fill_diagonal_(0).abs().max() < 0.02
-    assert dropout(ones, 0.1, training=False) is ones
+    assert drop.eval()(ones) is ones

@@ -78,7 +78,7 @@ def test_describing_never_imports_torch(tiny_flow_extractor, tmp_path):
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from mmdist_e2e.extractors.spec import describe\n"
+        "from mmdist_e2e.extractors.profiles import describe\n"
         f"spec = describe({str(tiny_flow_extractor)!r}, pca=Path({str(tmp_path / 'pca.npz')!r}))\n"
         "print(sorted(spec.matters), 'torch' in sys.modules)"
     )
@@ -102,7 +102,7 @@ def test_dense_rows_are_nominally_sixteen_frames_every_eight(tmp_path):
         ("tiny", {"fps_policy": "floor"}, "valid: ceiling, exact"),
         ("tiny", {"layer": "fc6"}, "an I3D network and has no layer 'fc6'"),
         ("c3d", {"layer": "fc8"}, "valid: fc6, fc7"),
-        ("c3d", {"mode": "dense"}, "a C3D network, which reads windows alone"),
+        ("c3d", {"mode": "dense"}, "a C3D network, which reads windows only"),
         ("tiny", {"pca": Path("missing.npz")}, "missing.npz"),
     ],
 )
@@ -119,7 +119,20 @@ def test_options_that_do_not_fit_are_one_sentence(tiny_extractor, tiny_c3d, whic
         ({"modality": "flow", "preprocessing": {"size": 32}}, "preprocessing in .* is wrong"),
         ({"preprocessing": {"size": 32, "colour": 1}}, "preprocessing in .* is wrong"),
         ({"width": 0.3}, "cannot be loaded .*width 0.3"),
+        ({"width": float("nan")}, "cannot be loaded"),
+        ({"width": float("inf")}, "cannot be loaded"),
+        ({"num_classes": -1}, "cannot be loaded"),
+        ({"in_channels": 2}, "rgb has 3 channels, and in_channels is 2"),
         ({"num_classes": 5}, "do not fit the network 'i3d'"),
+        *(
+            ({key: value}, f"The {key} in .*config.json must be a .* number")
+            for key, values in {
+                "fps": (0, -25.0, float("nan"), float("inf"), "25", True, None),
+                "window": (0, -16, 16.0, "16", True),
+                "stride": (0, -8, 8.5, None),
+            }.items()
+            for value in values
+        ),
         ({"width": 0.25}, "do not fit the network 'i3d'"),
     ],
 )
@@ -130,11 +143,33 @@ def test_a_checkpoint_that_cannot_run_is_one_sentence(tmp_path, changes, words):
         SnippetNetwork(describe(str(folder)), device="cpu", precision="fp32")
 
 
+@pytest.mark.parametrize("key", ["network", "modality", "fps", "preprocessing", "trained_on"])
+def test_a_setting_that_is_missing_is_named(tmp_path, key):
+    folder = make_extractor(tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MmdistError, match=f"has no '{key}'"):
+        describe(str(folder))
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(MmdistError, match="not a checkpoint"):
+        describe(str(folder))
+
+
 def test_damaged_weights_are_one_sentence(tmp_path):
     folder = make_extractor(tmp_path / "odd")
+    spec = describe(str(folder))
+    state = load_file(folder / "model.safetensors")
+    state["Mixed_3b.b0.bn.running_var"][0] = float("nan")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(MmdistError, match=r"not finite Mixed_3b\.b0\.bn\.running_var"):
+        load_network(spec)
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(MmdistError, match="cannot be loaded"):
-        load_network(describe(str(folder)))
+        load_network(spec)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MmdistError, match="cannot be loaded"):
+        load_network(spec)
 
 
 def oracle(folder: Path, frames_BCTHW: np.ndarray, network: torch.nn.Module, **chosen: str):
@@ -275,6 +310,8 @@ def test_a_folder_keeps_its_weights(tiny_extractor):
     [
         ({"precision": "fp8"}, "valid: auto, fp32, bf16"),
         ({"device": "toaster"}, "valid: auto, cpu, cuda, cuda:N"),
+        ({"device": "meta"}, "valid: auto, cpu, cuda, cuda:N"),
+        ({"device": "cuda:99"}, "'cuda:99' does not exist: torch finds [0-9]+ GPUs"),
     ],
 )
 def test_bad_machine_settings_name_the_valid_ones(tiny_extractor, options, words):

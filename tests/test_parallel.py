@@ -38,15 +38,21 @@ def history(run: Path) -> list[dict[str, dict[str, float]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "count", "size"), [("baseline", 2, 8), ("teacher", 2, 9), ("student", 3, 9)]
+    ("recipe", "count", "size", "settings"),
+    [
+        ("baseline", 2, 8, ()),
+        ("baseline", 2, 8, ("--set=local_weight=0", "--set=score_weight=0")),  # an unused branch
+        ("teacher", 2, 9, ()),
+        ("student", 3, 9, ()),
+    ],
 )
 def test_the_losses_are_those_of_one_process(
-    both: Path, tmp_path: Path, recipe: str, count: int, size: int
+    both: Path, tmp_path: Path, recipe: str, count: int, size: int, settings: tuple[str, ...]
 ) -> None:
     # 28 sentences: a last batch of 4 of 8, and of 1 of 9, which leaves a process without rows.
     data = ["--features", both / "F.hdf5", "--train", both / "A.json", "--val", both / "B.json"]
     data += ["--glove", both / "glove.txt", "--length", 16, "--epochs", 2, "--seed", 3, *SMALL]
-    data += ["--set=dropout=0", f"--set=batch_size={size}", "--device", "cpu"]
+    data += ["--set=dropout=0", f"--set=batch_size={size}", "--device", "cpu", *settings]
     if recipe != "baseline":
         data += ["--flow-features", both / "flow.hdf5"]
     if recipe == "student":
@@ -56,6 +62,7 @@ def test_the_losses_are_those_of_one_process(
     together = several(count, "train", recipe, *data, "--out", tmp_path / "together")
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("best epoch") == 1
+    assert "Warning" not in together.stderr
     for one, many in zip(history(tmp_path / "alone"), history(tmp_path / "together"), strict=True):
         assert one["losses"].keys() == many["losses"].keys()
         for term, value in one["losses"].items():

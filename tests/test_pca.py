@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from mmdist_e2e.extractors.networks.c3d import Pca
+from mmdist_e2e.extractors.networks.pca import Pca
 from mmdist_e2e.structures import MmdistError
 
 

@@ -121,7 +121,8 @@ def test_flow_of_clips_points_to_the_next_frame_and_repeats_the_last():
     assert not np.array_equal(flow[:, 0], flow[:, 1])
 
 
-def test_flow_that_was_killed_goes_on_after_its_last_whole_block(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_killed_flow_resumes_after_its_last_complete_block(tmp_path, monkeypatch):
     solved: list[int] = []
 
     def stub(clips_NTHWC):
@@ -244,7 +245,7 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_cycle_goes_on_from_the_first_and_resumes_to_the_bit(tmp_path):
+def test_a_second_cycle_continues_the_first_and_resumes_to_the_bit(tmp_path):
     def run(name: str, cycles: int, progress: clipset.Progress) -> dict[str, torch.Tensor]:
         settings = replace(TINY, cycles=cycles)
         cache = tmp_path / "clips"

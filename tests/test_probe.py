@@ -162,5 +162,5 @@ def test_the_probe_refuses_another_version_of_the_world(tmp_path):
 
 def test_the_probe_refuses_two_extractors_of_one_modality(tmp_path):
     world_of(tmp_path, 1)
-    with pytest.raises(MmdistError, match="one extractor a modality; these are all rgb"):
+    with pytest.raises(MmdistError, match="one extractor per modality; these are all rgb"):
         probe(tmp_path, ["world2-rgb", "world2-rgb"], say=lambda line: None)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -31,6 +35,14 @@ from mmdist_e2e.weights.registry import (
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    """Serves files, and counts what is asked for."""
+
+    requests: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.requests.append(self.path)
+        super().do_GET()
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -39,6 +51,7 @@ class Quiet(SimpleHTTPRequestHandler):
 def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     root = tmp_path / "served"
     root.mkdir()
+    Quiet.requests.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield root, f"http://127.0.0.1:{server.server_port}"
@@ -87,15 +100,100 @@ def test_a_wrong_file_is_discarded(entry, kind, monkeypatch):
         stream.write(b"x")
     with pytest.raises(MmdistError, match=f"not {getattr(narrow, kind)}"):
         checkpoint_folder(narrow.name)
-    cache = registry.cache_folder()
-    assert [p for p in cache.rglob("*") if p.is_file()] == []
+    assert files_in(registry.cache_folder()) == []
 
 
-def test_no_network_is_one_sentence(entry, monkeypatch):
+def files_in(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [(":9/net.pt", "Connection refused"), ("/none.pt", "404 Client Error")]
+)
+def test_a_failed_download_is_one_sentence(entry, monkeypatch, path, reason):
     narrow, _, _ = entry
-    monkeypatch.setitem(ENTRIES, narrow.name, replace(narrow, url="http://127.0.0.1:9/net.pt"))
-    with pytest.raises(MmdistError, match="a network is needed"):
+    base = "http://127.0.0.1" if path.startswith(":") else narrow.url.removesuffix("/net.pt")
+    monkeypatch.setitem(ENTRIES, narrow.name, replace(narrow, url=base + path))
+    with pytest.raises(MmdistError, match="connect to the network and try again") as caught:
         checkpoint_folder(narrow.name)
+    message = str(caught.value)
+    assert repr(narrow.name) in message
+    assert base + path in message
+    assert reason in message
+    assert " object at 0x" not in message
+    assert files_in(registry.cache_folder()) == []
+
+
+FETCHING = """
+import os, sys, time
+from dataclasses import replace
+from pathlib import Path
+from mmdist_e2e.weights.registry import ENTRIES, checkpoint_folder
+import pooch, torch  # slow imports first, so that the processes really meet
+entry = ENTRIES["i3d-rgb-charades"]
+ENTRIES[entry.name] = replace(entry, url=sys.argv[1], git_sha1=None, sha256=sys.argv[2])
+Path(sys.argv[3]).touch()
+while not Path(sys.argv[4]).exists():
+    time.sleep(0.005)
+print(checkpoint_folder(entry.name))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_download_once(entry, tmp_path, monkeypatch):
+    narrow, root, _ = entry
+    serve = Quiet.do_GET
+
+    def slowly(self) -> None:
+        time.sleep(0.5)
+        serve(self)
+
+    monkeypatch.setattr(Quiet, "do_GET", slowly)
+    (tmp_path / "cache/weights/i3d-rgb-charades/download-killed").mkdir(parents=True)
+    sha256, ready, go = file_sha256(root / "net.pt"), tmp_path / "ready", tmp_path / "go"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FETCHING, narrow.url, sha256, f"{ready}{i}", go],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    while not all(Path(f"{ready}{i}").exists() for i in range(2)):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    go.touch()
+    folder = tmp_path / "cache/weights/i3d-rgb-charades"
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert out.strip() == str(folder)
+    assert Quiet.requests == ["/net.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(entry, monkeypatch, tmp_path):
+    narrow, _, _ = entry
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file", Path("/proc/nonexistent")):
+        monkeypatch.setenv("MMDIST_CACHE", str(cache))
+        with pytest.raises(MmdistError, match="set MMDIST_CACHE to a folder") as caught:
+            checkpoint_folder(narrow.name)
+        assert str(cache) in str(caught.value)
+        assert repr(narrow.name) in str(caught.value)
+    assert Quiet.requests == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's own cache folder")
+def test_the_cache_is_in_the_platforms_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("MMDIST_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert registry.cache_folder() == tmp_path / ".cache" / "mmdist"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert registry.cache_folder() == tmp_path / "xdg" / "mmdist"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # a user without a home folder
+    assert registry.cache_folder() == Path("/.cache/mmdist")
 
 
 def test_git_blob_digest_is_gits(tmp_path):
@@ -126,7 +224,7 @@ def test_the_digests_are_those_of_git_and_of_sha256(tmp_path):
     check_digest(replace(entry, git_sha1=None), path)
     check_digest(replace(entry, git_sha1=None, sha256=None), path)
     for wrong in ({"git_sha1": "0" * 40}, {"sha256": "0" * 64}):
-        with pytest.raises(MmdistError, match=r"not 0000.* fetch it again"):
+        with pytest.raises(MmdistError, match=r"not 0000.* download it again"):
             check_digest(replace(entry, **wrong), path)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -23,6 +25,12 @@ def run(both: Path, out: Path, *more: object) -> Result:
     data += ["--train", both / "A.json", "--val", both / "B.json", "--annotations", both / "C.json"]
     data += ["--glove", both / "glove.txt", "--length", 16, *SMALL, "--set=epochs=1"]
     return mmdist("reproduce", *data, "--out", out, *more)
+
+
+def h5py_file(path: Path) -> Any:
+    import h5py
+
+    return h5py.File(path, "r+")
 
 
 def test_the_papers_tables_have_their_rows() -> None:
@@ -102,7 +110,7 @@ def test_two_calls_share_a_folder(both: Path, tmp_path: Path) -> None:
     with FileLock(tmp_path / ".locks" / "baseline-0"):
         shared = run(both, tmp_path, *few)
     assert shared.exit_code == 0, shared.output
-    assert "baseline, seed 0: another call is at it" in shared.output
+    assert "baseline, seed 0: another call is training it" in shared.output
     assert {path.name for path in tmp_path.glob("base*")} == {
         "baseline-without-local-0",
         "baseline-without-global-0",
@@ -110,6 +118,44 @@ def test_two_calls_share_a_folder(both: Path, tmp_path: Path) -> None:
     again = run(both, tmp_path, *few)
     assert again.exit_code == 0, again.output
     assert (tmp_path / "baseline-0" / "reproduced.json").is_file()
+
+
+def test_rows_of_other_inputs_are_named_and_refused(both: Path, tmp_path: Path) -> None:
+    few = ["--tables", "1", "--seeds", 1]
+    assert run(both, tmp_path / "rows", *few).exit_code == 0
+    table = (tmp_path / "rows" / "table.md").read_text()
+    world = tmp_path / "world"
+    shutil.copytree(both, world)
+
+    def refused(*more: object) -> str:
+        for dry in ([], ["--dry-run"]):
+            result = run(world, tmp_path / "rows", *few, *more, *dry)
+            assert result.exit_code == 1
+            assert "finished" in result.output
+        assert (tmp_path / "rows" / "table.md").read_text() == table
+        return " ".join(result.output.split())
+
+    assert "0 of 4 trainings are left" in run(world, tmp_path / "rows", *few, "--dry-run").output
+    told = refused("--set", "dropout=0.25")
+    assert "holds 4 finished runs of other inputs: cpl-0 (" in told
+    assert "dropout is 0.3 there and 0.25 here" in told
+    told = refused("--set", "distill_weight=0.5")  # a setting of the student alone
+    assert "holds 1 finished runs of other inputs: student-0 (" in told
+    with h5py_file(world / "flow.hdf5") as flow:  # read by the teacher and by who learns from it
+        flow["v0"][0, 0] += 1
+    told = refused()
+    assert "teacher-0 (other features (flow)), student-0 (other features (flow))" in told
+    shutil.copy(both / "flow.hdf5", world)
+    rows = json.loads((world / "C.json").read_text())
+    rows[0][2][1] -= 1
+    (world / "C.json").write_text(json.dumps(rows))
+    assert refused().count("(other annotations (test))") == 4
+    shutil.copy(both / "C.json", world)
+    done = tmp_path / "rows" / "cpl-0" / "reproduced.json"
+    known = json.loads(done.read_text())
+    del known["inputs"]  # as older versions wrote it
+    done.write_text(json.dumps(known))
+    assert "cpl-0 (its inputs are not recorded" in refused()
 
 
 def test_mistakes_are_told(both: Path, tmp_path: Path) -> None:
@@ -134,3 +180,16 @@ def test_one_row_that_fails_does_not_stop_the_others(both: Path, tmp_path: Path)
     table = (tmp_path / "table.md").read_text()
     assert "| cpl |" in table
     assert "| student |" in table
+
+
+def test_no_student_learns_from_a_teacher_that_failed(both: Path, tmp_path: Path) -> None:
+    (tmp_path / "teacher-0").mkdir()
+    for path in (both / "teacher").iterdir():  # a checkpoint is there, but not of this call
+        if path.is_file():
+            shutil.copy(path, tmp_path / "teacher-0")
+    failed = run(both, tmp_path, "--tables", "1", "--seeds", 1)
+    assert failed.exit_code == 1
+    assert "teacher, seed 0 failed: " in failed.output
+    assert "epochs is 2 there and 1 here" in failed.output
+    assert "student, seed 0 failed: its teacher" in failed.output
+    assert "| baseline |" in (tmp_path / "table.md").read_text()

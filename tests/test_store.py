@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
+import subprocess
+import sys
+import unicodedata
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmdist_e2e.store import FeatureStore, fast_digest, read_features
+from mmdist_e2e.store import (
+    FeatureStore,
+    check_out,
+    fast_digest,
+    read_features,
+    video_key,
+    write_atomically,
+    write_json,
+)
 from mmdist_e2e.structures import Features, MmdistError, Provenance, differences
 
 
@@ -45,6 +58,149 @@ def test_up_to_date_needs_the_same_way_and_the_same_file(tmp_path):
     assert not store.up_to_date("b", "rgb", **same)
     assert not store.up_to_date("a", "rgb", **{**same, "source": {"bytes": 4}})
     assert not store.up_to_date("a", "rgb", **{**same, "matters": {"extractor": "y"}})
+
+
+def test_without_a_digest_of_the_source_nothing_is_reused(tmp_path):
+    store, features = FeatureStore(tmp_path), make()
+    store.save("a", Features(features.data, features.times, 10.0, "rgb", Provenance({"x": 1})))
+    assert not store.up_to_date("a", "rgb", matters={"x": 1}, source={})
+
+
+NAMES = [
+    "plain",
+    ".take1",
+    "a/.take1",
+    "a/..",
+    "caf\udce9",  # a byte that is not UTF-8, as Python reads file names
+    "new\nline\ttab",
+    "ends in~0123456789abcdef",
+    "e\u0301t\u00e9",
+    "x" * 246 + "1",
+    *("x" * 246 + end for end in ("12", "13", "1" * 9, "2" * 9)),
+    "é" * 123,
+    "é" * 124,
+    "日" * 255 + "/" + "本" * 200 + "/a",
+    "\udce9" * 300,
+    "d" * 255 + "/" + "y" * 251,
+]
+
+
+def test_ids_of_any_bytes_form_and_length_are_found_again(tmp_path):
+    store = FeatureStore(tmp_path)
+    for rows, name in enumerate(NAMES, 1):
+        store.save(name, make(rows))
+    for rows, name in enumerate(NAMES, 1):
+        for form in ("NFC", "NFD"):
+            assert len(store.load(unicodedata.normalize(form, name), "rgb").data) == rows
+        source = {"bytes": 3}
+        assert store.up_to_date(name, "rgb", matters=make().provenance.matters, source=source)
+    assert store.videos("rgb") == sorted(video_key(name) for name in NAMES)
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert FeatureStore(moved).videos("rgb") == sorted(video_key(name) for name in NAMES)
+
+
+def test_a_name_that_fits_is_kept_whole(tmp_path):
+    path = FeatureStore(tmp_path).save("x" * 247, make())
+    assert path.name == "x" * 247 + ".rgb.npz"
+    assert len(os.fsencode(path.name)) == 255
+    assert len(os.fsencode(FeatureStore(tmp_path).path("x" * 248, "rgb").name)) == 255
+
+
+@pytest.mark.parametrize("on_disk", ["\u00c5/caf\u00e9", "A\u030a/cafe\u0301", "\u212b/caf\u00e9"])
+def test_feature_files_are_found_whatever_their_normal_form(tmp_path, on_disk):
+    """As another system or program may have named them."""
+    store = FeatureStore(tmp_path)
+    path = store.save("a", make())
+    (tmp_path / on_disk).parent.mkdir()
+    path.rename(tmp_path / f"{on_disk}.rgb.npz")
+    for asked in ("\u00c5/caf\u00e9", "A\u030a/cafe\u0301", "\u212b/cafe\u0301"):
+        assert len(store.load(asked, "rgb").data) == 7
+        assert not store.path(asked + "x", "rgb").is_file()
+    assert store.videos("rgb") == ["\u00c5/caf\u00e9"]
+    store.save("A\u030a/cafe\u0301", make(9))
+    assert [len(read_features(p).data) for p in tmp_path.rglob("*.npz")] == [9]
+
+
+def test_what_is_no_feature_file_is_not_listed(tmp_path):
+    store = FeatureStore(tmp_path)
+    store.save("a", make())
+    (tmp_path / "._a.rgb.npz").write_bytes(b"\0\5\x16\7" + bytes(200))  # macOS leaves these
+    names = []
+
+    def write(stream):
+        names.extend(p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp"))
+        stream.write(b"x")
+        assert store.videos("rgb") == ["a"]
+
+    write_atomically(tmp_path / ("n" * 255), write)
+    assert len(names) == 1
+    assert len(names[0]) < 20
+
+
+def test_two_processes_that_write_one_video_never_show_a_part(tmp_path):
+    script = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_store import FeatureStore, make
+for i in range(40):
+    FeatureStore(sys.argv[2]).save("a/b", make(int(sys.argv[3])))
+"""
+    here = str(Path(__file__).parent)
+    running = [
+        subprocess.Popen([sys.executable, "-c", script, here, str(tmp_path / "f"), rows])
+        for rows in ("500", "900")
+    ]
+    seen = set()
+    while any(process.poll() is None for process in running):
+        if FeatureStore(tmp_path / "f").path("a/b", "rgb").is_file():
+            seen.add(len(FeatureStore(tmp_path / "f").load("a/b", "rgb").data))
+    assert [process.returncode for process in running] == [0, 0]
+    assert seen <= {500, 900}
+    assert [p.name for p in (tmp_path / "f" / "a").iterdir()] == ["b.rgb.npz"]
+
+
+@pytest.mark.parametrize("place", ["FILE/sub", "/proc/nope", "/proc/nope/sub", "n" * 300, "LINK"])
+def test_an_output_folder_that_cannot_be_made_is_one_sentence(tmp_path, place):
+    (tmp_path / "FILE").write_text("precious")
+    (tmp_path / "LINK").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(MmdistError, match=r"cannot be made or written \(.*\); choose another"):
+        check_out(tmp_path / place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["FILE", "LINK"]
+
+
+def test_an_output_folder_that_can_be_made_is_left_as_it_is(tmp_path):
+    (tmp_path / "there").mkdir()
+    check_out(tmp_path / "there")
+    check_out(tmp_path / "new" / "deep")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
+def test_a_full_disk_is_seen_before_any_work(tmp_path, monkeypatch):
+    import tempfile
+
+    class Full:
+        def __enter__(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **_: Full())
+    with pytest.raises(MmdistError, match="No space left"):
+        check_out(tmp_path)
+
+
+def test_json_holds_names_of_any_bytes(tmp_path):
+    write_json(tmp_path / "r.json", {"video": "caf\udce9 é\n"})
+    text = (tmp_path / "r.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"video": "caf\udce9 é\n"}
+    assert "é" in text
+
+
+def test_what_is_no_regular_file_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(MmdistError, match="regular file"):
+        fast_digest(tmp_path / "pipe.mp4")
 
 
 def test_full_disk_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):

@@ -154,6 +154,7 @@ def test_snippets_are_repeatable_balanced_and_show_their_action() -> None:
     assert sorted(drawn) == sorted(ACTION_NAMES)
 
 
+@pytest.mark.slow
 def test_a_world_on_disk_parses_and_is_kept(tmp_path: Path) -> None:
     done: list[float] = []
     summary = make.make_world(tmp_path, videos=9, seed=2, workers=1, progress=done.append)

@@ -75,7 +75,7 @@ def _input(modality: str) -> str:
 
 
 def model_card(settings: PretrainSettings, figures: Mapping[str, Any], parameters: int) -> str:
-    """The card that ships beside the weights; every figure comes from the run itself."""
+    """The model card of the weights; every figure comes from the run itself."""
     modality = settings.modality
     summary = (
         f"A narrow I3D (width {settings.width}, {parameters:,} parameters) that turns "

@@ -1,4 +1,4 @@
-"""Rendered clips to train on: made once, kept as memory maps, augmented on the way out.
+"""Rendered clips to train on: rendered once, stored as memory maps, augmented when read.
 
 Shapes: N clips, B batch, T frames, H height, W width, C channels, P pose values, I instants.
 """
@@ -55,7 +55,7 @@ def _render_block(job: tuple[int, int, int]) -> list[Clip]:
 def render_clips(
     folder: Path, *, seed: int, count: int, workers: int, progress: Progress
 ) -> ClipSet:
-    """`count` clips of a seed, as memory maps in `folder`; reused when they are whole."""
+    """`count` clips of a seed, as memory maps in `folder`; reused when they are complete."""
     stem = folder / f"clips-{seed}-{count}"
     paths = [stem.with_suffix(f".{part}.npy") for part in ("frames", "labels", "poses")]
     if not paths[2].is_file():  # written last
@@ -166,7 +166,7 @@ def augment(
     *,
     smallest_crop: float,
 ) -> tuple[Tensor, Tensor]:
-    """Random crop around the person, mirror, light and colour, one draw a clip.
+    """Random crop around the person, mirror, light and colour, drawn once per clip.
 
     Returns frames [B, C, T, size, size] in [−1, 1], and poses in shares of what is left.
     Mirroring keeps every label: no action of the world is told from another by its side.
@@ -190,7 +190,7 @@ def as_volume(clips_TCHW: list[Tensor]) -> Tensor:
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[NDArray[np.int64]]:
-    """Indices of whole batches in random order, sorted within each for the memory map's sake."""
+    """Indices of whole batches in random order, sorted within each for fast reads."""
     order = torch.randperm(count, generator=generator).numpy()
     for first in range(0, count - size + 1, size):
         yield np.sort(order[first : first + size])

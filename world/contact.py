@@ -1,4 +1,4 @@
-"""A contact sheet: every action of the world on one picture, to be looked at by people."""
+"""A contact sheet: every action of the world on one picture, for people to look at."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MARGIN, _CAPTION = 6, 16
 
 
 def contact_sheet(path: Path, seed: int) -> None:
-    """Write a PNG with a row an action: in two rooms its sentence over six frames of it.
+    """Write a PNG with one row per action: in two rooms, its sentence above six frames.
 
     The frames are evenly spread from the first to the last of the action's span. Sensor noise
     is left out and colours are coarsened, for the file's size.

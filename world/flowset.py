@@ -1,4 +1,4 @@
-"""Flow of the rendered clips: solved once by our TV-L1, kept as a memory map, augmented.
+"""Flow of the rendered clips: computed once, stored as a memory map, augmented when read.
 
 Values stay in pixels of the frames that flow was computed on, however a clip is cropped: a crop
 shows things larger, as a larger input will, and what is one pixel there is still one pixel.
@@ -80,7 +80,7 @@ def augment_flow(
     *,
     smallest_crop: float,
 ) -> tuple[Tensor, Tensor]:
-    """Random crop around the person, mirror and speed, one draw a clip.
+    """Random crop around the person, mirror and speed, drawn once per clip.
 
     Returns fields [B, 2, T, size, size] in [−1, 1], and poses in shares of what is left.
     """

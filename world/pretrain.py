@@ -4,9 +4,9 @@
 
 Clips come from rooms and seeds of their own, never from a grounding video. The one logits layer
 is read as two groups: the action, and the object that it is done with. Labels alone teach a
-network this small next to nothing in minutes, so two helpers that only training sees say where
-the person is: which cell of a middle map each joint is in, and how the joints move. The flow
-network learns from the same clips and labels, but sees their TV-L1 flow alone.
+network this small very little in minutes, so training adds two auxiliary heads: in which cell of
+a middle map each joint is, and how the joints move. The flow network learns from the same clips
+and labels, but sees only their TV-L1 flow.
 
 The same call gives the same bits on one machine; called again, a killed run resumes.
 Shapes: B clips, T frames, C channels, K classes, P pose values.
@@ -63,7 +63,7 @@ class PretrainSettings:
 
     stages: (input size, epochs, smallest crop), in order; small inputs first because they cost
     a third, with crops that show things as large as the full size will. cycles: how often all
-    stages are gone through, each time with the whole rise and fall of the learning rate.
+    stages are repeated, each time with a full cycle of the learning rate.
     """
 
     modality: str = "rgb"
@@ -83,7 +83,7 @@ class PretrainSettings:
 
 
 class Pretrainer(nn.Module):
-    """The network and the two helpers that only training needs."""
+    """The network and the two auxiliary heads of training."""
 
     def __init__(self, settings: PretrainSettings) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Pretrainer(nn.Module):
 def losses(
     model: Pretrainer, frames: Tensor, poses_BTP: Tensor, labels_B2: Tensor, s: PretrainSettings
 ) -> dict[str, Tensor]:
-    """Cross-entropy of action and object, and the two helpers' losses."""
+    """Cross-entropy of action and object, and the losses of the two auxiliary heads."""
     logits_BK, maps, motion = model(frames)
     smoothing, count = s.label_smoothing, len(ACTION_NAMES)
     cells = place_targets(poses_BTP, *maps.shape[2:])
@@ -149,7 +149,7 @@ def rgb_windows(clips_NTHWC: NDArray[Any]) -> Tensor:
 
 
 def accuracy(network: InceptionI3d, clips: ClipSet) -> tuple[float, float, NDArray[np.int64]]:
-    """Percent of actions and of objects told right, and the confusion matrix of actions."""
+    """Percent of actions and of objects classified correctly; confusion matrix of actions."""
     windows = rgb_windows if network.in_channels == CHANNELS["rgb"] else flow_windows
     network.eval()
     predicted = []

@@ -1,12 +1,12 @@
-"""A linear probe: do frozen features tell the world's actions apart?
+"""A linear probe: how well frozen features separate the world's actions.
 
     python -m world probe --world WORLD --extractor RGB --extractor FLOW
 
 Rows of the world's grounding videos are labelled with what the person does at the middle of the
-row's window; softmax regression is fitted on train videos and scored on test videos, beside
-chance and beside the same networks with random weights. With an extractor of each modality it is
-fitted on rgb, on flow, and on both side by side, so that one sees what each knows that the other
-misses. Shapes: S rows, D channels, K classes.
+row's window; softmax regression is fitted on train videos and scored on test videos, and
+compared with chance and with the same networks with random weights. With an extractor of each
+modality it is fitted on rgb, on flow, and on both concatenated. Shapes: S rows, D channels,
+K classes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from mmdist_e2e.extractors.batch import Video, extract_many
 from mmdist_e2e.extractors.profiles import ExtractorSpec, describe
-from mmdist_e2e.extractors.runner import BUILDERS
+from mmdist_e2e.extractors.runner import build
 from mmdist_e2e.store import FeatureStore, write_json
 from mmdist_e2e.structures import MmdistError
 from world.clips import ACTION_NAMES
@@ -56,7 +56,7 @@ def labelled_rows(
 ) -> dict[str, Rows]:
     """Features [S, D] of all videos and the action index of each row, by modality.
 
-    Of several modalities, "both" has their channels side by side.
+    For several modalities, "both" has their channels concatenated.
     Raises MmdistError when the modalities' rows are not of the same times.
     """
     data: dict[str, list[NDArray[np.float32]]] = {modality: [] for modality in modalities}
@@ -97,7 +97,7 @@ def fit(train: Rows, test: Rows) -> NDArray[np.float32]:
 
 
 def score(logits_SK: NDArray[np.float32], labels_S: NDArray[np.int64]) -> dict[str, Any]:
-    """What a fitted probe tells right, in percent.
+    """What a fitted probe classifies correctly, in percent.
 
     accuracy of rows; balanced_accuracy, the mean of recall; recall by action; and opposites, for
     each pair of opposite actions the accuracy on their rows when only these two are the choice
@@ -130,7 +130,7 @@ def untrained_copy(spec: ExtractorSpec, folder: Path) -> ExtractorSpec:
     """The same network with random weights, written as a checkpoint."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = BUILDERS[spec.network](spec.config)
+        network = build(spec.config)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), folder / "model.safetensors")
     write_json(
@@ -147,10 +147,10 @@ def probe(
     untrained: bool = True,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Probe extractors, one a modality, and their untrained copies on one world.
+    """Probe extractors, one per modality, and their untrained copies on one world.
 
-    features: store where the extractors' rows are looked for first, and kept. untrained: the
-    copies must extract all videos anew, which takes minutes; False leaves them out.
+    features: store of the extractors' rows, reused and extended. untrained: False skips the
+    untrained copies, which have to extract all videos and take minutes.
 
     Returns {"train_rows", "test_rows", "chance": {"majority", "uniform"}, "trained": {modality:
     what `score` gives}, "untrained": the same, if wanted}.
@@ -167,7 +167,7 @@ def probe(
     modalities = [spec.modality for spec in specs]
     if len(set(modalities)) < len(modalities):
         raise MmdistError(
-            f"The probe takes one extractor a modality; these are all {modalities[0]}: "
+            f"The probe takes one extractor per modality; these are all {modalities[0]}: "
             f"{', '.join(extractors)}."
         )
     scripts = [sample_script(facts["seed"], i) for i in range(facts["videos"])]
@@ -206,7 +206,7 @@ def probe(
 
 
 def table(results: Mapping[str, Any]) -> list[str]:
-    """The lines of a Markdown table of what `probe` returns, in percent, a column a modality."""
+    """Lines of a Markdown table of what `probe` returns, in percent, one column per modality."""
     trained, chance, untrained = results["trained"], results["chance"], results.get("untrained")
     columns = list(trained)
     rows: list[tuple[str, list[float]]] = []
@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Linear probe of extractors on the world.")
     parser.add_argument("--world", type=Path, required=True)
     parser.add_argument(
-        "--extractor", action="append", required=True, help="name or folder; once a modality"
+        "--extractor", action="append", required=True, help="name or folder; once per modality"
     )
     parser.add_argument("--features", type=Path, help="store of the extractors, to reuse")
     parser.add_argument("--no-untrained", action="store_true", help="leave that control out")

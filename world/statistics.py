@@ -1,4 +1,4 @@
-"""What the world's annotations look like in numbers, to be held beside Charades-STA's."""
+"""Statistics of the world's annotations, to compare with those of Charades-STA."""
 
 from __future__ import annotations
 

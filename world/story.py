@@ -98,7 +98,7 @@ class State:
 
 
 def is_possible(action: str, thing: str | None, state: State, contents: Collection[str]) -> bool:
-    """Tell whether the person can do `action` with `thing` in `state` in a room of `contents`."""
+    """Whether the person can do `action` with `thing` in `state` in a room of `contents`."""
     if thing is not None and thing not in contents:
         return False
     if action == "waves":

@@ -1,4 +1,4 @@
-"""What moves and changes though nobody acts: a hand-held camera, lights, a cat, idle hands.
+"""What moves and changes while nobody acts: a hand-held camera, lights, a cat, idle hands.
 
 Real video is full of it, and each modality suffers from another part: camera and cat move where
 nothing is done, which flow cannot help but see; light and clutter change what RGB sees. And people

@@ -77,7 +77,7 @@ class ExtractionProgress:
         self._progress.stop()
 
     def started(self, video: Video, index: int, total: int) -> None:
-        self._progress.update(self._one, description=video.id[-40:], completed=0)
+        self._progress.update(self._one, description=video.label[-40:], completed=0)
 
     def advanced(self, fraction: float) -> None:
         self._progress.update(self._one, completed=int(fraction * 100))

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mmdist_e2e.grounding.data.check import Report
 
 LABELS = {  # of facts whose key does not read well
-    "best_constant_span": "to beat: R@1 at IoU 0.3 / 0.5 / 0.7",
-    "duration_seconds": "duration, s",
+    "best_constant_span": "best constant answer: R@1 at IoU 0.3 / 0.5 / 0.7",
+    "duration_seconds": "duration in seconds",
     "not_in_seconds": "perhaps not in seconds",
     "duplicates": "repeated lines",
     "left_out": "left out: end before start",
@@ -69,8 +69,9 @@ def check_command(
 ) -> None:
     """Report what the files hold and everything that is wrong with them.
 
-    Errors are what training or evaluation would refuse; with one, the exit code is 1. The number
-    to beat is the best answer that is the same for every query, fitted on that very split.
+    Errors are what training or evaluation would refuse; with one, the exit code is 1. The best
+    constant answer is the one span of the video that fits all queries of a split best; a model
+    should beat it.
     """
     from mmdist_e2e.grounding.data.check import check_data
     from mmdist_e2e.grounding.evaluate import best_constant_span, recall_metrics
@@ -105,14 +106,7 @@ def check_command(
 
 def _show(report: Report) -> None:
     if report.splits:
-        # One column for each split; one row for each fact.
-        columns = {name: dict(facts) for name, facts in report.splits.items()}
-        for pair, shared in report.overlaps.items():
-            one, other = pair.split(", ")
-            columns[other][f"shared with {one}"] = (
-                f"{shared['videos']} videos, {shared['queries']} sentences"
-            )
-        _print_table(columns)
+        _print_table(report.splits)
     if report.features:
         _print_table({"features": report.features})
     for kind, sentences in (("warning", report.warnings), ("error", report.errors)):
@@ -122,6 +116,7 @@ def _show(report: Report) -> None:
 
 
 def _print_table(columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """One column for each split, one row for each fact."""
     table = Table("", *columns, show_edge=False)
     for key in dict.fromkeys(key for facts in columns.values() for key in facts):
         cells = [_cell(facts.get(key)) for facts in columns.values()]
@@ -132,7 +127,7 @@ def _print_table(columns: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    """A fact as text; empty for one that does not occur."""
+    """A fact as text; empty for none."""
     if isinstance(value, Mapping):
         if "span" in value:
             start, end = value["span"]
@@ -141,9 +136,7 @@ def _cell(value: Any) -> str:
         if "median" in value:
             low, median, mean, high = (f"{value[k]:.4g}" for k in ("min", "median", "mean", "max"))
             return f"{median} (mean {mean}, {low} to {high})"
-        return ", ".join(f"{k} {v}" for k, v in value.items())
+        return ", ".join(f"{k}: {v}" for k, v in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value or "")
+    return f"{value:.4g}" if isinstance(value, float) else str(value or "")

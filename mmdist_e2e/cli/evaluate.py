@@ -4,62 +4,63 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.table import Table
 
 from mmdist_e2e.cli import common as options
 from mmdist_e2e.cli.common import StepDisplay, results, say
+from mmdist_e2e.cli.train import FEATURES
 from mmdist_e2e.structures import MmdistError
 
 
 @click.command("evaluate")
 @click.argument("runs", nargs=-1, required=True, type=options.PATH)
-@click.option("--features", required=True, type=options.PATH)
+@click.option("--features", "features_path", required=True, type=options.PATH, help=FEATURES)
 @options.flow_features
-@click.option("--annotations", required=True, type=options.PATH)
+@click.option(
+    "--annotations",
+    "annotations_path",
+    required=True,
+    type=options.PATH,
+    help="Annotations to score on.",
+)
 @options.durations
 @options.protocol
 @options.device
-@click.option("--out", type=options.PATH, help="Default: in the run's folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@click.option(
+    "--out",
+    type=options.PATH,
+    help="Folder of metrics.json and predictions.jsonl.  [default: RUN/evaluations/NAME-DIGEST]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate_command(
     runs: tuple[Path, ...],
-    features: Path,
     flow_features: Path | None,
-    annotations: Path,
-    durations: Path | None,
-    protocol: str,
-    device: str,
     out: Path | None,
+    device: str,
     as_json: bool,
+    **given: Any,
 ) -> None:
-    """Evaluate RUNS: R@n at IoU m and mIoU, in percent, beside the four controls.
+    """Evaluate RUNS: R@n at IoU m and mIoU in percent, and four controls.
 
-    Of several runs (seeds of one recipe) the table shows mean ± standard deviation.
+    Queries are answered as `mmdist ground` answers them. Of several runs (seeds of one recipe) the
+    table shows mean ± standard deviation. Every combination of model, features, annotations and
+    protocol has its own folder.
 
-    The controls: the best constant span (fitted on the evaluated split itself), a random one of
-    the model's own proposals, an untrained network, and queries shuffled among videos.
+    The controls: the best constant span (fitted on the evaluated annotations), a random one of the
+    model's own proposals, an untrained network, and queries shuffled among videos.
     """
     from mmdist_e2e.extractors.runner import resolve_device
     from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
 
     if out is not None and len(runs) > 1:
-        raise MmdistError("--out takes the results of one run; leave it out for several.")
+        raise MmdistError("--out is for the results of one run; omit it for several.")
     with StepDisplay() as progress:
+        given |= {"device": resolve_device(device), "progress": progress}
         evaluated = [
-            evaluate_run(
-                run,
-                features_path=features,
-                flow_features_path=flow_features,
-                annotations_path=annotations,
-                durations=durations,
-                protocol=protocol,
-                out=out,
-                device=resolve_device(device),
-                progress=progress,
-            )
-            for run in runs
+            evaluate_run(run, flow_features_path=flow_features, out=out, **given) for run in runs
         ]
     if as_json:
         click.echo(json.dumps(evaluated[0] if len(runs) == 1 else evaluated, indent=2))
@@ -74,7 +75,8 @@ def evaluate_command(
         cells = [_cell(metrics.get(column), len(runs)) for column in columns]
         table.add_row(name.replace("_", " "), *cells)
     results.print(table)
-    result = evaluated[0]
+    for result in evaluated:
+        say(f"Written to {result['out']}.")
     seeds = ", ".join(str(each["seed"]) for each in evaluated)
     say(
         f"Protocol {result['protocol']}, recipe {result['recipe']}, seeds {seeds}, checkpoints "

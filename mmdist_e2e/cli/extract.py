@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,159 +11,133 @@ import click
 
 from mmdist_e2e.cli import common as options
 from mmdist_e2e.cli.common import ExtractionProgress, extraction_summary, results, say
-from mmdist_e2e.structures import MODALITIES, MmdistError
+from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
 
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.profiles import ExtractorSpec
 
 
+def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa: A002 - click's
+    """An option with a fixed set of values, the default first."""
+    return click.option(
+        flag, default=valid[0], show_default=True, type=click.Choice(valid), help=help
+    )
+
+
 @click.command("extract")
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=options.PATH)
 @click.option(
-    "--modality",
-    help="Comma-separated: rgb, flow. Default: those of the extractors given, else rgb.",
+    "--modality", help="Comma-separated: rgb, flow. Default: those of --extractor, else rgb."
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=True),
+    type=options.PATH,
     default=Path("features"),
     show_default=True,
-    help="Folder of the features.",
+    help="Folder for the feature files; made if missing.",
 )
 @click.option(
     "--extractor",
     "extractors",
     multiple=True,
-    help="Name or checkpoint folder, once a modality; by default the shipped networks.",
+    help="Name or checkpoint folder; once per modality. Default: the shipped networks.",
 )
-@click.option(
-    "--mode",
-    default="windows",
-    show_default=True,
-    type=click.Choice(["windows", "dense"]),
-    help="dense: I3D over the whole video at once, faster than overlapping windows.",
-)
-@click.option("--layer", type=click.Choice(["fc6", "fc7"]), help="Of a C3D extractor.")
+@_choice("--mode", "windows", "dense", help="dense: I3D over the whole video at once; faster.")
+@click.option("--layer", type=click.Choice(["fc6", "fc7"]), help="Output layer of a C3D extractor.")
 @click.option(
     "--pca",
-    type=click.Path(path_type=Path),
-    help="HDF5 or .npz file with x_mean and U: reduces the rows as ActivityNet's C3D were.",
+    type=options.PATH,
+    help="HDF5 or .npz file with x_mean and U that reduces the rows, as ActivityNet's C3D were.",
 )
-@click.option(
+@_choice(
     "--fps-policy",
-    default="ceiling",
-    show_default=True,
-    type=click.Choice(["ceiling", "exact"]),
-    help="Of a video slower than the extractor's rate: keep its rate, or repeat its frames.",
+    "ceiling",
+    "exact",
+    help="Videos slower than the extractor's frame rate keep their rate, or repeat frames.",
 )
-@click.option(
-    "--flow",
-    "flow_backend",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "native", "opencv", "opencv-cuda"]),
-    help="What computes optical flow.",
-)
-@click.option("--overwrite", is_flag=True, help="Extract again what is already there.")
+@_choice("--flow", "auto", "native", "opencv", "opencv-cuda", help="Optical flow solver.")
+@click.option("--overwrite", is_flag=True, help="Extract again even if features are up to date.")
 @options.device
-@click.option(
-    "--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"])
-)
+@_choice("--precision", "auto", "fp32", "bf16", help="Number format of the networks.")
 @click.option(
     "--deadline",
     "stall_seconds",
     default=60.0,
     show_default=True,
     type=click.FloatRange(min=0.1),
-    help="Seconds without a new frame after which a video counts as failed.",
+    help="Seconds without a new frame after which a video fails.",
 )
 def extract_command(
     paths: tuple[Path, ...],
     modality: str | None,
     out: Path,
     extractors: tuple[str, ...],
-    mode: str,
-    layer: str | None,
-    pca: Path | None,
-    fps_policy: str,
-    flow_backend: str,
-    overwrite: bool,
-    device: str,
-    precision: str,
-    stall_seconds: float,
+    flow: str,
+    **settings: Any,
 ) -> None:
-    """Extract per-snippet features of PATHS, video files or folders of them.
+    """Extract features of PATHS: video files or folders of them.
 
-    Every modality of a video is extracted in one pass. A second run does nothing; a killed one
-    goes on where it was. The exit code is 1 when any video failed; the table at the end says why.
+    All modalities of a video are extracted in one pass. Reruns skip finished videos; after a kill,
+    the next run resumes. A video that fails does not stop the others: the table at the end lists
+    the causes, and the exit code is 1.
     """
-    from mmdist_e2e.extractors.batch import Outcome, Report, extract_many, find_videos
+    from mmdist_e2e.extractors.batch import Report, extract_many, find_videos
     from mmdist_e2e.store import FeatureStore, check_out
 
-    specs = choose_extractors(
-        parse_modalities(modality) if modality is not None else None,
-        extractors,
-        mode=mode,
-        layer=layer,
-        pca=pca,
-        fps_policy=fps_policy,
-    )
+    sampling = {name: settings.pop(name) for name in ("mode", "layer", "pca", "fps_policy")}
+    wanted = parse_modalities(modality) if modality is not None else None
+    specs = choose_extractors(wanted, extractors, **sampling)
     modalities = [spec.modality for spec in specs]
-    if flow_backend != "auto" and "flow" not in modalities:
+    if flow != "auto" and "flow" not in modalities:
         raise MmdistError(
-            f"--flow {flow_backend} says what computes optical flow, and none is extracted; add "
-            f"--modality flow, or leave --flow out."
+            f"--flow {flow} chooses the optical flow solver, but no flow is extracted; add "
+            f"--modality flow or leave --flow out."
         )
-    check_out(out)
-    videos, problems = find_videos(paths)
-    for problem in problems:
+    found = find_videos(paths)
+    if found.videos:
+        check_out(out)
+    for problem in found.problems:
         say(f"failed: {problem.cause}")
     for spec in specs:
         say(f"{spec.modality} by {spec.name}: trained on {spec.trained_on}.")
-    with ExtractionProgress(len(videos)) as progress:
+    with ExtractionProgress(len(found.videos)) as progress:
         report = extract_many(
-            videos,
-            specs,
-            FeatureStore(out),
-            overwrite=overwrite,
-            device=device,
-            precision=precision,
-            flow_backend=flow_backend,
-            stall_seconds=stall_seconds,
-            progress=progress,
+            found.videos, specs, FeatureStore(out), flow_backend=flow, progress=progress, **settings
         )
-    outcomes: list[Outcome] = [*problems, *report.outcomes]
-    whole = Report(outcomes)
-    results.print(extraction_summary(whole, modalities))
-    sys.exit(1 if whole.failed else 0)
+    report = Report([*found.problems, *report.outcomes])
+    results.print(extraction_summary(report, modalities))
+    for count, what in (
+        (found.hidden, "hidden files (names that start with a dot)"),
+        (found.repeated, "further names of the same files"),
+    ):
+        if count:
+            results.print(f"Ignored {count} {what}.")
+    sys.exit(1 if report.failed else 0)
 
 
 def parse_modalities(text: str) -> list[str]:
-    """Split "rgb,flow". Raises MmdistError for a name that is no modality."""
+    """Split "rgb,flow". Raises MmdistError for an unknown modality."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in MODALITIES]
-    if unknown or not names:
-        raise MmdistError(
-            f"The modality {(unknown or [text])[0]!r} is unknown; valid: {', '.join(MODALITIES)}."
-        )
+    for name in names or [text]:
+        check_choice("The modality", name, MODALITIES)
     return list(dict.fromkeys(names))
 
 
 def choose_extractors(
-    modalities: Sequence[str] | None, extractors: Sequence[str], **options: Any
+    modalities: Sequence[str] | None, extractors: Sequence[str], **sampling: Any
 ) -> list[ExtractorSpec]:
-    """The extractor of each modality: one that was given, else the one that ships.
+    """The extractor of each modality: a given one, else the one that ships.
 
-    modalities: None means those of the given extractors, or RGB. options: see `describe`; they
-    hold for every extractor. Raises MmdistError as `describe` does, where two extractors or none
-    give a modality, and where an option can only fit one of several extractors.
+    modalities: None means those of the given extractors, or RGB. sampling: settings of `describe`
+    for every extractor. Raises MmdistError as `describe` does, and where a modality has two
+    extractors or none.
     """
     from mmdist_e2e.extractors.profiles import describe
     from mmdist_e2e.pipeline import default_extractors
 
     specs: dict[str, ExtractorSpec] = {}
     for name in extractors:
-        spec = describe(name, **options)
+        spec = describe(name, **sampling)
         if modalities is not None and spec.modality not in modalities:
             raise MmdistError(
                 f"The extractor {spec.name!r} gives {spec.modality}, not {', '.join(modalities)}; "
@@ -173,12 +147,12 @@ def choose_extractors(
         if other is not spec:
             raise MmdistError(
                 f"The extractors {other.name!r} and {spec.name!r} both give {spec.modality}; "
-                f"choose one a modality, or extract them into different folders."
+                f"choose one per modality, or extract them into different folders."
             )
     wanted = modalities or list(specs) or ["rgb"]
     for modality, name in default_extractors([m for m in wanted if m not in specs]).items():
-        specs[modality] = describe(name, **options)
-    if options.get("pca") is not None and len(specs) > 1:
+        specs[modality] = describe(name, **sampling)
+    if sampling.get("pca") is not None and len(specs) > 1:
         raise MmdistError(
             "--pca fits the rows of one extractor; extract the modalities one by one."
         )

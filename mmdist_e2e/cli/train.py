@@ -4,23 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mmdist_e2e.cli import common as options
 from mmdist_e2e.cli.common import PATH, StepDisplay, results
 from mmdist_e2e.cli.extract import parse_modalities
+from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError
 
-Option = Callable[[click.Command], click.Command]
-HELP = """\
-The checkpoint is the epoch that rebuilds the sentences best on --val, or without it on a part of
-the training videos, and the last line says which. That takes no timestamps; --set
-select_by=val_recall takes them. To compare settings on annotations that choose nothing, train
-without --val, then run `mmdist evaluate RUN --features F --annotations val.json`.
+if TYPE_CHECKING:
+    from mmdist_e2e.weights.words import WordVectors
 
-A killed run goes on where it was; the same command on a finished run does nothing.
+FEATURES = "Features: a folder that mmdist extract wrote, an HDF5 file or a folder of VIDEO.npy."
+
+SETTINGS = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any other setting of the recipe; may be repeated.",
+)
+
+HELP = """\
+The checkpoint is the epoch that rebuilds the sentences of --val best or, without --val, those of a
+part of the training videos; the last line of output says which. This reads no timestamps; --set
+select_by=val_recall does. To compare settings on annotations that choose nothing, train without
+--val, then run `mmdist evaluate RUN --features F --annotations val.json`.
+
+The same command resumes an interrupted run and leaves a finished one as it is; with more --epochs
+it continues. A run of other features, annotations or settings is never overwritten.
 
 Several GPUs of one machine: torchrun --nproc-per-node N -m mmdist_e2e.cli.main train …"""
 
@@ -30,50 +44,53 @@ def train_group() -> None:
     """Train a grounding model from video–sentence pairs without timestamps."""
 
 
-def training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of every recipe, in the order of the help."""
-    each = (
-        click.option("--features", required=True, type=PATH, help="Store, HDF5 or npy folder."),
-        options.flow_features,
-        click.option("--train", "train_path", required=True, type=PATH, help="Annotations."),
-        click.option(
-            "--val",
-            "val_path",
-            type=PATH,
-            help="Annotations of other videos, which the checkpoint is chosen on.",
-        ),
-        click.option(
-            "--carve",
-            type=click.FloatRange(0, 1, max_open=True),
-            help="Without --val: the share of training videos set aside to choose the checkpoint "
-            "on; 0 takes the last epoch.  [default: 0.1]",
-        ),
-        click.option("--out", required=True, type=PATH, help="Folder of the run."),
-        click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0)),
-        options.glove,
-        options.durations,
-        options.protocol,
-        options.length,
-        click.option("--epochs", type=click.IntRange(min=1), help="Default: the recipe's."),
-        options.device,
-        click.option(
-            "--set",
-            "settings",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Any other setting of the recipe; may be repeated.",
-        ),
-    )
-    for option in reversed(each):
-        command = option(command)
-    return command
+OPTIONS = (  # of every recipe, in the order of the help
+    click.option("--features", "features_path", required=True, type=PATH, help=FEATURES),
+    options.flow_features,
+    click.option(
+        "--train", "train_path", required=True, type=PATH, help="Annotations to train on."
+    ),
+    click.option(
+        "--val",
+        "val_path",
+        type=PATH,
+        help="Annotations of other videos, to choose the checkpoint on.",
+    ),
+    click.option(
+        "--carve",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Without --val: the share of training videos set aside to choose the checkpoint on; "
+        "0 takes the last epoch.  [default: 0.1]",
+    ),
+    click.option("--out", required=True, type=PATH, help="Folder of the run."),
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(min=0),
+        help="Seed of weights, order, masks and dropout.",
+    ),
+    options.glove,
+    options.durations,
+    options.protocol,
+    options.length,
+    click.option(
+        "--epochs",
+        type=click.IntRange(min=1),
+        help="Passes over the training data.  [default: 30 for cpl, else 15]",
+    ),
+    options.device,
+    SETTINGS,
+)
+
+TEACHER = click.option(
+    "--teacher", type=PATH, required=True, help="Run of the teacher to learn from."
+)
 
 
-def recipe_command(recipe: str, what: str, *more: Option, modality: str = "rgb") -> click.Command:
-    """`mmdist train RECIPE`, with options of its own."""
+def add_recipe(recipe: str, what: str, *more: Callable[..., Any], modality: str = "rgb") -> None:
+    """Make `mmdist train RECIPE`; more: further options."""
 
-    @click.command(recipe, help=f"Train the `{recipe}` recipe: {what}.\n\n{HELP}")
-    @training_options
     @click.option(
         "--modality",
         default=modality,
@@ -83,85 +100,73 @@ def recipe_command(recipe: str, what: str, *more: Option, modality: str = "rgb")
     def command(**given: Any) -> None:
         _train(recipe, **given)
 
-    for option in more:
+    for option in reversed((*more, *OPTIONS)):
         command = option(command)
-    return command
+    text = f"Train the `{recipe}` recipe: {what}.\n\n{HELP}"
+    train_group.command(recipe, help=text)(command)
 
 
-TEACHER = click.option(
-    "--teacher", type=PATH, required=True, help="The run of a teacher to learn from."
-)
-for _command in (
-    recipe_command("cpl", "the global branch alone (CPL)"),
-    recipe_command("baseline", "the global and the local branch (the paper's baseline)"),
-    recipe_command("teacher", "two modalities that teach each other", modality="rgb,flow"),
-    recipe_command("student", "the baseline's network, taught by a teacher", TEACHER),
-):
-    train_group.add_command(_command)
+add_recipe("cpl", "the global branch alone (CPL)")
+add_recipe("baseline", "the global and the local branch (the paper's baseline)")
+add_recipe("teacher", "two modalities that teach each other", modality="rgb,flow")
+add_recipe("student", "the baseline's network, taught by a teacher", TEACHER)
 
 
 def _train(
     recipe: str,
     *,
-    features: Path,
+    out: Path,
     flow_features: Path | None,
     modality: str,
-    teacher: Path | None = None,
-    train_path: Path,
-    val_path: Path | None,
     carve: float | None,
-    out: Path,
-    seed: int,
     glove: Path | None,
-    durations: Path | None,
-    protocol: str,
-    length: int,
     epochs: int | None,
     device: str,
     settings: Sequence[str],
+    **given: Any,
 ) -> None:
+    """given: what `train_run` takes under the same name."""
     from mmdist_e2e.extractors.runner import resolve_device
     from mmdist_e2e.grounding.parallel import processes, rank
     from mmdist_e2e.grounding.train import CARVED_FRACTION, train_run
-    from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
 
-    if val_path is not None and carve is not None:
-        raise MmdistError("--carve makes a validation split where there is no --val; give one.")
-    overrides = parse_settings(settings)
-    if epochs is not None:
-        overrides["epochs"] = epochs
-    vectors = load_word_vectors(glove) if glove is not None else shipped_word_vectors()
+    check_out(out)
+    if given["val_path"] is not None and carve is not None:
+        raise MmdistError("--carve makes a validation split, and --val is one; give only one.")
+    overrides = parse_settings(settings) | ({} if epochs is None else {"epochs": epochs})
+    vectors = word_vectors_of(glove)
     with processes(resolve_device(device)) as device, StepDisplay() as display:
+        first = rank() == 0
         summary = train_run(
             recipe_name=recipe,
-            features_path=features,
             flow_features_path=flow_features,
             modalities=parse_modalities(modality),
-            teacher=teacher,
-            train_path=train_path,
-            val_path=val_path,
             carve=CARVED_FRACTION if carve is None else carve,
             out=out,
-            seed=seed,
             word_vectors=vectors,
-            durations=durations,
-            protocol=protocol,
-            length=length,
             overrides=overrides,
             device=device,
-            progress=display if rank() == 0 else None,
+            progress=display if first else None,
+            **given,
         )
-        first = rank() == 0
-    if not first:  # of several processes one tells
+    if not first:  # of several processes one prints
         return
+    notes = [] if summary["how"] == "trained" else [summary["how"]]
     validation = ", ".join(f"{name} {value:.2f}" for name, value in summary["validation"].items())
-    results.print(
-        f"{out}: recipe {summary['recipe']}, seed {seed}, {summary['queries']} queries, "
+    result = (
+        f"recipe {recipe}, seed {summary['seed']}, {summary['queries']} queries, "
         f"best epoch {summary['best_epoch']} of {summary['epochs']} "
-        f"(chosen by {summary['selected_by']}): {validation or 'no validation'}",
-        markup=False,
-        soft_wrap=True,
+        f"(chosen by {summary['selected_by']}): {validation or 'no validation'}"
     )
+    for line in (*notes, *summary["continued"], result):
+        results.print(f"{out}: {line}", markup=False, soft_wrap=True)
+
+
+def word_vectors_of(glove: Path | None) -> WordVectors:
+    """Those of --glove, or the shipped ones."""
+    from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
+
+    return load_word_vectors(glove) if glove is not None else shipped_word_vectors()
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

@@ -1,39 +1,32 @@
-"""`mmdist weights`: what can be had by name, and public files turned into checkpoint folders."""
+"""`mmdist weights`: list weights by name, and convert public files to checkpoint folders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
-from mmdist_e2e.cli.common import results
+from mmdist_e2e.cli.common import PATH, results
 from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError, Provenance
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mmdist_e2e.weights.download import Entry
-
-HEXADECIMAL = frozenset("0123456789abcdef")
-SHA256_DIGITS = 64
 CPL = "cpl"
 
 
 @click.group("weights")
 def weights_group() -> None:
-    """List the weights that go by a name, and convert public files."""
+    """List the weights that are known by name, and convert public files."""
 
 
 @weights_group.command("list")
 def list_command() -> None:
-    """Show every extractor by name, what it is, and whether it can be used at once."""
-    from mmdist_e2e.weights.registry import ENTRIES, checkpoint_folder, is_at_hand, read_config
+    """Show every extractor by name, what it is, and whether it needs a download."""
+    from mmdist_e2e.weights.registry import ENTRIES, checkpoint_folder, is_available, read_config
 
     table = Table(show_edge=False)
     for column in ("name", "kind", "modality", "network", "in the cache"):
@@ -42,26 +35,26 @@ def list_command() -> None:
     for entry in ENTRIES.values():
         config = entry.config or read_config(checkpoint_folder(entry.name))
         if entry.kind == "shipped":
-            at_hand = "ships"
-        elif is_at_hand(entry):
-            at_hand = "yes"
+            available = "ships"
+        elif is_available(entry):
+            available = "yes"
         else:
-            at_hand = "no" if entry.has_digest else "no, bring it"
-        row = (entry.name, entry.kind, config["modality"], config["network"], at_hand, entry.facts)
+            available = "no" if entry.has_digest else "no, supply it"
+        row = entry.name, entry.kind, config["modality"], config["network"], available, entry.facts
         table.add_row(*map(escape, row))
     results.print(table)
 
 
 @weights_group.command("convert")
 @click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Checkpoint folder.")
+@click.argument("file", type=PATH)
+@click.option("--out", required=True, type=PATH, help="Checkpoint folder to write.")
 @click.option("--digest", metavar="SHA256", help="Refuse FILE unless it has this SHA-256.")
-@click.option("--vocabulary", type=click.Path(path_type=Path), help="For cpl: its glove.pkl.")
+@click.option("--vocabulary", type=PATH, help="For cpl: the glove.pkl of its training.")
 @click.option(
     "--extractor",
-    help="For cpl: the extractor whose features it shall read (i3d-rgb-charades for Charades-STA), "
-    "or external:npy; by default external:hdf5, as CPL's published ones.",
+    help="For cpl: the extractor whose features the model reads (i3d-rgb-charades for "
+    "Charades-STA), or external:npy; by default external:hdf5, as CPL's published features.",
 )
 def convert_command(
     name: str,
@@ -73,9 +66,9 @@ def convert_command(
 ) -> None:
     """Convert FILE, the public weights NAME, to a checkpoint folder.
 
-    NAME is a public extractor, whose folder --extractor takes, or cpl, a grounding model that CPL's
-    code saved, whose folder evaluate and ground take. The file is verified where its digest is
-    known, and opened without running any code in it.
+    NAME is a public extractor (its folder is for --extractor), or cpl, a grounding model saved by
+    CPL's code (its folder is for evaluate and ground). FILE is verified if its digest is known,
+    and opened without running any code in it.
     """
     if name == CPL:
         convert_grounding(file, vocabulary, out, digest, extractor)
@@ -90,11 +83,7 @@ def convert_command(
 def convert_grounding(
     file: Path, vocabulary: Path | None, out: Path, digest: str | None, extractor: str | None
 ) -> None:
-    """Convert a checkpoint of CPL.
-
-    Raises MmdistError for files that are no CPL checkpoint and its vocabulary, have another
-    digest or do not fit each other, and for an extractor of features of another size.
-    """
+    """Convert a checkpoint of CPL. Raises MmdistError for files that do not fit."""
     from mmdist_e2e.weights.cpl import PUBLISHED_FEATURES, convert_cpl, read_cpl
     from mmdist_e2e.weights.download import Entry, check_digest
 
@@ -120,21 +109,21 @@ def convert_grounding(
 
 
 def extracted_features(extractor: str, channels: int) -> tuple[str, Mapping[str, Any]]:
-    """Modality and provenance of what an extractor gives, run as it is by default.
+    """Modality and provenance of an extractor's features, with its default settings.
 
-    external:NAME stands for imported features. Raises MmdistError for an unknown extractor, and
-    one whose rows are not `channels` wide.
+    external:NAME is for imported features. Raises MmdistError for an unknown extractor, or one
+    whose rows do not have `channels` channels.
     """
     import torch
 
     from mmdist_e2e.extractors.profiles import describe
-    from mmdist_e2e.extractors.runner import BUILDERS
+    from mmdist_e2e.extractors.runner import build
 
     if extractor.startswith("external:"):
         return "rgb", Provenance.external(extractor.removeprefix("external:")).matters
     spec = describe(extractor)
     with torch.device("meta"):
-        own = BUILDERS[spec.network](spec.config).feature_channels
+        own = build(spec.config).feature_channels
     if own != channels:
         raise MmdistError(
             f"The checkpoint reads features of {channels} channels and the extractor "
@@ -147,57 +136,38 @@ def extracted_features(extractor: str, channels: int) -> tuple[str, Mapping[str,
 def convert_network(name: str, file: Path, out: Path, digest: str | None) -> None:
     """Convert the public weights of a video network.
 
-    Raises MmdistError for a name without public weights, a file that is unreadable, has another
+    Raises MmdistError for a name without public weights, a file that cannot be read, has another
     digest or does not fit the network, and a folder that cannot be written.
     """
+    from mmdist_e2e.extractors.runner import build
     from mmdist_e2e.weights.download import check_digest, file_sha256
-    from mmdist_e2e.weights.registry import read_state, write_checkpoint
+    from mmdist_e2e.weights.registry import ENTRIES, misfits, read_state, write_checkpoint
 
-    entry = public_entry(name)
+    entry = ENTRIES.get(name)
+    if entry is None or entry.config is None:
+        valid = ", ".join([CPL, *(e.name for e in ENTRIES.values() if e.kind == "public")])
+        problem = "are unknown" if entry is None else "ship with mmdist and need no conversion"
+        raise MmdistError(f"The weights {name!r} {problem}; valid names: {valid}.")
     if not file.is_file():
-        raise MmdistError(f"There is no file '{file}'; fetch it from {entry.url}.")
+        raise MmdistError(f"There is no file '{file}'; download it from {entry.url}.")
     check_out(out)
     check_digest(entry, file)
     if digest is not None:
         check_digest(replace(entry, git_sha1=None, sha256=parse_digest(digest)), file)
     state = read_state(entry, file)
-    check_fits(entry, state)
+    if problems := misfits(build(entry.config).state_dict(), state):
+        raise MmdistError(
+            f"The file does not hold the weights {name!r} ({problems}); give the file of "
+            f"{entry.url}."
+        )
     sha256 = file_sha256(file)
     write_checkpoint(out, entry, state, f"from a file of SHA-256 {sha256[:16]}…")
     results.print(f"{out}: {name}, SHA-256 of the file {sha256}", markup=False, soft_wrap=True)
 
 
-def public_entry(name: str) -> Entry:
-    """The public entry of a name. Raises MmdistError when there is none."""
-    from mmdist_e2e.weights.registry import ENTRIES
-
-    entry = ENTRIES.get(name)
-    if entry is None or entry.kind != "public":
-        valid = ", ".join([CPL, *(e.name for e in ENTRIES.values() if e.kind == "public")])
-        problem = "are unknown" if entry is None else "ship with mmdist and need no conversion"
-        raise MmdistError(f"The weights {name!r} {problem}; those that can be converted: {valid}.")
-    return entry
-
-
 def parse_digest(text: str) -> str:
     """A SHA-256 in lower case. Raises MmdistError for anything else."""
     digest = text.strip().lower()
-    if len(digest) != SHA256_DIGITS or not HEXADECIMAL.issuperset(digest):
-        raise MmdistError(
-            f"--digest needs a SHA-256 of {SHA256_DIGITS} hexadecimal digits; got {text!r}."
-        )
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise MmdistError(f"--digest needs a SHA-256 of 64 hexadecimal digits; got {text!r}.")
     return digest
-
-
-def check_fits(entry: Entry, state: Mapping[str, Tensor]) -> None:
-    """Raise MmdistError unless the weights are those of the entry's network, all and no others."""
-    from mmdist_e2e.extractors.runner import BUILDERS
-    from mmdist_e2e.weights.registry import misfits
-
-    assert entry.config is not None
-    expected = BUILDERS[entry.config["network"]](entry.config).state_dict()
-    if problems := misfits(expected, state):
-        raise MmdistError(
-            f"The file does not hold the weights {entry.name!r} ({problems}); give "
-            f"the file of {entry.url}."
-        )

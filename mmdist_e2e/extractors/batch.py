@@ -1,37 +1,47 @@
-"""Many videos: find them, skip what is done, collect every failure with its cause."""
+"""Many videos: find them, skip what is up to date, collect every failure with its cause."""
 
 from __future__ import annotations
 
+import stat
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+from mmdist_e2e.extractors.extract import ExtractionError, cause_of, extract_video
 from mmdist_e2e.extractors.profiles import ExtractorSpec
 from mmdist_e2e.extractors.runner import SnippetNetwork
-from mmdist_e2e.store import FeatureStore, fast_digest
+from mmdist_e2e.extractors.video.reader import Decoder
+from mmdist_e2e.store import FeatureStore, fast_digest, video_key
 from mmdist_e2e.structures import MmdistError
-
-if TYPE_CHECKING:
-    from mmdist_e2e.extractors.video.reader import Decoder
-
 
 VIDEO_SUFFIXES = frozenset(
     [".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"]
 ).union([".ts", ".webm", ".wmv", ".3gp"])
 
 
+def printable(text: str) -> str:
+    """The text on one line, with � for control characters and bytes that are not UTF-8."""
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
 @dataclass(frozen=True)
 class Video:
-    """A video file and its id: the path relative to the given root, without the suffix."""
+    """A video file and its id: the path relative to the given folder, without the suffix."""
 
     id: str
     path: Path
 
+    @property
+    def label(self) -> str:
+        """The id as it can be printed."""
+        return printable(self.id)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one video: rows saved by modality; `cause` says why it failed."""
+    """The result for one video: rows saved by modality; `cause` says why it failed."""
 
     video: Video
     status: Literal["done", "skipped", "failed"]
@@ -54,48 +64,135 @@ class Report:
 
 
 class BatchProgress(Protocol):
-    """What a caller may show: which video runs, how far it is, what became of it."""
+    """What a caller may show: the running video, its fraction done, its outcome."""
 
     def started(self, video: Video, index: int, total: int) -> None: ...
     def advanced(self, fraction: float) -> None: ...
     def finished(self, outcome: Outcome) -> None: ...
 
 
-def find_videos(paths: Sequence[Path]) -> tuple[list[Video], list[Outcome]]:
-    """Files as they are and folders searched in depth, sorted; plus what cannot be a video.
+class Found(NamedTuple):
+    """The result of a search.
 
-    A file's id is its name, a video in a folder has its path relative to that folder, both
-    without the suffix. A missing path or a folder without videos comes back as a failed outcome,
-    so that the others are still done.
-    Raises MmdistError when two files have one id: one would overwrite the other's features.
+    problems: paths that cannot be extracted, as failed outcomes. hidden: how many files and
+    folders were ignored because their names start with a dot. repeated: how many further names
+    of a file that is already among the videos were ignored.
     """
-    videos: dict[str, Video] = {}
-    problems: list[Outcome] = []
+
+    videos: list[Video]
+    problems: list[Outcome]
+    hidden: int
+    repeated: int
+
+
+def find_videos(paths: Sequence[Path]) -> Found:
+    """Search the given files and folders for videos; those of a folder come sorted.
+
+    The id of a given file is its name; a video in a folder has its path relative to that folder;
+    both without the suffix, in NFC. Hidden files and folders inside a folder are ignored, macOS's
+    `._NAME` among them; a file that is given by name is always taken. Links are followed. A file
+    with several names is one video: its own name counts before a link's, then the first one.
+    What cannot be extracted (missing, a dangling link, a pipe, a folder without videos, files
+    that share an id) becomes a problem and does not stop the others.
+    """
+    search = _Search()
     for given in paths:
-        if given.is_dir():
-            found = [
-                Video(path.relative_to(given).with_suffix("").as_posix(), path)
-                for path in sorted(given.rglob("*"))
-                if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
-            ]
-            if not found:
-                valid = " ".join(sorted(VIDEO_SUFFIXES))
-                cause = f"The folder {given} has no videos (files ending in {valid})."
-                problems.append(Outcome(Video(str(given), given), "failed", cause=cause))
-        elif given.exists():
-            found = [Video(given.stem, given)]
-        else:
-            found = []
-            cause = f"{given} does not exist; give a video file or a folder of videos."
-            problems.append(Outcome(Video(str(given), given), "failed", cause=cause))
-        for video in found:
-            other = videos.setdefault(video.id, video)
-            if other.path.resolve() != video.path.resolve():
-                raise MmdistError(
-                    f"Two files have the video id {video.id!r}: {other.path} and {video.path}; "
-                    f"rename one, or extract them into different folders."
-                )
-    return list(videos.values()), problems
+        kind = search.kind(given)
+        if kind == "file":
+            search.add(given.stem, given, given.is_symlink())
+        elif kind == "folder":
+            search.folder(given)
+    return search.result()
+
+
+class _Search:
+    def __init__(self) -> None:
+        self.names: list[tuple[Video, bool, Path]] = []  # whether a link led there, the real path
+        self.problems: list[Outcome] = []
+        self.hidden = 0
+
+    def add(self, name: str, path: Path, linked: bool) -> None:
+        self.names.append((Video(video_key(name), path), linked, path.resolve()))
+
+    def fail(self, path: Path, cause: str) -> None:
+        self.problems.append(Outcome(Video(str(path), path), "failed", {}, printable(cause)))
+
+    def kind(self, path: Path) -> Literal["file", "folder"] | None:
+        """What a path leads to; None after noting why it is neither."""
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            reason = "does not exist" if missing else f"cannot be read ({error.strerror})"
+            if stat.S_ISLNK(_mode(path, follow=False)):
+                self.fail(path, f"{path} is a link to {path.readlink()}, which {reason}.")
+            else:
+                self.fail(path, f"{path} {reason}; give a video file or a folder of videos.")
+            return None
+        if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
+            return "folder" if stat.S_ISDIR(mode) else "file"
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket or a device"
+        self.fail(path, f"{path} is {kind}, not a regular file; save the video as a file first.")
+        return None
+
+    def folder(self, given: Path) -> None:
+        """Search a folder in depth; linked folders last, and each real folder once."""
+        begin, problems = len(self.names), len(self.problems)
+        root, seen = given.resolve(), set[Path]()
+        folders, links = [(given, False)], list[tuple[Path, bool]]()
+        while folders or links:
+            folder, linked = folders.pop() if folders else links.pop(0)
+            real = folder.resolve()
+            if real in seen or real in root.parents:  # a link that leads back ends here
+                continue
+            seen.add(real)
+            try:
+                paths = sorted(folder.iterdir())
+            except OSError as error:
+                self.fail(folder, f"The folder {folder} cannot be read ({error.strerror}).")
+                continue
+            for path in paths:
+                link, mode = stat.S_ISLNK(_mode(path, follow=False)), _mode(path)
+                wanted = path.suffix.lower() in VIDEO_SUFFIXES
+                dangling = link and not mode and not path.suffix  # of a folder, by its name
+                if path.name.startswith("."):
+                    self.hidden += wanted or stat.S_ISDIR(mode)
+                elif stat.S_ISDIR(mode):
+                    (links if link else folders).append((path, linked or link))
+                elif (wanted or dangling) and self.kind(path) == "file":
+                    name = path.relative_to(given).as_posix().removesuffix(path.suffix)
+                    self.add(name, path, linked or link)
+        self.names[begin:] = sorted(self.names[begin:], key=lambda name: name[0].path)
+        if len(self.names) == begin and len(self.problems) == problems:
+            valid = " ".join(sorted(VIDEO_SUFFIXES))
+            self.fail(given, f"The folder {given} has no videos (files ending in {valid}).")
+
+    def result(self) -> Found:
+        first: dict[Path, Video] = {}
+        for video, _, real in sorted(self.names, key=lambda name: name[1]):
+            first.setdefault(real, video)
+        by_id: dict[str, list[Video]] = {}
+        for video, _, real in self.names:
+            if first[real] is video:
+                by_id.setdefault(video.id, []).append(video)
+        for name, same in by_id.items():
+            for video, other in zip(same, same[1:] + same[:1], strict=True):
+                if video is not other:
+                    self.fail(
+                        video.path,
+                        f"{video.path} and {other.path} both have the video id {name!r}; rename "
+                        f"one, or extract them into different folders.",
+                    )
+        videos = [same[0] for same in by_id.values() if len(same) == 1]
+        return Found(videos, self.problems, self.hidden, len(self.names) - len(first))
+
+
+def _mode(path: Path, *, follow: bool = True) -> int:
+    """The mode of what a path leads to, or of a link itself; 0 if it cannot be read."""
+    try:
+        return path.stat(follow_symlinks=follow).st_mode
+    except OSError:
+        return 0
 
 
 def extract_many(
@@ -110,80 +207,74 @@ def extract_many(
     stall_seconds: float = 60.0,
     progress: BatchProgress | None = None,
 ) -> Report:
-    """Extract every modality of every video that is not up to date, in one pass a video.
+    """Extract every modality of every video that is not up to date, in one pass per video.
 
-    specs: one a modality. Stored features are left alone when they were made in the same way
-    from the same file. One failure never stops the other videos; what another modality finished
-    is kept. A failure to write (a full disk, a file where the folder should be) fails each video
-    with its cause. Networks are loaded only when there is something for them to do.
-    Raises MmdistError when a network cannot be loaded: no video would go well.
+    specs: one per modality. Stored features are kept when they were made in the same way from
+    the same file. Whatever goes wrong in one video (damage, a full disk, too little memory) fails
+    that video with its cause, and the run continues; modalities that were finished are saved.
+    Networks are loaded only when needed.
+    Raises MmdistError when a network cannot be loaded, since every video would fail.
     """
-    from mmdist_e2e.extractors.video.reader import Decoder
-
     report = Report()
     networks: dict[str, SnippetNetwork] = {}
 
     def network_of(spec: ExtractorSpec) -> SnippetNetwork:
         if spec.modality not in networks:
-            networks[spec.modality] = SnippetNetwork(
-                spec, device=device, precision=precision, flow_backend=flow_backend
-            )
+            try:
+                networks[spec.modality] = SnippetNetwork(
+                    spec, device=device, precision=precision, flow_backend=flow_backend
+                )
+            except MmdistError as error:
+                raise _LoadError(str(error)) from error
+            except (MemoryError, OSError, RuntimeError) as error:
+                raise _LoadError(
+                    f"The extractor {spec.name!r} cannot be loaded ({cause_of(error)})."
+                ) from error
         return networks[spec.modality]
+
+    def extract(video: Video, decoder: Decoder) -> Outcome:
+        rows: dict[str, int] = {}
+        cause = ""
+        try:
+            source = fast_digest(video.path)
+            stale = [
+                spec
+                for spec in specs
+                if overwrite
+                or not store.up_to_date(
+                    video.id, spec.modality, matters=spec.matters, source=source
+                )
+            ]
+            if not stale:
+                return Outcome(video, "skipped")
+            advanced = progress.advanced if progress is not None else None
+            needed = [network_of(spec) for spec in stale]
+            try:
+                made = extract_video(video.path, needed, decoder, source=source, progress=advanced)
+            except ExtractionError as error:
+                made, cause = dict(error.finished), str(error)
+            for modality, features in made.items():
+                store.save(video.id, features)
+                rows[modality] = len(features.data)
+        except _LoadError:
+            raise
+        except MmdistError as error:
+            cause = str(error)
+        except OSError as error:
+            cause = f"{video.path}: {error.strerror or error}."
+        except Exception as error:
+            cause = f"{video.path}: {cause_of(error)}"
+        return Outcome(video, "failed" if cause else "done", rows, printable(cause))
 
     with Decoder(stall_seconds=stall_seconds) as decoder:
         for index, video in enumerate(videos):
             if progress is not None:
                 progress.started(video, index, len(videos))
-            try:
-                source = fast_digest(video.path)
-            except OSError as error:
-                outcome = Outcome(video, "failed", cause=_unreadable(video, error))
-            else:
-                stale = [
-                    network_of(spec)
-                    for spec in specs
-                    if overwrite
-                    or not store.up_to_date(
-                        video.id, spec.modality, matters=spec.matters, source=source
-                    )
-                ]
-                outcome = _extract_one(video, stale, store, decoder, source, progress)
-            report.outcomes.append(outcome)
+            report.outcomes.append(extract(video, decoder))
             if progress is not None:
-                progress.finished(outcome)
+                progress.finished(report.outcomes[-1])
     return report
 
 
-def _extract_one(
-    video: Video,
-    networks: Sequence[SnippetNetwork],
-    store: FeatureStore,
-    decoder: Decoder,
-    source: Mapping[str, Any],
-    progress: BatchProgress | None,
-) -> Outcome:
-    """Run the networks over one video and save what is whole."""
-    from mmdist_e2e.extractors.extract import ExtractionError, extract_video
-
-    if not networks:
-        return Outcome(video, "skipped")
-    advanced = progress.advanced if progress is not None else None
-    rows: dict[str, int] = {}
-    cause = ""
-    try:
-        try:
-            made = extract_video(video.path, networks, decoder, source=source, progress=advanced)
-        except ExtractionError as error:
-            made, cause = dict(error.finished), str(error)
-        for modality, features in made.items():
-            store.save(video.id, features)
-            rows[modality] = len(features.data)
-    except MmdistError as error:
-        cause = str(error)
-    except OSError as error:
-        cause = _unreadable(video, error)
-    return Outcome(video, "failed" if cause else "done", rows=rows, cause=cause)
-
-
-def _unreadable(video: Video, error: OSError) -> str:
-    return f"{video.path} could not be read ({error.strerror or error})."
+class _LoadError(MmdistError):
+    """A network cannot be loaded; it ends the run."""

@@ -5,6 +5,7 @@ Memory does not grow with length. Shapes: N frames of a chunk, S rows, D channel
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdist_e2e.extractors.profiles import TAIL
 from mmdist_e2e.extractors.runner import Chunk, DenseChunks, SnippetNetwork, Windows, row_times
 from mmdist_e2e.extractors.video.reader import VideoError
 from mmdist_e2e.store import fast_digest
@@ -21,11 +21,8 @@ from mmdist_e2e.structures import Features, MmdistError, Provenance
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.video.reader import Decoder, FrameStream
 
-
 MINIMUM_SIDE_PIXELS = 16
-
 Progress = Callable[[float], None]
-
 T = TypeVar("T")
 
 
@@ -37,6 +34,13 @@ class ExtractionError(MmdistError):
         self.finished = finished
 
 
+def cause_of(error: Exception) -> str:
+    """The message of an error meant for people; the class and first line of any other."""
+    if isinstance(error, MmdistError):
+        return str(error)
+    return ": ".join(filter(None, [type(error).__name__, str(error).partition("\n")[0]]))
+
+
 def extract_video(
     path: Path,
     networks: Sequence[SnippetNetwork],
@@ -45,19 +49,19 @@ def extract_video(
     source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Features]:
-    """Decode one video and run the networks over it, one network a modality.
+    """Decode one video and run the networks over it, one network per modality.
 
     Networks of one frame rate and policy share one pass of decoding.
 
     Args:
-        source: the file's `fast_digest`, where the caller has it already.
+        source: the file's `fast_digest`, if the caller has computed it.
         progress: called with the fraction done, 0 to 1.
 
     Returns Features by modality, with times from 0 to the duration: in windows ⌈frames / stride⌉
     rows, and at least one row in every mode.
-    Raises VideoError when the file cannot be decoded whole or is smaller than 16 pixels a side,
-    MmdistError when its flow cannot be had; ExtractionError for either where other modalities
-    are whole.
+    Raises VideoError when the file cannot be decoded whole or is smaller than 16 pixels per side,
+    MmdistError when the rows of a modality cannot be computed, whatever the cause; ExtractionError
+    for either if other modalities are complete.
     """
     assert len({network.spec.modality for network in networks}) == len(networks) > 0
     if source is None:
@@ -76,7 +80,7 @@ def extract_video(
 
         try:
             stream = _decode(path, tracks, decoder, advanced)
-        except VideoError as error:
+        except MmdistError as error:
             failures.append(error)
             break  # another pass would meet the same file
         for track in tracks:
@@ -116,7 +120,7 @@ def _decode(
 
 
 class _Track:
-    """One network's way through one video. A person's mistake stops this track alone."""
+    """One network's run over one video. A failure, whatever the cause, ends this track alone."""
 
     def __init__(self, path: Path, network: SnippetNetwork) -> None:
         spec = network.spec
@@ -126,25 +130,28 @@ class _Track:
         self._cutter: Windows | DenseChunks = (
             DenseChunks()
             if spec.mode == "dense"
-            else Windows(window=spec.window, stride=spec.stride, tail=TAIL)
+            else Windows(window=spec.window, stride=spec.stride)
         )
         self._pending: list[NDArray[np.generic]] = []
         self._rows: list[NDArray[np.float32]] = []
 
     def push(self, frames_NHWC: NDArray[np.uint8]) -> None:
-        """Take frames, and run the network on what is whole."""
+        """Take frames, and run the network on complete windows or chunks."""
         self._attempt(lambda: self._feed(self._inputs.push(frames_NHWC)))
 
     def finish(self, stream: FrameStream, source: Mapping[str, Any]) -> Features | None:
-        """What became of the whole video; None where the track failed."""
+        """The features of the whole video; None if the track failed."""
         return self._attempt(lambda: self._finish(stream, source))
 
     def _attempt(self, do: Callable[[], T]) -> T | None:
         if self.failure is None:
             try:
                 return do()
-            except MmdistError as error:
-                self.failure = MmdistError(f"{self.path}: no {self.modality} features. {error}")
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # they hold frames and tensors
+                self.failure = MmdistError(
+                    f"{self.path}: no {self.modality} features. {cause_of(error)}"
+                )
                 self.failure.__cause__ = error
         return None
 
@@ -172,26 +179,19 @@ class _Track:
         self._flush()
         assert self._rows, "the decoder raises for a video without frames"
         spec, data_SD = self.network.spec, np.concatenate(self._rows)
+        info = {
+            **self.network.info,
+            "decoder": stream.info.decoder,
+            "effective_fps": stream.fps,
+            "trained_on": spec.trained_on,
+        }
         duration_seconds = stream.info.duration_seconds
-        return Features(
-            data=data_SD,
-            times=row_times(
-                len(data_SD),
-                window=spec.window,
-                stride=spec.stride,
-                fps=stream.fps,
-                duration_seconds=duration_seconds,
-            ),
+        times_S2 = row_times(
+            len(data_SD),
+            window=spec.window,
+            stride=spec.stride,
+            fps=stream.fps,
             duration_seconds=duration_seconds,
-            modality=spec.modality,
-            provenance=Provenance(
-                matters=spec.matters,
-                info={
-                    **self.network.info,
-                    "decoder": stream.info.decoder,
-                    "effective_fps": stream.fps,
-                    "trained_on": spec.trained_on,
-                },
-                source=source,
-            ),
         )
+        provenance = Provenance(spec.matters, info, source)
+        return Features(data_SD, times_S2, duration_seconds, spec.modality, provenance)

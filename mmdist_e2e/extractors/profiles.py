@@ -1,7 +1,6 @@
-"""Extractors by name, without torch: what a checkpoint says of itself and how it shall be run.
+"""Extractors by name: what a checkpoint holds and how it is run. Nothing here imports torch.
 
-An `ExtractorSpec` is light, so that a second run finds out that there is nothing to do without
-loading a network.
+An `ExtractorSpec` is light, so that a rerun can skip finished videos without loading a network.
 """
 
 from __future__ import annotations
@@ -10,17 +9,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdist_e2e.structures import MODALITIES, MmdistError
+from mmdist_e2e.extractors.flow.fields import FlowPreprocessing
+from mmdist_e2e.extractors.flow.settings import TVL1Settings
+from mmdist_e2e.extractors.networks.pca import Pca
+from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
 from mmdist_e2e.weights.registry import checkpoint_folder, read_config, weights_digest
-
-if TYPE_CHECKING:
-    from mmdist_e2e.extractors.networks.c3d import Pca
-
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 
@@ -134,19 +132,19 @@ Mode = Literal["windows", "dense"]
 
 FpsPolicy = Literal["ceiling", "exact"]
 
-TAIL: Literal["repeat_last"] = "repeat_last"
+TAIL = "repeat_last"  # the windows at a video's end repeat its last frame
 
-LAYERS = ("fc6", "fc7")
+LAYERS = ("fc6", "fc7")  # of a C3D
 
-NETWORKS = {"i3d": "I3D", "c3d": "C3D", "pytorchvideo": "pytorchvideo's"}
+NETWORKS = {"i3d": "an I3D", "c3d": "a C3D", "pytorchvideo": "a pytorchvideo"}
 
 
 @dataclass(frozen=True)
 class ExtractorSpec:
-    """An extractor's checkpoint and the way it is run; see `matters` for what models rely on.
+    """An extractor's checkpoint and how it is run; see `matters` for what models rely on.
 
-    network: "i3d", "c3d" or "pytorchvideo". window, stride: frames. layer: of a C3D. flow: how
-    flow is computed, whatever the backend that computes it. pca: what reduces the rows.
+    network: "i3d", "c3d" or "pytorchvideo". window, stride: frames. layer: of a C3D. pca: reduces
+    the rows.
     """
 
     name: str
@@ -158,17 +156,17 @@ class ExtractorSpec:
     window: int
     stride: int
     config: Mapping[str, Any]
+    preprocessing: Preprocessing | FlowPreprocessing
     mode: Mode = "windows"
     fps_policy: FpsPolicy = "ceiling"
     layer: str | None = None
-    flow: Mapping[str, Any] | None = None
     pca: Pca | None = None
 
     @property
     def matters(self) -> dict[str, Any]:
         """The part of the provenance that a model must agree with.
 
-        `layer`, `flow` and `pca` are there only where they apply.
+        `layer`, `flow` (how flow is computed, by any backend) and `pca` are present only if used.
         """
         matters: dict[str, Any] = {
             "extractor": self.name,
@@ -182,8 +180,9 @@ class ExtractorSpec:
         }
         if self.layer is not None:
             matters["layer"] = self.layer
-        if self.flow is not None:
-            matters["flow"] = dict(self.flow)
+        if isinstance(self.preprocessing, FlowPreprocessing):
+            flow = {"algorithm": "tvl1", **asdict(self.preprocessing), **asdict(TVL1Settings())}
+            matters["flow"] = flow
         if self.pca is not None:
             matters["pca"] = self.pca.digest
         return matters
@@ -201,98 +200,88 @@ def describe(
     layer: str | None = None,
     pca: Path | None = None,
 ) -> ExtractorSpec:
-    """The spec of an extractor by registry name or checkpoint folder, fetched if it must be.
+    """The spec of an extractor by registry name or checkpoint folder, downloaded if necessary.
 
     Args:
-        mode: "windows" (overlapping ones, each alone) or "dense" (I3D run over the whole video).
+        mode: "windows" (overlapping, each on its own) or "dense" (I3D run over the whole video).
         fps_policy: "ceiling" (a slower video keeps its rate) or "exact" (its frames are repeated).
-        layer: of a C3D, "fc6" or "fc7"; by default what its checkpoint says.
+        layer: of a C3D, "fc6" or "fc7"; by default as in its checkpoint.
         pca: file that reduces the rows, see `Pca.load`.
 
-    Raises MmdistError for an unknown name, a damaged folder, a failed fetch, or an option that
-    is unknown or does not fit the network.
+    Raises MmdistError for an unknown name, a damaged folder, a failed download, a setting of the
+    checkpoint that is out of range, or an option that is unknown or does not fit the network.
     """
     folder = checkpoint_folder(name_or_folder)
     config = read_config(folder)
+    path = folder / "config.json"
     try:
-        network, modality = str(config["network"]), str(config["modality"])
+        network, modality, _ = config["network"], config["modality"], config["trained_on"]
         name = str(config.get("name", folder.name))
-        _check(folder, network, modality)
+        for kind, value, valid in (
+            ("network", network, [*NETWORKS]),
+            ("modality", modality, MODALITIES),
+        ):
+            if value not in valid:
+                raise MmdistError(
+                    f"{folder} holds the {kind} {value!r}; this version runs: {', '.join(valid)}."
+                )
         _check_options(name, network, mode, fps_policy, layer)
+        own_layer = (layer or str(config["layer"])) if network == "c3d" else None
+        if own_layer is not None:
+            check_choice(f"In {path}, the layer", own_layer, LAYERS)
+        window, stride = (_positive(path, config, key, whole=True) for key in ("window", "stride"))
+        if mode == "dense":
+            window, stride = DENSE_WINDOW, DENSE_STRIDE
         return ExtractorSpec(
             name=name,
             folder=folder,
             digest=weights_digest(folder),
             network=network,
             modality=modality,
-            fps=float(config["fps"]),
-            window=DENSE_WINDOW if mode == "dense" else int(config["window"]),
-            stride=DENSE_STRIDE if mode == "dense" else int(config["stride"]),
+            fps=float(_positive(path, config, "fps")),
+            window=int(window),
+            stride=int(stride),
             config=config,
+            preprocessing=_preprocessing(path, modality, config["preprocessing"]),
             mode=cast(Mode, mode),
             fps_policy=cast(FpsPolicy, fps_policy),
-            layer=(layer or str(config["layer"])) if network == "c3d" else None,
-            flow=_flow(folder, config) if modality == "flow" else None,
-            pca=_load_pca(pca),
+            layer=own_layer,
+            pca=None if pca is None else Pca.load(pca),
         )
     except KeyError as error:
         raise MmdistError(
-            f"{folder / 'config.json'} has no {error.args[0]!r}: it is "
-            f"not an extractor's checkpoint."
+            f"{path} has no {error.args[0]!r}: it is not an extractor's checkpoint."
         ) from error
 
 
-def _check(folder: Path, network: str, modality: str) -> None:
-    for kind, value, valid in (
-        ("network", network, tuple(NETWORKS)),
-        ("modality", modality, MODALITIES),
-    ):
-        if value not in valid:
-            raise MmdistError(
-                f"{folder} holds the {kind} {value!r}; this version runs: {', '.join(valid)}."
-            )
-
-
 def _check_options(name: str, network: str, mode: str, fps_policy: str, layer: str | None) -> None:
-    for option, value, valid in (
-        ("mode", mode, get_args(Mode)),
-        ("fps policy", fps_policy, get_args(FpsPolicy)),
-        ("layer", layer or LAYERS[0], LAYERS),
-    ):
-        if value not in valid:
-            raise MmdistError(f"The {option} {value!r} is unknown; valid: {', '.join(valid)}.")
+    check_choice("The mode", mode, get_args(Mode))
+    check_choice("The fps policy", fps_policy, get_args(FpsPolicy))
+    if layer is not None:
+        check_choice("The layer", layer, LAYERS)
     if layer is not None and network != "c3d":
         raise MmdistError(
-            f"The extractor {name!r} is {_article(network)} network and has no layer {layer!r} to "
-            f"choose; leave the layer out, or take a C3D extractor."
+            f"The extractor {name!r} is {NETWORKS[network]} network and has no layer {layer!r} to "
+            f"choose; leave the layer out, or use a C3D extractor."
         )
     if mode == "dense" and network != "i3d":
         raise MmdistError(
-            f"The extractor {name!r} is {_article(network)} network, which reads windows alone; "
+            f"The extractor {name!r} is {NETWORKS[network]} network, which reads windows only; "
             f"use the mode 'windows', or an I3D extractor."
         )
 
 
-def _article(network: str) -> str:
-    return f"{'an' if network == 'i3d' else 'a'} {NETWORKS[network]}"
+def _positive(path: Path, config: Mapping[str, Any], key: str, *, whole: bool = False) -> float:
+    value = config[key]
+    number = not isinstance(value, bool) and isinstance(value, int if whole else int | float)
+    if number and 0 < value < math.inf:
+        return cast(float, value)
+    needed = "a whole number, at least 1" if whole else "a finite number above 0"
+    raise MmdistError(f"The {key} in {path} must be {needed}; got {value!r}.")
 
 
-def _load_pca(path: Path | None) -> Pca | None:
-    if path is None:
-        return None
-    from mmdist_e2e.extractors.networks.c3d import Pca
-
-    return Pca.load(path)
-
-
-def _flow(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    from mmdist_e2e.extractors.flow.fields import FlowPreprocessing
-    from mmdist_e2e.extractors.flow.settings import TVL1Settings
-
+def _preprocessing(path: Path, modality: str, settings: Any) -> Preprocessing | FlowPreprocessing:
     try:
-        preprocessing = FlowPreprocessing(**config["preprocessing"])
+        return FlowPreprocessing(**settings) if modality == "flow" else Preprocessing(**settings)
     except (TypeError, ValueError) as error:
-        raise MmdistError(f"The preprocessing in {folder / 'config.json'} is wrong: {error}") from (
-            error
-        )
-    return {"algorithm": "tvl1", **asdict(preprocessing), **asdict(TVL1Settings())}
+        raise MmdistError(f"The preprocessing in {path} is wrong: {error}") from error

@@ -28,7 +28,6 @@ from mmdist_e2e.grounding.network import (
     GroundingNetwork,
     Proposals,
     reconstruction_loss,
-    scored_words,
 )
 from mmdist_e2e.structures import Features, MmdistError, Moment, differences
 
@@ -318,7 +317,7 @@ def score_proposals(model: GlobalBranch, batch: Batch, proposals: Proposals) -> 
 
 
 def mean_reconstruction(model: GlobalBranch, batch: Batch, proposals: Proposals) -> Tensor:
-    """r_p, [B, K]: Eq. 1 averaged over the sentence's P mask patterns, each word counted alike.
+    """r_p, [B, K]: Eq. 1 averaged over the sentence's P mask patterns.
 
     The frames are encoded once for all patterns.
     """
@@ -327,12 +326,10 @@ def mean_reconstruction(model: GlobalBranch, batch: Batch, proposals: Proposals)
     total_BK = torch.zeros_like(proposals.centers_BK)
     count_B1 = torch.zeros_like(total_BK[:, :1])
     for masked_BW, has_B in zip(*mask_patterns(batch.is_word_BW), strict=True):
-        scored_BW = scored_words(batch.ids_BW, masked_BW, model.config.scored_words)
-        words_B1 = (scored_BW.sum(1) * has_B).unsqueeze(1)
         logits_BKWV = model.reconstruct(proposals, masked_BW, memory)
-        total_BK += words_B1 * reconstruction_loss(logits_BKWV, batch.ids_BW, scored_BW)
-        count_B1 += words_B1
-    return total_BK / count_B1.clamp_min(1)
+        total_BK += has_B.unsqueeze(1) * reconstruction_loss(logits_BKWV, batch.ids_BW)
+        count_B1 += has_B.unsqueeze(1)
+    return total_BK / count_B1
 
 
 def rank(scored: Scored) -> Predictions:

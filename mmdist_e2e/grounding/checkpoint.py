@@ -1,21 +1,27 @@
 """A checkpoint is a folder: config.json, model.safetensors, vocabulary.json and a model card.
 
-Word vectors that are not the shipped ones lie beside them in words.safetensors, so that a folder
-answers on any machine. Never a pickle.
+Word vectors other than the shipped ones are stored with it in words.safetensors, so that a folder
+works on any machine. Never a pickle.
+
+Results are identified by their inputs, never by a file's name: {"settings": {name: value},
+"digests": {what: SHA-256}}.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from mmdist_e2e.grounding.answer import GroundingModel
 from mmdist_e2e.grounding.config import Recipe, get_recipe
+from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.data.text import Vocabulary
 from mmdist_e2e.grounding.network import GlobalBranch, build_network
@@ -44,9 +50,9 @@ def save_checkpoint(
     table: FeatureTable,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint folder; config.json last, so that a folder with one is whole.
+    """Write a checkpoint folder; config.json last, so that a folder that has one is complete.
 
-    facts: seed, trained_on, selected_by, and whatever else the config shall remember.
+    facts: seed, trained_on, selected_by, and whatever else config.json shall record.
     """
     vectors = vocabulary.vectors
     is_shipped = vectors.name == SHIPPED_NAME and vectors.digest == shipped_word_vectors().digest
@@ -60,7 +66,7 @@ def save_checkpoint(
         "format": FORMAT,
         "kind": "grounding",
         **recipe.to_json(),
-        "modalities": list(table.matters),  # in order, which the keys of an object have not
+        "modalities": list(table.matters),  # JSON objects have no order
         "features": {modality: dict(matters) for modality, matters in table.matters.items()},
         "word_vectors": {"name": vectors.name, "dim": vectors.dim, "digest": vectors.digest},
         **facts,
@@ -108,36 +114,37 @@ def _vectors_of(folder: Path, expected: Mapping[str, Any]) -> WordVectors:
 
 
 def command_of(config: Mapping[str, Any]) -> str:
-    """The command that trains such a model, with every setting that is not the recipe's own."""
+    """The command that trains such a model, with every setting that differs from the recipe's."""
     model, training = config["model"], config["training"]
     shape = {key: model[key] for key in ("feature_dim", "word_dim", "vocabulary_size", "length")}
     channels = config.get("mutual", {}).get("channels", ())
-    standard = get_recipe(config["name"])(
-        **shape, queries=config.get("queries"), channels=channels
-    ).to_json()
+    standard = get_recipe(config["name"])(**shape, queries=config.get("queries"), channels=channels)
     changed = {
-        key: value
-        for part in ("model", "loss", "training", "local", "matching", "mutual", "distill")
-        for key, value in config.get(part, {}).items()
-        if value != standard[part][key] and standard[part][key] is not None and key != "channels"
+        name: config[part][name]
+        for name, part in standard.homes.items()
+        if name not in ("channels", "epochs")
+        and name in config[part]
+        and (own := getattr(standard.parts[part], name)) is not None
+        and config[part][name] != own
     }
-    epochs = changed.pop("epochs", training["epochs"])
-    words = ["mmdist train", config["name"], f"--length {model['length']}", f"--epochs {epochs}"]
-    read = ",".join(config.get("modalities", config["features"]))
-    if read != ("rgb,flow" if config["name"] == "teacher" else "rgb"):
-        words.append(f"--modality {read}")
+    options = {
+        "length": model["length"],
+        "epochs": training["epochs"],
+        "modality": ",".join(config.get("modalities", config["features"])),
+    }
     if "distill" in config:
-        words.append("--teacher TEACHER")
-    words += [f"--set {key}={value}" for key, value in sorted(changed.items())]
+        options["teacher"] = "TEACHER"
     if not config.get("validation"):
-        words.append("--carve 0")
+        options["carve"] = 0
     elif config.get("carved"):
-        words.append(f"--carve {config['carved']}")
-    return " ".join([*words, f"--seed {config['seed']}"])
+        options["carve"] = config["carved"]
+    words = [f"--{name} {value}" for name, value in options.items()]
+    words += [f"--set {name}={value}" for name, value in sorted(changed.items())]
+    return " ".join(["mmdist train", config["name"], *words, f"--seed {config['seed']}"])
 
 
 def model_card(config: Mapping[str, Any]) -> str:
-    """The model card: what it is, where from, how good, and what it cannot do."""
+    """The model card: what it is, what it was trained on, its figures and its limits."""
     validation = config.get("validation") or {}
     figures = ", ".join(f"{k} {v:.1f}" for k, v in validation.items()) or "none"
     model = config["model"]
@@ -145,10 +152,11 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"{modality} features of {matters.get('extractor', '?')}"
         for modality, matters in config["features"].items()
     )
+    continued = "".join(f" {continuation(**each)}" for each in config.get("continued", ()))
     return f"""# {config["name"]}: moments of a video from a sentence
 
 - **Trained on**: {config["trained_on"]}; sentences and videos only, no timestamps.
-- **Command**: `{command_of(config)}`
+- **Command**: `{command_of(config)}`{continued}
 - **Reads**: {reads}, {model["feature_dim"]} channels at {model["length"]} positions;
   sentences of at most 20 words by {config["word_vectors"]["name"]}.
 - **Chosen**: {config["selected_by"]}.
@@ -156,3 +164,80 @@ def model_card(config: Mapping[str, Any]) -> str:
 - **Limits**: it knows what its training videos show and {model["vocabulary_size"]} words; its
   moments are about as long as its diversity prior asks for; on other videos it guesses.
 """
+
+
+def continuation(*, epoch: int, planned: int, epochs: int) -> str:
+    """How a run of more epochs than planned differs from one that was planned so."""
+    return (
+        f"Epochs 1 to {epoch} were trained as part of {planned}, the following as part of "
+        f"{epochs}: learning rate warmup and negatives depend on that number, so the weights "
+        f"may differ from those of a run of {epochs} epochs."
+    )
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_digest(trained: GroundingModel) -> str:
+    """Of all that a model's answers depend on, besides features and query."""
+    recipe = {k: v for k, v in trained.recipe.to_json().items() if k != "training"}
+    vocabulary = trained.vocabulary
+    words = [list(vocabulary.words), vocabulary.vectors.digest]
+    longest = trained.config.get("longest_duration_seconds")
+    return digest_of([tensors_digest(trained.model.state_dict()), recipe, words, longest])
+
+
+def annotations_digest(annotations: Iterable[Annotation], *, moments: bool = True) -> str:
+    """Of videos, sentences and durations in their order; and of the moments where these matter."""
+    return digest_of(
+        [
+            [a.video, a.sentence, a.duration_seconds, list(a.moments) if moments else None]
+            for a in annotations
+        ]
+    )
+
+
+def recipe_settings(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its name, without what follows from the training data."""
+    derived = ("feature_dim", "word_dim", "vocabulary_size", "channels")
+    values = {name: getattr(recipe.parts[part], name) for name, part in recipe.homes.items()}
+    return {"recipe": recipe.name} | {n: v for n, v in values.items() if n not in derived}
+
+
+def input_differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """How recorded inputs differ from those wanted, one phrase each; none where they agree."""
+    if "digests" not in known:
+        return ["its inputs are not recorded (an older version of mmdist made it)"]
+    there, here = known["digests"], wanted["digests"]
+    phrases = [f"other {n}" for n in sorted({*there, *here}) if there.get(n) != here.get(n)]
+    there, here = known["settings"], wanted["settings"]
+    return phrases + [
+        f"{name} is {_shown(there.get(name))} there and {_shown(here.get(name))} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+
+
+def refuse_other(what: str, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises MmdistError when `what`, a folder and its contents, was made from other inputs."""
+    unlike = input_differences(known, wanted)
+    if unlike:
+        raise MmdistError(
+            f"{what} of other inputs: {'; '.join(unlike)}. "
+            f"Give another --out or delete that folder."
+        )
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)

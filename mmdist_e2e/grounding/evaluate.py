@@ -1,15 +1,15 @@
-"""R@n at IoU, mIoU, the four controls; all of it pure functions of spans, save `evaluate_run`.
+"""Answers to annotated queries, as `mmdist ground` gives them; R@n at IoU, mIoU and four controls.
 
 Spans are (start, end) in seconds. Metrics are percent. Where a query has several annotated
 moments, an answer counts by the one it fits best.
-Shape suffixes: Q queries, K proposals, S spans, T annotated moments of a query.
+Shape suffixes: Q queries, K moments of an answer, S spans, T annotated moments of a query.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,37 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmdist_e2e.grounding.answer import Predictions, Progress, predict
+from mmdist_e2e.grounding.answer import (
+    Predictions,
+    Progress,
+    cut,
+    merge,
+    predict,
+    window_starts,
+)
+from mmdist_e2e.grounding.checkpoint import (
+    annotations_digest,
+    digest_of,
+    load_checkpoint,
+    model_digest,
+    refuse_other,
+)
 from mmdist_e2e.grounding.config import Recipe
-from mmdist_e2e.grounding.data.annotations import load_annotations, protocol_of
+from mmdist_e2e.grounding.data.annotations import Annotation, load_annotations, protocol_of
 from mmdist_e2e.grounding.data.batches import Item, make_items
-from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
-from mmdist_e2e.grounding.network import GroundingNetwork, build_network
-from mmdist_e2e.store import write_atomically, write_json
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.grounding.data.features import (
+    FeatureTable,
+    load_features,
+    places_of,
+    read_features,
+)
+from mmdist_e2e.grounding.network import GlobalBranch, GroundingNetwork, build_network
+from mmdist_e2e.store import check_out, write_atomically, write_json
+from mmdist_e2e.structures import MmdistError, Moment
 
 Array = NDArray[np.float64]
+
+METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
 
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
 
@@ -44,10 +65,149 @@ def iou(a: Array, b: Array) -> Array:
     return ratio
 
 
-def recall_metrics(iou_QK: Array) -> dict[str, float]:
-    """R@1 and, from five proposals on, R@5 at each threshold, and mIoU of the first, in percent.
+@dataclass(frozen=True)
+class Windows:
+    """Videos too long to be read at once, cut as `GroundingModel.answer` cuts them.
 
-    iou_QK: IoU with the annotation, best-ranked proposal first. A hit is IoU >= m.
+    table: a row per window. starts: by video, the row and the start in seconds of each window.
+    seconds: the length of a window.
+    """
+
+    table: FeatureTable
+    starts: Mapping[str, Sequence[tuple[int, float]]]
+    seconds: float
+
+
+def video_seconds(item: Item, table: FeatureTable) -> float:
+    """The duration by which `mmdist ground` turns positions into seconds: that of the features.
+
+    Where these do not record one, that of the annotation.
+    """
+    return table.durations_seconds.get(item.annotation.video) or item.duration_seconds
+
+
+def cut_long_videos(
+    items: Sequence[Item],
+    table: FeatureTable,
+    places: Mapping[str, Path],
+    *,
+    longest_seconds: float,
+) -> Windows | None:
+    """The windows of the long videos among `items`; None where no video is long.
+
+    table: of the whole videos, read from `places`. longest_seconds: the longest training video.
+    """
+    seconds = {item.annotation.video: video_seconds(item, table) for item in items}
+    each = {video: window_starts(length, longest_seconds) for video, length in seconds.items()}
+    long = [video for video, starts in each.items() if len(starts) > 1]
+    if not long:
+        return None
+    rows: list[Array] = []
+    numbered: dict[str, list[tuple[int, float]]] = {}
+    for video, modalities in read_features(places, long).items():
+        # Imported arrays have times in units of the video.
+        timed = [
+            replace(
+                one,
+                times=one.times * (seconds[video] / one.duration_seconds),
+                duration_seconds=seconds[video],
+            )
+            for one in modalities
+        ]
+        numbered[video] = [(len(rows) + i, start) for i, start in enumerate(each[video])]
+        for start in each[video]:
+            parts = [cut(one, start, longest_seconds) for one in timed]
+            resampled = [part.resample(table.data_VLF.shape[1]).data for part in parts]
+            rows.append(np.concatenate(resampled, axis=1))
+    windows = replace(
+        table,
+        videos=tuple(str(row) for row in range(len(rows))),
+        data_VLF=torch.from_numpy(np.stack(rows)).to(table.data_VLF.device),
+    )
+    return Windows(windows, numbered, longest_seconds)
+
+
+def answer_items(
+    model: GlobalBranch,
+    items: Sequence[Item],
+    table: FeatureTable,
+    windows: Windows | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Predictions:
+    """Answer every item as `mmdist ground` does: in fp32, long videos in windows that are merged.
+
+    Spans are in units of the items' durations. Merged answers differ in their number of moments:
+    shorter ones are padded with empty spans of score -inf and loss inf.
+    """
+    seconds_Q = np.array([video_seconds(item, table) for item in items])
+    read = _read(model, items, table, windows, seconds_Q, progress)
+    units_Q1 = (seconds_Q / [item.duration_seconds for item in items])[:, None]
+    return replace(read, starts=read.starts * units_Q1, ends=read.ends * units_Q1)
+
+
+def _read(
+    model: GlobalBranch,
+    items: Sequence[Item],
+    table: FeatureTable,
+    windows: Windows | None,
+    seconds_Q: Array,
+    progress: Progress | None,
+) -> Predictions:
+    """`answer_items`, with spans in units of the videos' lengths, seconds_Q."""
+    if windows is None:
+        return predict(model, items, table, progress=progress)
+    starts_of = [windows.starts.get(item.annotation.video, ()) for item in items]
+    whole = [q for q, starts in enumerate(starts_of) if not starts]
+    pieces = [
+        replace(item, duration_seconds=windows.seconds, row=row)
+        for item, starts in zip(items, starts_of, strict=True)
+        for row, _ in starts
+    ]
+    parts = predict(model, pieces, windows.table, progress=progress)
+    answers: dict[int, Array] = {}  # [4, K] of each query: starts, ends, scores, losses
+    done = 0
+    for q, starts in enumerate(starts_of):
+        if starts:
+            part = [values[done : done + len(starts)] for values in vars(parts).values()]
+            answers[q] = _merged(part, [s for _, s in starts], windows.seconds, seconds_Q[q])
+            done += len(starts)
+    if whole:
+        read = predict(model, [items[q] for q in whole], table, progress=progress)
+        answers |= {q: np.stack([v[i] for v in vars(read).values()]) for i, q in enumerate(whole)}
+    padded = np.full((4, len(items), max(a.shape[1] for a in answers.values())), -np.inf)
+    padded[:2], padded[3] = 0.0, np.inf
+    for q, values in answers.items():
+        padded[:, q, : values.shape[1]] = values
+    return Predictions(*padded)
+
+
+def _merged(
+    parts: Sequence[Array], offsets: Sequence[float], window_seconds: float, seconds: float
+) -> Array:
+    """One answer of the windows' answers: starts, ends, scores and losses, in units of the video.
+
+    parts: the same four of each window, [windows, K] each, in units of a window.
+    """
+    losses: dict[int, float] = {}  # by the identity of a moment, which merging keeps
+    moments = []
+    for window, offset in enumerate(offsets):
+        for start, end, score, loss in zip(*(values[window] for values in parts), strict=True):
+            moment = Moment(
+                float(start) * window_seconds + offset,
+                float(end) * window_seconds + offset,
+                float(score),
+            )
+            moments.append(moment)
+            losses[id(moment)] = float(loss)
+    kept = merge(moments)
+    return np.array([[m.start / seconds, m.end / seconds, m.score, losses[id(m)]] for m in kept]).T
+
+
+def recall_metrics(iou_QK: Array) -> dict[str, float]:
+    """R@1 and, from five moments on, R@5 at each threshold, and mIoU of the first, in percent.
+
+    iou_QK: IoU with the annotation, best-ranked moment first. A hit is IoU >= m.
     """
     metrics = {}
     for n in (1, R_AT_5):
@@ -59,6 +219,16 @@ def recall_metrics(iou_QK: Array) -> dict[str, float]:
     return metrics
 
 
+def annotations_of(items: Sequence[Item]) -> list[Annotation]:
+    """Their annotations; those without a duration get that of the features."""
+    return [
+        i.annotation
+        if i.annotation.duration_seconds
+        else replace(i.annotation, duration_seconds=i.duration_seconds)
+        for i in items
+    ]
+
+
 def truth_of(items: Sequence[Item]) -> tuple[Array, Array]:
     """Annotated spans [Q, T, 2], the first repeated where a query has fewer; durations [Q]."""
     each = [item.annotation.moments for item in items]
@@ -68,7 +238,7 @@ def truth_of(items: Sequence[Item]) -> tuple[Array, Array]:
 
 
 def prediction_iou(predictions: Predictions, items: Sequence[Item]) -> Array:
-    """[Q, K]: IoU of every ranked proposal with its query's annotation."""
+    """[Q, K]: IoU of every ranked moment with its query's annotation; 0 of padding."""
     truth_QT2, durations_Q = truth_of(items)
     spans_QK2 = np.stack([predictions.starts, predictions.ends], axis=-1)
     seconds_QK12 = (spans_QK2 * durations_Q[:, None, None])[:, :, None]
@@ -92,10 +262,15 @@ def best_constant_span(truth: Array, durations_Q: Array) -> tuple[tuple[float, f
     return (float(spans_S2[best, 0]), float(spans_S2[best, 1])), iou_SQ[best]
 
 
-def random_proposal_metrics(iou_QK: Array) -> dict[str, float]:
-    """Expected R@1 and mIoU of one of the model's own proposals drawn at random: exact means."""
-    each = [recall_metrics(iou_QK[:, k : k + 1]) for k in range(iou_QK.shape[1])]
-    return {name: float(np.mean([metrics[name] for metrics in each])) for name in each[0]}
+def random_proposal_metrics(iou_QK: Array, is_moment_QK: NDArray[np.bool_]) -> dict[str, float]:
+    """Expected R@1 and mIoU of one of an answer's own moments drawn at random: exact means."""
+    chance_QK = is_moment_QK / is_moment_QK.sum(axis=1, keepdims=True)
+
+    def expected(values_QK: Array | NDArray[np.bool_]) -> float:
+        return float((values_QK * chance_QK).sum(axis=1).mean() * 100)
+
+    recalls = {f"R@1,IoU={m}": expected(iou_QK >= m) for m in IOU_THRESHOLDS}
+    return recalls | {"mIoU": expected(iou_QK)}
 
 
 def shuffled_order(videos: Sequence[str], *, seed: int = 0) -> list[int]:
@@ -118,10 +293,7 @@ def shuffled_order(videos: Sequence[str], *, seed: int = 0) -> list[int]:
 def with_shuffled_queries(items: Sequence[Item]) -> list[Item]:
     """The same videos and annotations, each with a sentence of another video."""
     order = shuffled_order([item.annotation.video for item in items])
-    return [
-        Item(item.annotation, item.duration_seconds, items[j].sentence, item.row)
-        for item, j in zip(items, order, strict=True)
-    ]
+    return [replace(item, sentence=items[j].sentence) for item, j in zip(items, order, strict=True)]
 
 
 def evaluate_items(
@@ -129,23 +301,24 @@ def evaluate_items(
     recipe: Recipe,
     items: Sequence[Item],
     table: FeatureTable,
+    windows: Windows | None = None,
     *,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     """Metrics of a model and of its four controls; and its predictions."""
-    predictions = predict(model, items, table, progress=progress)
+    predictions = answer_items(model, items, table, windows, progress=progress)
     iou_QK = prediction_iou(predictions, items)
     span, constant_iou_Q = best_constant_span(*truth_of(items))
-    shuffled = predict(model, with_shuffled_queries(items), table, progress=progress)
+    shuffled = answer_items(model, with_shuffled_queries(items), table, windows, progress=progress)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         untrained_model = build_network(recipe).to(table.data_VLF.device)
-    untrained = predict(untrained_model, items, table, progress=progress)
+    untrained = answer_items(untrained_model, items, table, windows, progress=progress)
     result = {
         "metrics": recall_metrics(iou_QK),
         "controls": {
             "best constant span": recall_metrics(constant_iou_Q[:, None]),
-            "random own proposal": random_proposal_metrics(iou_QK),
+            "random own proposal": random_proposal_metrics(iou_QK, np.isfinite(predictions.scores)),
             "untrained network": recall_metrics(prediction_iou(untrained, items)),
             "shuffled queries": recall_metrics(prediction_iou(shuffled, items)),
         },
@@ -157,26 +330,26 @@ def evaluate_items(
 
 
 def write_predictions(path: Path, items: Sequence[Item], predictions: Predictions) -> None:
-    """One JSON line a query: video, sentence, annotation, all moments best first (seconds).
+    """One JSON line per query: video, sentence, annotation, all moments best first (seconds).
 
     A moment is [start, end, score of Eq. 9].
     """
     iou_QK = prediction_iou(predictions, items)
     lines = []
     for q, item in enumerate(items):
-        moments = [
-            [round(float(v), 4) for v in (s * item.duration_seconds, e * item.duration_seconds, r)]
-            for s, e, r in zip(
-                predictions.starts[q], predictions.ends[q], predictions.scores[q], strict=True
-            )
-        ]
+        seconds = item.duration_seconds
+        columns = predictions.starts[q] * seconds, predictions.ends[q] * seconds
+        moments = np.stack([*columns, predictions.scores[q]], axis=1)
         row = {
             "video": item.annotation.video,
             "sentence": item.annotation.sentence,
             "annotation": [item.annotation.start, item.annotation.end],
             **({"more_annotations": item.annotation.more} if item.annotation.more else {}),
-            "duration_seconds": item.duration_seconds,
-            "moments": moments,
+            "duration_seconds": seconds,
+            "moments": [
+                [round(float(value), 4) for value in moment]
+                for moment in moments[np.isfinite(predictions.scores[q])]
+            ],
             "iou": round(float(iou_QK[q, 0]), 4),
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -195,41 +368,52 @@ def evaluate_run(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint folder on annotations; metrics, controls and what they are of.
+    """Evaluate a checkpoint folder on annotations; returns metrics, controls and their inputs.
 
-    Writes `out`/predictions.jsonl and metrics.json (default: `RUN/evaluations/NAME`, of the
-    annotation file's name). flow_features_path: where flow lies, if not beside RGB.
-    Raises MmdistError for files that do not fit together.
+    Writes `out`/predictions.jsonl and metrics.json. By default `out` is
+    `RUN/evaluations/NAME-DIGEST`, of the annotation file's name and of all inputs, so that two
+    evaluations never share a folder. flow_features_path: of flow, if not stored with RGB.
+    Raises MmdistError for files that do not fit together, and when `out` holds an evaluation of
+    other inputs.
     """
-    from mmdist_e2e.grounding.checkpoint import load_checkpoint
-
     trained = load_checkpoint(run)
+    check_out(out or run / "evaluations")
     annotations = load_annotations(annotations_path, durations=durations, protocol=protocol)
-    table = load_features(
-        places_of(trained.modalities, features_path, flow_features_path),
-        [a.video for a in annotations],
-        length=trained.recipe.model.length,
-    ).to(device)
+    places = places_of(trained.modalities, features_path, flow_features_path)
+    videos = [a.video for a in annotations]
+    table = load_features(places, videos, length=trained.recipe.model.length).to(device)
     trained.check_table(table)
     items = make_items(annotations, table, trained.vocabulary)
+    inputs = {
+        "settings": {"protocol": protocol},
+        "digests": {
+            "annotations": annotations_digest(annotations),
+            "model": model_digest(trained),
+            **{f"features ({modality})": digest for modality, digest in table.digests.items()},
+        },
+    }
+    out = out or run / "evaluations" / f"{annotations_path.stem}-{digest_of(inputs)[:8]}"
+    if (out / METRICS).is_file():
+        known = json.loads((out / METRICS).read_text(encoding="utf-8")).get("inputs", {})
+        refuse_other(f"'{out}' holds an evaluation", known, inputs)
+    windows = cut_long_videos(
+        items, table, places, longest_seconds=float(trained.config["longest_duration_seconds"])
+    )
     trained.model.to(device)
     result, predictions = evaluate_items(
-        trained.model, trained.recipe, items, table, progress=progress
+        trained.model, trained.recipe, items, table, windows, progress=progress
     )
     result |= {
-        "protocol": protocol_of(
-            annotations_path,
-            [replace(i.annotation, duration_seconds=i.duration_seconds) for i in items],
-        ),
+        "protocol": protocol_of(annotations_path, annotations_of(items)),
         "annotations": annotations_path.name,
         "recipe": trained.recipe.name,
         "seed": trained.config["seed"],
         "selected_by": trained.config["selected_by"],
+        "inputs": inputs,
     }
-    out = out or run / "evaluations" / annotations_path.stem
-    write_predictions(out / "predictions.jsonl", items, predictions)
-    write_json(out / "metrics.json", result)
-    return result
+    write_predictions(out / PREDICTIONS, items, predictions)
+    write_json(out / METRICS, result)
+    return result | {"out": str(out)}
 
 
 def spread_over_runs(

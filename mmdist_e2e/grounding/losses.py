@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmdist_e2e.grounding.config import DistillConfig, LossConfig, MatchingConfig, MutualConfig
+from mmdist_e2e.grounding.config import LossConfig, MatchingConfig, Recipe
 from mmdist_e2e.grounding.data.batches import Batch
 from mmdist_e2e.grounding.network import (
     GlobalBranch,
@@ -22,7 +22,6 @@ from mmdist_e2e.grounding.network import (
     Proposals,
     mean_map,
     reconstruction_loss,
-    scored_words,
 )
 from mmdist_e2e.grounding.parallel import Peers
 
@@ -53,21 +52,13 @@ def top_mean(maps_BBL: Tensor, count: int) -> Tensor:
     return maps_BBL.topk(count, dim=-1, sorted=False).values.mean(dim=-1)
 
 
-def negative_pairs(
-    videos_B: Tensor, sentences_B: Tensor, *, same_video: bool, same_sentence: bool
-) -> Tensor:
-    """[B, B] bool: whether sentence j may stand against the own sentence of video i.
+def negative_pairs(videos_Q: Tensor, sentences_Q: Tensor) -> Tensor:
+    """[Q, Q] bool: whether sentence j stands against the own sentence of video i.
 
-    videos_B, sentences_B: equal numbers where two members share a video, or a sentence.
-    same_video: whether another sentence of the same video may. same_sentence: whether an equal
-    sentence of another video may.
+    videos_Q, sentences_Q: equal numbers where two members share a video, or a sentence; other
+    sentences of the same video, and equal sentences of other videos, do not.
     """
-    allowed_BB = ~torch.eye(len(videos_B), dtype=torch.bool, device=videos_B.device)
-    if not same_video:
-        allowed_BB &= videos_B[:, None] != videos_B
-    if not same_sentence:
-        allowed_BB &= sentences_B[:, None] != sentences_B
-    return allowed_BB
+    return (videos_Q[:, None] != videos_Q) & (sentences_Q[:, None] != sentences_Q)
 
 
 def match_log_probability(
@@ -90,22 +81,14 @@ def local_loss(log_p_B: Tensor) -> Tensor:
     return -log_p_B.mean()
 
 
-def map_distance(maps_BL: Tensor, reference_BL: Tensor, kind: str) -> Tensor:
-    """φ of Eqs. 11 and 14, a scalar, mean over B: how far two maps are apart.
-
-    The mean over L of |m - m'| ("l1") or of (m - m')² ("l2"), or the Euclidean norm over L
-    ("norm"), which weighs √L times as much as a mean does. The reference gets no gradient.
-    """
-    difference_BL = maps_BL - reference_BL.detach()
-    if kind == "norm":
-        # Where maps are equal, the norm has no gradient; a tiny number under the root gives 0.
-        return (difference_BL.square().sum(dim=1) + 1e-12).sqrt().mean()
-    return (difference_BL.abs() if kind == "l1" else difference_BL.square()).mean()
+def map_distance(maps_BL: Tensor, reference_BL: Tensor) -> Tensor:
+    """φ of Eqs. 11 and 14, a scalar: the mean of |m - m'|. The reference gets no gradient."""
+    return (maps_BL - reference_BL.detach()).abs().mean()
 
 
-def mutual_loss(first_BL: Tensor, second_BL: Tensor, kind: str) -> Tensor:
+def mutual_loss(first_BL: Tensor, second_BL: Tensor) -> Tensor:
     """Eq. 14, a scalar: φ(m_1, δ(m_2)) + φ(m_2, δ(m_1)), δ stopping the gradient."""
-    return map_distance(first_BL, second_BL, kind) + map_distance(second_BL, first_BL, kind)
+    return map_distance(first_BL, second_BL) + map_distance(second_BL, first_BL)
 
 
 def nearest_span(
@@ -123,85 +106,81 @@ def nearest_span(
 
 @dataclass(frozen=True)
 class Taught:
-    """A teacher's answers to a batch: k^T int64, its span in units of the video, and m^T."""
+    """A teacher's answers to a batch: the span of k^T in units of the video, and m^T."""
 
-    proposals_B: Tensor
     centers_B: Tensor
     widths_B: Tensor
     maps_BL: Tensor
 
 
-def batch_loss(
-    model: GlobalBranch,
-    batch: Batch,
-    masked_BW: Tensor,
-    config: LossConfig,
-    matching: MatchingConfig | None = None,
-    mutual: MutualConfig | None = None,
-    distill: DistillConfig | None = None,
-    taught: Taught | None = None,
-    peers: Peers | None = None,
-    *,
-    ratio: float,
-) -> dict[str, Tensor]:
-    """Eqs. 8, 12 and the teacher's: every term of a batch (scalars), their weighted sum as `loss`.
+class BatchLoss(nn.Module):
+    """The loss of a recipe, as a module since DistributedDataParallel wraps modules."""
 
-    masked_BW: the words hidden from reconstruction. ratio: how far CPL's negatives reach.
-    taught: the teacher's answers, with `distill`. peers: where other processes have other rows of
-    the batch; the terms are means over this one's.
-    """
-    proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-    pseudo = None
-    if distill is not None and distill.distill_global:
-        assert taught is not None
-        pseudo = pseudo_span(proposals, taught, distill.student_proposal)
-    terms = global_terms(
-        model, proposals, batch.ids_BW, masked_BW, config, ratio=ratio, pseudo=pseudo
-    )
-    hinges = [terms[name] for name in terms if name.startswith("hinge")]
-    loss = (
-        config.reconstruction_weight * terms["reconstruction"]
-        + config.whole_weight * terms["whole"]
-        + config.diversity_weight * terms["diversity"]
-        + config.contrast_weight * sum(hinges)
-    )
-    if matching is not None and matching.local_weight:
-        assert isinstance(model, GroundingNetwork)
-        gather = peers.gather if peers else None
-        maps = model.activate_each(batch, proposals, all_pairs=True, gather=gather)
-        apart = mutual is not None and mutual.taught_map == "each"
-        fitted = maps if apart else [mean_map(maps)]
-        each = [local_term(m, batch, matching, peers) for m in fitted]
-        terms["local"] = torch.stack(each).mean()
-        loss = loss + matching.local_weight * terms["local"]
-        rows = torch.arange(len(maps[0]), device=maps[0].device)
-        own_B = peers.own(len(rows)) if peers else rows
-        own = [maps_BQL[rows, own_B] for maps_BQL in maps]  # [B, L] of the matched pairs
-        if mutual is not None and mutual.mutual_weight:
-            terms["mutual"] = mutual_loss(own[0], own[1], mutual.mutual_distance)
-            loss = loss + mutual.mutual_weight * terms["mutual"]
-        if distill is not None and distill.distill_local:
+    def __init__(self, model: GlobalBranch, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(
+        self,
+        batch: Batch,
+        masked_BW: Tensor,
+        ratio: float,
+        taught: Taught | None = None,
+        peers: Peers | None = None,
+    ) -> dict[str, Tensor]:
+        """Eqs. 8, 12 and the teacher's: every term (scalars), and their weighted sum as `loss`.
+
+        masked_BW: the words hidden from reconstruction. ratio: how far CPL's negatives reach.
+        taught: the teacher's answers, for a student. peers: where other processes have other rows
+        of the batch; the terms are means over the rows of this one.
+        """
+        model, recipe = self.model, self.recipe
+        config, matching, mutual, distill = (
+            recipe.loss, recipe.matching, recipe.mutual, recipe.distill
+        )  # fmt: skip
+        proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
+        pseudo = None
+        if distill is not None and distill.distill_global:
             assert taught is not None
-            terms["distill_local"] = map_distance(
-                mean_map(own), taught.maps_BL, distill.distill_distance
-            )
-            weight = distill.distill_weight * matching.local_weight
-            loss = loss + weight * terms["distill_local"]
-    if distill is not None and distill.distill_global:
-        loss = loss + distill.distill_weight * terms["distill_global"]
-    return terms | {"loss": loss}
-
-
-def pseudo_span(proposals: Proposals, taught: Taught, kind: str) -> tuple[Tensor, Tensor]:
-    """Center and width [B] of what the student takes for right; of its own with gradient."""
-    if kind == "teacher":
-        return taught.centers_B, taught.widths_B
-    centers_BK, widths_BK = proposals.centers_BK, proposals.widths_BK
-    chosen_B = taught.proposals_B
-    if kind == "iou":
-        chosen_B = nearest_span(
-            centers_BK.detach(), widths_BK.detach(), taught.centers_B, taught.widths_B
+            pseudo = pseudo_span(proposals, taught)
+        terms = global_terms(
+            model, proposals, batch.ids_BW, masked_BW, config, ratio=ratio, pseudo=pseudo
         )
+        hinges = [terms[name] for name in terms if name.startswith("hinge")]
+        loss = (
+            config.reconstruction_weight * terms["reconstruction"]
+            + config.whole_weight * terms["whole"]
+            + config.diversity_weight * terms["diversity"]
+            + config.contrast_weight * sum(hinges)
+        )
+        if matching is not None and matching.local_weight:
+            assert isinstance(model, GroundingNetwork)
+            gather = peers.gather if peers else None
+            maps = model.activate_each(batch, proposals, all_pairs=True, gather=gather)
+            rows = torch.arange(len(maps[0]), device=maps[0].device)
+            own_B = peers.own_B if peers else rows
+            terms["local"] = local_term(mean_map(maps), batch, matching, peers)
+            loss = loss + matching.local_weight * terms["local"]
+            own = [maps_BQL[rows, own_B] for maps_BQL in maps]  # [B, L] of the matched pairs
+            if mutual is not None and mutual.mutual_weight:
+                terms["mutual"] = mutual_loss(own[0], own[1])
+                loss = loss + mutual.mutual_weight * terms["mutual"]
+            if distill is not None and distill.distill_local:
+                assert taught is not None
+                terms["distill_local"] = map_distance(mean_map(own), taught.maps_BL)
+                weight = distill.distill_weight * matching.local_weight
+                loss = loss + weight * terms["distill_local"]
+        if distill is not None and distill.distill_global:
+            loss = loss + distill.distill_weight * terms["distill_global"]
+        return terms | {"loss": loss}
+
+
+def pseudo_span(proposals: Proposals, taught: Taught) -> tuple[Tensor, Tensor]:
+    """Center and width [B], with gradient, of the proposal nearest to the teacher's moment."""
+    centers_BK, widths_BK = proposals.centers_BK, proposals.widths_BK
+    chosen_B = nearest_span(
+        centers_BK.detach(), widths_BK.detach(), taught.centers_B, taught.widths_B
+    )
     rows = torch.arange(len(chosen_B), device=chosen_B.device)
     return centers_BK[rows, chosen_B], widths_BK[rows, chosen_B]
 
@@ -236,8 +215,7 @@ def global_terms(
         masks_BMN = torch.cat([masks_BMN, model.proposal_masks(*pseudo).unsqueeze(1)], dim=1)
     memory = model.remember(proposals.kept_BND, masks_BMN, whole=True)
     logits_BMWV = model.reconstruct(proposals, masked_BW, memory)
-    scored_BW = scored_words(ids_BW, masked_BW, model.config.scored_words)
-    loss_BM = reconstruction_loss(logits_BMWV, ids_BW, scored_BW)
+    loss_BM = reconstruction_loss(logits_BMWV, ids_BW)
     best_loss_B, whole_B = loss_BM[:, 0], loss_BM[:, -1]
     terms = {
         "reconstruction": best_loss_B.mean(),
@@ -269,10 +247,9 @@ def choose_proposal(
     training = model.training
     model.eval()
     memory = model.remember(proposals.kept_BND, masks_BKN)
-    scored_BW = scored_words(ids_BW, masked_BW, model.config.scored_words)
     logits_BMWV = model.reconstruct(proposals, masked_BW, memory)
     model.train(training)
-    return best_proposal(reconstruction_loss(logits_BMWV, ids_BW, scored_BW))
+    return best_proposal(reconstruction_loss(logits_BMWV, ids_BW))
 
 
 def local_term(
@@ -280,16 +257,9 @@ def local_term(
 ) -> Tensor:
     """L_local of Eqs. 5-7 from the maps of this batch's videos and all processes' sentences."""
     count = max(1, int(maps_BQL.shape[-1] // config.top_divisor))
-    videos, sentences, own_B = batch.videos_B, batch.sentences_B, None
+    own_B, negatives_BQ = None, negative_pairs(batch.videos_B, batch.sentences_B)
     if peers is not None:
-        videos, sentences = peers.videos_G, peers.sentences_G
-        own_B = peers.own(len(maps_BQL))
-    negatives = negative_pairs(
-        videos,
-        sentences,
-        same_video=config.same_video_negatives,
-        same_sentence=config.same_sentence_negatives,
-    )
-    negatives_BQ = negatives if own_B is None else negatives[own_B]
+        own_B = peers.own_B
+        negatives_BQ = negative_pairs(peers.videos_G, peers.sentences_G)[own_B]
     fit_BQ = top_mean(maps_BQL, count)
     return local_loss(match_log_probability(fit_BQ, config.temperature, negatives_BQ, own_B))

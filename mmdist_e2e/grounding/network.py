@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,24 +32,19 @@ MINIMUM_WIDTH = 0.01
 
 DROPOUT_STEPS = 2**15  # a share is rounded to so many steps
 
-MINUS_INFINITY = float("-inf")
-
 KeysValues = tuple[Tensor, Tensor]
 
 
-def gaussian_masks(
-    centers: Tensor, widths: Tensor, *, positions: int, sharpness: float
-) -> tuple[Tensor, Tensor]:
+def gaussian_masks(centers: Tensor, widths: Tensor, *, positions: int, sharpness: float) -> Tensor:
     """Gaussians on the grid t_j = j/(N-1), each divided by its largest value on the grid.
 
     centers, widths: [...] in units of the video; `sharpness` is σ: s = max(w, 0.01)/σ.
-    Returns (g, log g), both [..., N] and fp32. As exp(-(d² - min d²)/(2s²)) it is never 0/0.
+    Returns g, [..., N] in fp32. Computed as exp(-(d² - min d²)/(2s²)), it is never 0/0.
     """
     grid_N = torch.arange(positions, dtype=torch.float32, device=centers.device) / (positions - 1)
     squared = (grid_N - centers.float().unsqueeze(-1)).square()
     deviation = widths.float().clamp_min(MINIMUM_WIDTH).unsqueeze(-1) / sharpness
-    exponent = -(squared - squared.amin(-1, keepdim=True)) / (2 * deviation.square())
-    return exponent.exp(), exponent
+    return (-(squared - squared.amin(-1, keepdim=True)) / (2 * deviation.square())).exp()
 
 
 def mask_bias(masks: Tensor) -> Tensor:
@@ -58,13 +54,12 @@ def mask_bias(masks: Tensor) -> Tensor:
 
 def padding_bias(is_word: Tensor) -> Tensor:
     """[B, S] bool, True for keys that may be read -> 0 or -inf, fp32."""
-    return torch.zeros(is_word.shape, device=is_word.device).masked_fill(~is_word, MINUS_INFINITY)
+    return torch.zeros(is_word.shape, device=is_word.device).masked_fill(~is_word, -torch.inf)
 
 
 def causal_bias(length: int, device: torch.device) -> Tensor:
     """[T, T]: -inf above the diagonal."""
-    full = torch.full((length, length), MINUS_INFINITY, device=device)
-    return full.triu(diagonal=1)
+    return torch.full((length, length), -torch.inf, device=device).triu(diagonal=1)
 
 
 def sinusoids(length: int, channels: int, device: torch.device) -> Tensor:
@@ -79,21 +74,27 @@ def sinusoids(length: int, channels: int, device: torch.device) -> Tensor:
     return table_TD
 
 
-def dropout(x: Tensor, share: float, *, training: bool) -> Tensor:
-    """Zero a `share` of the values and scale the rest; off the CPU torch's own.
+class Dropout(nn.Module):
+    """Zero a `share` of the values and scale the rest; torch's own on a GPU.
 
     torch's CPU generator makes one number after the other and takes longer than the layers here;
     one 64-bit number has bits for four values.
     """
-    if not training or share == 0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, share)
-    cut = round(share * DROPOUT_STEPS)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_().view(torch.int16)
-    # The generator's 64-bit numbers are not negative, so the sign bits say nothing.
-    keep = (bits[: x.numel()].view(x.shape) & (DROPOUT_STEPS - 1)) >= cut
-    return x * (keep.to(x.dtype) * (DROPOUT_STEPS / (DROPOUT_STEPS - cut)))
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.share == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.share)
+        cut = round(self.share * DROPOUT_STEPS)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_().view(torch.int16)
+        # The generator's 64-bit numbers are not negative, so the sign bits are always 0.
+        keep = (bits[: x.numel()].view(x.shape) & (DROPOUT_STEPS - 1)) >= cut
+        return x * (keep.to(x.dtype) * (DROPOUT_STEPS / (DROPOUT_STEPS - cut)))
 
 
 class Attention(nn.Module):
@@ -101,8 +102,6 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
-        if channels % heads:
-            raise ValueError(f"{channels} channels cannot be divided among {heads} heads.")
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
@@ -119,20 +118,17 @@ class Attention(nn.Module):
         q, k, v = F.linear(x_BTD, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         return self._split(q), self._split(k), self._split(v)
 
-    def project_memory(self, memory_BSD: Tensor) -> KeysValues:
-        """Keys and values [B, H, S, h] of a memory, projected once for however many readers."""
-        channels = memory_BSD.shape[-1]
-        k, v = F.linear(
-            memory_BSD, self.in_proj_weight[channels:], self.in_proj_bias[channels:]
-        ).chunk(2, dim=-1)
-        return self._split(k), self._split(v)
-
     def project_queries(self, x_BTD: Tensor) -> Tensor:
         """[B, H, T, h] queries of cross-attention."""
-        channels = x_BTD.shape[-1]
-        return self._split(
-            F.linear(x_BTD, self.in_proj_weight[:channels], self.in_proj_bias[:channels])
-        )
+        D = x_BTD.shape[-1]
+        return self._split(F.linear(x_BTD, self.in_proj_weight[:D], self.in_proj_bias[:D]))
+
+    def project_memory(self, memory_BSD: Tensor) -> KeysValues:
+        """Keys and values [B, H, S, h] of a memory, projected once for all its readers."""
+        D = memory_BSD.shape[-1]
+        both = F.linear(memory_BSD, self.in_proj_weight[D:], self.in_proj_bias[D:])
+        k, v = both.chunk(2, dim=-1)
+        return self._split(k), self._split(v)
 
     def attend(self, q_BHTh: Tensor, k_BHSh: Tensor, v_BHSh: Tensor, bias_BTS: Tensor) -> Tensor:
         """Scores scaled by 1/√h plus bias, softmax, values, output projection: [B, T, D].
@@ -159,19 +155,17 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Post-norm: self-attention, cross-attention when there is a memory, feed-forward."""
 
-    def __init__(self, channels: int, heads: int, feed_forward: int, dropout: float) -> None:
+    def __init__(self, config: GlobalConfig) -> None:
         super().__init__()
-        self.dropout = dropout
-        self.self_attn = Attention(channels, heads)
-        self.self_attn_layer_norm = nn.LayerNorm(channels)
-        self.encoder_attn = Attention(channels, heads)
-        self.encoder_attn_layer_norm = nn.LayerNorm(channels)
-        self.fc1 = nn.Linear(channels, feed_forward)
-        self.fc2 = nn.Linear(feed_forward, channels)
-        self.final_layer_norm = nn.LayerNorm(channels)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, training=self.training)
+        D = config.hidden
+        self.drop = Dropout(config.dropout)
+        self.self_attn = Attention(D, config.heads)
+        self.self_attn_layer_norm = nn.LayerNorm(D)
+        self.encoder_attn = Attention(D, config.heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(D)
+        self.fc1 = nn.Linear(D, config.feed_forward)
+        self.fc2 = nn.Linear(config.feed_forward, D)
+        self.final_layer_norm = nn.LayerNorm(D)
 
     def forward(
         self,
@@ -197,28 +191,24 @@ class Layer(nn.Module):
         if copies > 1:
             x_BTD, q, k, v = (t.repeat_interleave(copies, dim=0) for t in (x_BTD, q, k, v))
         x_BTD = self.self_attn_layer_norm(
-            x_BTD + self._drop(self.self_attn.attend(q, k, v, self_bias_BTT))
+            x_BTD + self.drop(self.self_attn.attend(q, k, v, self_bias_BTT))
         )
         if memory is not None:
             assert memory_bias_B1S is not None
             q = self.encoder_attn.project_queries(x_BTD)
             read = self.encoder_attn.attend(q, *memory, memory_bias_B1S)
-            x_BTD = self.encoder_attn_layer_norm(x_BTD + self._drop(read))
+            x_BTD = self.encoder_attn_layer_norm(x_BTD + self.drop(read))
         hidden = self.fc2(F.relu(self.fc1(x_BTD)))
-        out: Tensor = self.final_layer_norm(x_BTD + self._drop(hidden))
+        out: Tensor = self.final_layer_norm(x_BTD + self.drop(hidden))
         return out
 
 
 class Stack(nn.Module):
     """Layers over one sequence; self-attention is always causal."""
 
-    def __init__(
-        self, channels: int, *, heads: int, layers: int, feed_forward: int, dropout: float
-    ) -> None:
+    def __init__(self, config: GlobalConfig) -> None:
         super().__init__()
-        self.decoder_layers = nn.ModuleList(
-            Layer(channels, heads, feed_forward, dropout) for _ in range(layers)
-        )
+        self.decoder_layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.decoder_layers if isinstance(layer, Layer)]
@@ -263,46 +253,41 @@ MINIMUM_NORM = 1e-8
 
 
 class LocalBranch(nn.Module):
-    """Context-enhanced features V̂ of every position (before Eq. 4)."""
+    """Context-enhanced features V̂ of every position (before Eq. 4).
 
-    def __init__(self, config: LocalConfig, *, feature_dim: int, hidden: int) -> None:
+    feature_dim: F of features that go through a Linear of the branch's own; by default the
+    branch reads the frames that the global branch has projected.
+    """
+
+    def __init__(self, config: LocalConfig, hidden: int, feature_dim: int | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.frame_fc = nn.Linear(feature_dim, hidden) if config.own_frames else None
+        self.frame_fc = nn.Identity() if feature_dim is None else nn.Linear(feature_dim, hidden)
         self.convolutions = nn.ModuleList(
             nn.Conv1d(hidden, hidden, config.kernel, padding=config.kernel // 2)
             for _ in range(config.depth)
         )
 
     def forward(self, frames_BLX: Tensor) -> Tensor:
-        """V̂ [B, L, D] of frames: features [B, L, F] where the Linear is its own, else projected."""
-        if self.frame_fc is not None:
-            frames_BLX = self.frame_fc(frames_BLX)
-        x_BDL = frames_BLX.transpose(1, 2)
-        for i, convolution in enumerate(self.convolutions, start=1):
-            x_BDL = convolution(x_BDL)
-            if i < len(self.convolutions) or self.config.relu_last:
-                x_BDL = F.relu(x_BDL)
+        """V̂ [B, L, D] of frames [B, L, F] or [B, L, D]; a ReLU between two convolutions."""
+        x_BDL: Tensor = self.frame_fc(frames_BLX).transpose(1, 2)
+        for i, convolution in enumerate(self.convolutions):
+            x_BDL = convolution(F.relu(x_BDL) if i else x_BDL)
         return x_BDL.transpose(1, 2)
 
 
-def sentence_vector(
-    encoded_BTD: Tensor, is_word_BW: Tensor, content_BW: Tensor, kind: str
-) -> Tensor:
-    """The query vector q [B, D], from the word stack's reading [B, W + 1, D] of start and words.
+def sentence_vector(encoded_BTD: Tensor, read_BW: Tensor) -> Tensor:
+    """The query vector q [B, D]: the mean of the word stack's reading over the words in read_BW.
 
-    kind: as `LocalConfig.query`; the start is never read. is_word_BW, content_BW: bool.
+    encoded_BTD: of the start vector, which is never read, and W words. read_BW: bool.
     """
-    if kind == "last":
-        rows = torch.arange(len(encoded_BTD), device=encoded_BTD.device)
-        return encoded_BTD[rows, is_word_BW.sum(1)]
-    read_BW = is_word_BW
-    if kind == "content":
-        read_BW = content_BW & is_word_BW
-        read_BW = torch.where(read_BW.any(1, keepdim=True), read_BW, is_word_BW)
     read_BW1 = read_BW.unsqueeze(-1)
-    words_BWD = torch.where(read_BW1, encoded_BTD[:, 1:], 0)
-    return words_BWD.sum(1) / read_BW1.sum(1)
+    return torch.where(read_BW1, encoded_BTD[:, 1:], 0).sum(1) / read_BW1.sum(1)
+
+
+def content_words(is_word_BW: Tensor, content_BW: Tensor) -> Tensor:
+    """[B, W] bool: the content words of each sentence, or all its words where there is none."""
+    content_BW = content_BW & is_word_BW
+    return torch.where(content_BW.any(1, keepdim=True), content_BW, is_word_BW)
 
 
 def activation_maps(local_BLD: Tensor, query_QD: Tensor) -> Tensor:
@@ -330,30 +315,18 @@ def mean_map(maps: Sequence[Tensor]) -> Tensor:
 NEGATIVE_SHARPNESS = 4.5  # σ of the masks to the left and right of a proposal
 
 
-def scored_words(ids_BW: Tensor, masked_BW: Tensor, kind: str) -> Tensor:
-    """[B, W] bool: the words of Eq. 1, "all" of a sentence or the "masked" ones alone.
+def reconstruction_loss(logits_BMWV: Tensor, ids_BW: Tensor) -> Tensor:
+    """Eq. 1, [B, M]: mean over a sentence's words of 0.9·NLL + (0.1/V)·Σ_v(-log p_v).
 
-    Words with id 0 (padding, or outside the output vocabulary) never are.
+    Words with id 0 (padding, or outside the output vocabulary) are left out of the mean. A
+    sentence without any other word gives 0.
     """
-    scored_BW = ids_BW != PADDING_ID
-    return scored_BW & masked_BW if kind == "masked" else scored_BW
-
-
-def reconstruction_loss(
-    logits_BMWV: Tensor, ids_BW: Tensor, scored_BW: Tensor | None = None
-) -> Tensor:
-    """Eq. 1, [B, M]: mean over a sentence's scored words of 0.9·NLL + (0.1/V)·Σ_v(-log p_v).
-
-    scored_BW: as `scored_words`, by default all. A sentence with none gives 0.
-    """
-    if scored_BW is None:
-        scored_BW = ids_BW != PADDING_ID
+    scored_B1W = (ids_BW != PADDING_ID).unsqueeze(1)
     log_p = F.log_softmax(logits_BMWV.float(), dim=-1)
     ids_BMW1 = ids_BW[:, None, :, None].expand(*log_p.shape[:3], 1)
     picked = -log_p.gather(-1, ids_BMW1).squeeze(-1)
     spread = -log_p.mean(dim=-1)
     word_loss = (1 - LABEL_SMOOTHING) * picked + LABEL_SMOOTHING * spread
-    scored_B1W = scored_BW.unsqueeze(1)
     return torch.where(scored_B1W, word_loss, 0.0).sum(-1) / scored_B1W.sum(-1).clamp_min(1)
 
 
@@ -384,40 +357,30 @@ class Memory:
     bias_BMN: Tensor
 
 
-class _Stacks(nn.Module):
-    """Named as in CPL's checkpoints: decoder1 reads frames, decoder2 words."""
-
-    def __init__(self, config: GlobalConfig) -> None:
-        super().__init__()
-        self.decoder1, self.decoder2 = (
-            Stack(
-                config.hidden,
-                heads=config.heads,
-                layers=config.layers,
-                feed_forward=config.feed_forward,
-                dropout=config.dropout,
-            )
-            for _ in range(2)
-        )
-
-
 class GlobalBranch(nn.Module):
     """Proposals, and reconstruction of the query from masked frames."""
 
     def __init__(self, config: GlobalConfig) -> None:
         super().__init__()
         self.config = config
+        self.drop = Dropout(config.dropout)
         self.mask_vec = nn.Parameter(torch.zeros(config.word_dim))
         self.start_vec = nn.Parameter(torch.zeros(config.word_dim))
         self.pred_vec = nn.Parameter(torch.zeros(config.feature_dim))
         self.frame_fc = nn.Linear(config.feature_dim, config.hidden)
         self.word_fc = nn.Linear(config.word_dim, config.hidden)
-        self.trans = _Stacks(config)
+        # Named as in CPL's checkpoints: decoder1 reads frames, decoder2 words.
+        self.trans = nn.ModuleDict({"decoder1": Stack(config), "decoder2": Stack(config)})
         self.fc_comp = nn.Linear(config.hidden, config.vocabulary_size + 1)
         self.fc_gauss = nn.Linear(config.hidden, 2 * config.proposals)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.config.dropout, training=self.training)
+    @property
+    def frame_stack(self) -> Stack:
+        return cast(Stack, self.trans["decoder1"])
+
+    @property
+    def word_stack(self) -> Stack:
+        return cast(Stack, self.trans["decoder2"])
 
     def propose(self, frames_BLF: Tensor, words_BWE: Tensor, is_word_BW: Tensor) -> Proposals:
         """Read frames with the whole query and place K proposals.
@@ -429,24 +392,24 @@ class GlobalBranch(nn.Module):
         if tuple(frames_BLF.shape[1:]) != (config.length, config.feature_dim):
             raise MmdistError(
                 f"This model reads features of shape [{config.length}, {config.feature_dim}] a "
-                f"video; these have {list(frames_BLF.shape[1:])}: extract or resample them anew."
+                f"video; these have {list(frames_BLF.shape[1:])}. Extract or resample them again."
             )
         batch = len(frames_BLF)
         prediction = self.pred_vec.expand(batch, 1, -1)
-        frames_BPD = self.frame_fc(self._drop(torch.cat([frames_BLF, prediction], dim=1)))
+        frames_BPD = self.frame_fc(self.drop(torch.cat([frames_BLF, prediction], dim=1)))
         start = self.start_vec.expand(batch, 1, -1)
-        words_BTD = self.word_fc(self._drop(torch.cat([start, words_BWE], dim=1)))
+        words_BTD = self.word_fc(self.drop(torch.cat([start, words_BWE], dim=1)))
         is_token_BT = F.pad(is_word_BW, (1, 0), value=True)
         token_bias_BT = padding_bias(is_token_BT)
         positions_TD = sinusoids(words_BTD.shape[1], config.hidden, words_BTD.device)
-        encoded_BTD = self.trans.decoder2(words_BTD + positions_TD, token_bias_BT)
+        encoded_BTD = self.word_stack(words_BTD + positions_TD, token_bias_BT)
         # The prediction position reads every frame and is itself read by none.
         is_frame = torch.ones(1, config.length + 1, dtype=torch.bool, device=frames_BLF.device)
         is_frame[:, -1] = False
-        read_B1D = self.trans.decoder1(
+        read_B1D = self.frame_stack(
             frames_BPD,
             padding_bias(is_frame),
-            memory=self.trans.decoder1.project_memory(encoded_BTD),
+            memory=self.frame_stack.project_memory(encoded_BTD),
             memory_bias_BS=token_bias_BT,
             last_only=True,
         )
@@ -468,12 +431,12 @@ class GlobalBranch(nn.Module):
         config = self.config
         return gaussian_masks(
             centers, widths, positions=config.kept_frames, sharpness=config.sharpness
-        )[0]
+        )
 
     def negative_masks(self, center_B: Tensor, width_B: Tensor, ratio: float) -> Tensor:
         """[B, 2, N]: masks over what lies left and right of a proposal (CPL).
 
-        `ratio` grows from 0 to 1 over training; see `recipes`.
+        `ratio` grows from 0 to 1 over training (`train.negative_ratio`).
         """
         left = (center_B - width_B / 2).clamp_min(0) * (ratio * 0.5)
         right = (1 - center_B - width_B / 2).clamp_min(0) * (ratio * 0.5)
@@ -482,7 +445,7 @@ class GlobalBranch(nn.Module):
             torch.stack([left, right], dim=1),
             positions=self.config.kept_frames,
             sharpness=NEGATIVE_SHARPNESS,
-        )[0]
+        )
 
     def remember(self, kept_BND: Tensor, masks_BMN: Tensor, *, whole: bool = False) -> Memory:
         """Encode the kept frames under M masks, and once more unmasked if `whole` (the last)."""
@@ -490,8 +453,8 @@ class GlobalBranch(nn.Module):
         if whole:
             bias_BMN = torch.cat([bias_BMN, torch.zeros_like(bias_BMN[:, :1])], dim=1)
         copies = bias_BMN.shape[1]
-        encoded = self.trans.decoder1(kept_BND, bias_BMN.flatten(0, 1), copies=copies)
-        return Memory(self.trans.decoder2.project_memory(encoded), bias_BMN)
+        encoded = self.frame_stack(kept_BND, bias_BMN.flatten(0, 1), copies=copies)
+        return Memory(self.word_stack.project_memory(encoded), bias_BMN)
 
     def reconstruct(self, proposals: Proposals, masked_BW: Tensor, memory: Memory) -> Tensor:
         """Logits [B, M, W, V]: output i predicts word i + 1 from the words before it.
@@ -505,7 +468,7 @@ class GlobalBranch(nn.Module):
         words_BTD = words_BTD + sinusoids(words_BTD.shape[1], self.config.hidden, mask_D.device)
         copies = memory.bias_BMN.shape[1]
         token_bias_BW = padding_bias(proposals.is_token_BT[:, :-1])
-        read = self.trans.decoder2(
+        read = self.word_stack(
             words_BTD[:, :-1],  # the last word is not fed
             token_bias_BW.repeat_interleave(copies, dim=0),
             memory=memory.keys_values,
@@ -535,13 +498,10 @@ class GroundingNetwork(GlobalBranch):
         self.local_config, self.channels = local, tuple(channels)
         self.local: LocalBranch | nn.ModuleList | None = None
         if local is not None and not channels:
-            self.local = LocalBranch(local, feature_dim=config.feature_dim, hidden=config.hidden)
+            self.local = LocalBranch(local, config.hidden)
         elif local is not None:
             assert sum(channels) == config.feature_dim
-            own = replace(local, own_frames=True)
-            self.local = nn.ModuleList(
-                LocalBranch(own, feature_dim=each, hidden=config.hidden) for each in channels
-            )
+            self.local = nn.ModuleList(LocalBranch(local, config.hidden, each) for each in channels)
 
     @property
     def score_weight(self) -> float:
@@ -575,17 +535,16 @@ class GroundingNetwork(GlobalBranch):
         """
         assert self.local is not None
         assert self.local_config is not None
-        query_BD = sentence_vector(
-            proposals.encoded_BTD, batch.is_word_BW, batch.content_BW, self.local_config.query
-        )
+        read_BW = batch.is_word_BW
+        if self.local_config.query == "content":
+            read_BW = content_words(read_BW, batch.content_BW)
+        query_BD = sentence_vector(proposals.encoded_BTD, read_BW)
         if gather is not None:
             query_BD = gather(query_BD)
         maps = activation_maps if all_pairs else matched_maps
         if isinstance(self.local, LocalBranch):
-            own = self.local_config.own_frames
-            frames_BLX = self._drop(batch.frames_BLF) if own else proposals.frames_BLD
-            return [maps(self.local(frames_BLX), query_BD)]
-        parts = torch.split(self._drop(batch.frames_BLF), list(self.channels), dim=-1)
+            return [maps(self.local(proposals.frames_BLD), query_BD)]
+        parts = torch.split(self.drop(batch.frames_BLF), list(self.channels), dim=-1)
         return [
             maps(local(part_BLF), query_BD)
             for local, part_BLF in zip(self.local, parts, strict=True)

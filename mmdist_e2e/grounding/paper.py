@@ -1,8 +1,8 @@
-"""The paper's tables from anybody's features: every row over several seeds.
+"""The paper's tables from your own features: every row over several seeds.
 
-A row's seed is a run of its own (`train_run`, then `evaluate_run`). Students learn from the teacher
-of their own seed, and seeds pair the rows. Several calls may share one folder: each trains what no
-other is training.
+Each row and seed is a run (`train_run`, then `evaluate_run`). A student learns from the teacher of
+the same seed, and rows are compared seed by seed. Several calls may share one folder: each trains
+what no other is training. A finished run counts only for the inputs that it was made from.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,18 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from mmdist_e2e.grounding.answer import Progress
+from mmdist_e2e.grounding.checkpoint import (
+    annotations_digest,
+    digest_of,
+    input_differences,
+    recipe_settings,
+)
 from mmdist_e2e.grounding.config import get_recipe
-from mmdist_e2e.grounding.data.annotations import load_annotations
-from mmdist_e2e.grounding.data.features import open_features, places_of
+from mmdist_e2e.grounding.data.annotations import carve_validation, load_annotations
+from mmdist_e2e.grounding.data.features import load_features, places_of
+from mmdist_e2e.grounding.data.text import tokenize
 from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
-from mmdist_e2e.grounding.train import train_run
+from mmdist_e2e.grounding.train import CARVED_FRACTION, train_run
 from mmdist_e2e.store import check_out, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
@@ -36,16 +43,16 @@ BOTH, RGB = ("rgb", "flow"), ("rgb",)
 
 Job = tuple["Row", int]
 
-# What a finished training left, by row and seed: see `reproduce`.
+# What a finished run recorded, by row and seed: see `reproduce`.
 Done = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One row: a recipe with some settings, and R@1 at IoU 0.3, 0.5, 0.7 in the paper.
 
     headline: trained over all seeds, the others over fewer. taught: learns from the teacher.
-    beside: the row it is compared with, seed by seed.
+    beside: the row that it is compared with, seed by seed.
     """
 
     name: str
@@ -118,9 +125,9 @@ def rows_of(tables: Sequence[int]) -> list[Row]:
 
 
 def plan(rows: Sequence[Row], seeds: Sequence[int], ablation_seeds: Sequence[int]) -> list[Job]:
-    """What is to be trained, in order: seed by seed, teachers before the students they teach.
+    """What to train, in order: seed by seed, teachers before their students.
 
-    Headline rows come first, so that a call which is stopped leaves whole comparisons.
+    Headline rows come first, so that an interrupted call leaves complete comparisons.
     """
     wanted = {*(row.name for row in rows), *(TEACHER.name for row in rows if row.taught)}
     needed = [row for row in ROWS if row.name in wanted]
@@ -134,12 +141,12 @@ def plan(rows: Sequence[Row], seeds: Sequence[int], ablation_seeds: Sequence[int
 
 
 def table(done: Done, jobs: Sequence[Job], source: str) -> str:
-    """What is done so far beside the paper's Charades-STA, and the differences seed by seed.
+    """Results so far beside the paper's on Charades-STA, and the differences seed by seed.
 
     source: what was trained and scored on, in words.
     """
     if not done:
-        return "Nothing is done yet.\n"
+        return "No run is finished yet.\n"
     some = next(iter(done.values()))["result"]
     commits = ", ".join(sorted({str(each["commit"]) for each in done.values()}))
     lines = [
@@ -190,14 +197,14 @@ def _comparison(row: Row, seeds: Sequence[int], done: Done) -> str:
     )
 
 
-DONE = "reproduced.json"  # a row's figures, seconds and commit, written when all of it is done
+DONE = "reproduced.json"  # a row's result, seconds, commit and inputs, written when it is finished
 
 LOCKS = ".locks"
 
 
 @dataclass(frozen=True)
 class Material:
-    """What every row is trained and scored on; source says it in words."""
+    """What every row is trained and scored on; source: the same in words."""
 
     source: str
     features: Path
@@ -216,13 +223,81 @@ def run_of(out: Path, row: Row, seed: int) -> Path:
     return out / f"{row.folder}-{seed}"
 
 
-def finished(out: Path, jobs: Sequence[Job]) -> dict[tuple[str, int], dict[str, Any]]:
-    """{"result", "seconds", "commit"} of what is done, by row and seed."""
-    found = {}
+def inputs_of(
+    material: Material, jobs: Sequence[Job], settings: Mapping[str, Any]
+) -> dict[Job, dict[str, Any]]:
+    """Everything that the result of each row and seed depends on.
+
+    settings: of every row whose recipe has them. Raises MmdistError for a setting that no row has,
+    and for annotations or features that cannot be used.
+    """
+    train, val, test = (
+        load_annotations(path, durations=material.durations, protocol=material.protocol)
+        if path is not None
+        else []
+        for path in (material.train, material.val, material.test)
+    )
+    modalities: Sequence[str] = [m for m in BOTH if any(m in row.modalities for row, _ in jobs)]
+    places = places_of(modalities, material.features, material.flow_features)
+    videos = [a.video for a in (*train, *val, *test)]
+    read = load_features(places, videos, length=1).digests  # of what is read, whatever the length
+    words = {word for a in train for word in tokenize(a.sentence)}
+    digests = {
+        "annotations (train)": annotations_digest(train, moments=not val),
+        "annotations (validation)": annotations_digest(val),
+        "annotations (test)": annotations_digest(test),
+        "word vectors": material.word_vectors.limited(words).digest,
+    }
+    queries = len(train if val else carve_validation(train, CARVED_FRACTION).train)
+    own = {row.name: _settings(row, material, settings, queries) for row, _ in jobs}
+    unknown = sorted(set(settings) - {name for given in own.values() for name in given})
+    if unknown:
+        raise MmdistError(f"No row has a setting {unknown[0]!r}; see mmdist train --help.")
+    inputs = {}
     for row, seed in jobs:
+        modalities = BOTH if row.taught else row.modalities
+        features = {f"features ({modality})": read[modality] for modality in modalities}
+        taught = {"teacher's settings": digest_of(own[TEACHER.name])} if row.taught else {}
+        inputs[row, seed] = {
+            "settings": own[row.name] | {"seed": seed, "protocol": material.protocol},
+            "digests": digests | features | taught,
+        }
+    return inputs
+
+
+def _settings(
+    row: Row, material: Material, settings: Mapping[str, Any], queries: int
+) -> dict[str, Any]:
+    """Every setting of a row by its name, whatever the shape of features and words."""
+    shape = {"feature_dim": 1, "word_dim": 1, "vocabulary_size": 1, "channels": (1, 1)}
+    length = int(settings.get("length", material.length))
+    recipe = get_recipe(row.recipe)(**shape, length=length, queries=queries)
+    given = {k: v for k, v in settings.items() if k in recipe.homes and k != "length"}
+    return recipe_settings(recipe.overridden({**given, **row.settings}))
+
+
+def finished(
+    out: Path, inputs: Mapping[Job, Mapping[str, Any]]
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """{"result", "seconds", "commit", "inputs"} of the finished runs, by row and seed.
+
+    Raises MmdistError when a run was made from other inputs.
+    """
+    found, others = {}, []
+    for (row, seed), wanted in inputs.items():
         path = run_of(out, row, seed) / DONE
-        if path.is_file():
-            found[row.name, seed] = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            continue
+        done = json.loads(path.read_text(encoding="utf-8"))
+        unlike = input_differences(done.get("inputs", {}), wanted)
+        if unlike:
+            others.append(f"{path.parent.name} ({'; '.join(unlike)})")
+        found[row.name, seed] = done
+    if others:
+        raise MmdistError(
+            f"'{out}' holds {len(others)} finished runs of other inputs: {', '.join(others)}. Give "
+            f"another --out or delete those folders."
+        )
     return found
 
 
@@ -235,72 +310,52 @@ def reproduce(
     commit: str,
     progress: Progress | None = None,
     told: Callable[[str], None] = lambda line: None,
-) -> dict[str, str]:
-    """Train and score what is not yet done; rewrites out/table.md after each.
+) -> tuple[str, dict[str, str]]:
+    """Train and score what is not finished; rewrites out/table.md after each row.
 
-    settings: of every row whose recipe has them. commit: of the code, kept beside the figures.
-    Returns, by row and seed, why it failed; the others are done all the same. What another call
-    is training is passed over. Raises MmdistError for a setting that no row has, and where
-    annotations or features cannot be read at all.
+    settings: of every row whose recipe has them. commit: of the code, stored with the result.
+    Returns the table and, by row and seed, why it failed; the others are done all the same. What
+    another call is training is skipped. Raises MmdistError as `inputs_of` and `finished`.
     """
-    unknown = sorted(set(settings) - {name for row, _ in jobs for name in _names(row)})
-    if unknown:
-        raise MmdistError(f"No row has a setting {unknown[0]!r}; see mmdist train --help.")
     check_out(out)
-    _check(material, {modality for row, _ in jobs for modality in row.modalities})
-    (out / LOCKS).mkdir(parents=True, exist_ok=True)
+    inputs = inputs_of(material, jobs, settings)
+    finished(out, inputs)
+    locks = out / LOCKS  # the system releases a lock when the process that holds it ends
+    locks.mkdir(parents=True, exist_ok=True)
+
+    def write_table() -> str:
+        lines = table(finished(out, inputs), jobs, material.source)
+        write_atomically(out / "table.md", lines.encode())
+        return lines
+
     failed: dict[str, str] = {}
     for row, seed in jobs:
         run, label = run_of(out, row, seed), f"{row.name}, seed {seed}"
         try:
-            if row.taught:  # a teacher that another call is at: its students wait
-                with FileLock(_lock(out, TEACHER, seed)):
+            if row.taught:  # another call may be training its teacher
+                with FileLock(locks / run_of(out, TEACHER, seed).name):
                     pass
-            with FileLock(_lock(out, row, seed), timeout=0):
+            with FileLock(locks / run.name, timeout=0):
                 if (run / DONE).is_file():
                     continue
                 start = time.monotonic()
-                result = _train_and_score(material, row, seed, out, settings, progress)
+                names = inputs[row, seed]["settings"]
+                own = {name: value for name, value in settings.items() if name in names}
+                result = _train_and_score(material, row, seed, out, own, progress)
                 seconds = round(time.monotonic() - start, 1)
-                write_json(run / DONE, {"result": result, "seconds": seconds, "commit": commit})
+                done = {"result": result, "seconds": seconds, "commit": commit}
+                write_json(run / DONE, done | {"inputs": inputs[row, seed]})
         except Timeout:
-            told(f"{label}: another call is at it")
+            told(f"{label}: another call is training it")
             continue
         except MmdistError as error:
             failed[label] = str(error)
             told(f"{label} failed: {error}")
             continue
         told(f"{label}: R@1 at IoU 0.5 {result['metrics'][JUDGED]:.2f} ({seconds:.0f} s)")
-        _write_table(out, jobs, material)
-    _write_table(out, jobs, material)  # of these rows, whatever another call wrote
-    return failed
-
-
-def _write_table(out: Path, jobs: Sequence[Job], material: Material) -> None:
-    lines = table(finished(out, jobs), jobs, material.source)
-    write_atomically(out / "table.md", lines.encode())
-
-
-def _lock(out: Path, row: Row, seed: int) -> Path:
-    """A file that says who is at a run; it is let go when its process ends, however it ends."""
-    return out / LOCKS / f"{row.folder}-{seed}"
-
-
-def _check(material: Material, modalities: Collection[str]) -> None:
-    """One sentence for a missing file, not one a row."""
-    for path in (material.train, material.val, material.test):
-        if path is not None:
-            load_annotations(path, durations=material.durations, protocol=material.protocol)
-    places = places_of(sorted(modalities), material.features, material.flow_features)
-    for modality, path in places.items():
-        with open_features(path, modality):
-            pass
-
-
-def _names(row: Row) -> set[str]:
-    """The settings of a row's recipe."""
-    shape = {"feature_dim": 2, "word_dim": 2, "vocabulary_size": 2}
-    return set(get_recipe(row.recipe)(**shape, channels=(1, 1)).homes)
+        write_table()
+    # Again at the end: another call may have finished some of these rows.
+    return write_table(), failed
 
 
 def _train_and_score(
@@ -311,33 +366,30 @@ def _train_and_score(
     settings: Mapping[str, Any],
     progress: Progress | None,
 ) -> dict[str, Any]:
-    run = run_of(out, row, seed)
-    own = {name: value for name, value in settings.items() if name in _names(row)}
+    run, teacher = run_of(out, row, seed), run_of(out, TEACHER, seed)
+    if row.taught and not (teacher / DONE).is_file():
+        raise MmdistError(f"its teacher '{teacher}' is not finished.")
+    shared: dict[str, Any] = {
+        "features_path": material.features,
+        "flow_features_path": material.flow_features,
+        "durations": material.durations,
+        "protocol": material.protocol,
+        "device": material.device,
+        "progress": progress,
+    }
     train_run(
         recipe_name=row.recipe,
-        features_path=material.features,
-        flow_features_path=material.flow_features,
         train_path=material.train,
         val_path=material.val,
         out=run,
         seed=seed,
         word_vectors=material.word_vectors,
-        durations=material.durations,
-        protocol=material.protocol,
         modalities=row.modalities,
-        teacher=run_of(out, TEACHER, seed) if row.taught else None,
+        teacher=teacher if row.taught else None,
         length=material.length,
-        overrides={**own, **row.settings},
-        device=material.device,
-        progress=progress,
+        overrides={**settings, **row.settings},
+        more_epochs=False,
+        **shared,
     )
-    return evaluate_run(
-        run,
-        features_path=material.features,
-        flow_features_path=material.flow_features,
-        annotations_path=material.test,
-        durations=material.durations,
-        protocol=material.protocol,
-        device=material.device,
-        progress=progress,
-    )
+    result = evaluate_run(run, annotations_path=material.test, **shared)
+    return {name: value for name, value in result.items() if name != "out"}

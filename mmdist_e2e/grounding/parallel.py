@@ -1,61 +1,53 @@
-"""One training over several processes, a GPU each, started by torchrun.
+"""One training over several processes, one GPU each, started by torchrun.
 
 Every process collates the same global batch with the same masked words, keeps its own share of
-rows, and stands its videos against the sentences of all. So the loss is that of one process.
+rows, and compares its videos with the sentences of all. So the loss equals that of one process.
+DistributedDataParallel averages the gradients.
+
 Shape suffixes: B rows of this process, G rows of the global batch, D channels.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdist_e2e.grounding.data.batches import Batch
 from mmdist_e2e.structures import MmdistError
 
-ROW_FIELDS = (
-    "frames_BLF",
-    "words_BWE",
-    "ids_BW",
-    "is_word_BW",
-    "content_BW",
-    "videos_B",
-    "sentences_B",
-    "items_B",
-)
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """Which process this is; 0 where there is one."""
-    return dist.get_rank() if _running() else 0
-
-
-def _running() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.get_rank() if several() else 0
 
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Join the processes that torchrun started, if it did; gives this one's device.
+    """Join the processes that torchrun started, if it did; gives the device of this one.
 
-    Raises MmdistError when they are more than the GPUs of this machine.
+    Raises MmdistError when there are more processes than GPUs on this machine.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _running():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or several():
         yield device
         return
-    own = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = device.startswith("cuda")
     if on_gpu:
-        if own >= torch.cuda.device_count():
+        own, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if own >= count:
             raise MmdistError(
-                f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here; "
-                f"lower --nproc-per-node."
+                f"torchrun started more processes than this machine has GPUs ({count}); lower "
+                f"--nproc-per-node."
             )
         device = f"cuda:{own}"
         torch.cuda.set_device(own)
@@ -68,86 +60,60 @@ def processes(device: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Peers:
-    """A batch's place among all processes' rows.
+    """The place of this process's rows in a global batch.
 
-    sizes: rows of every process. videos_G, sentences_G: of the global batch.
+    size: how many rows it has; 0 where there are more processes than rows. own_B: where they stand
+    in the global batch. videos_G, sentences_G: of the global batch.
     """
 
-    sizes: tuple[int, ...]
+    size: int
+    own_B: Tensor
     videos_G: Tensor
     sentences_G: Tensor
 
     @property
     def weight(self) -> float:
-        """What a mean over this process's rows counts for in the mean over processes."""
-        return self.sizes[rank()] * len(self.sizes) / len(self.videos_G)
-
-    def own(self, rows: int) -> Tensor:
-        """[B]: where this process's rows stand in the global batch."""
-        start = sum(self.sizes[: rank()])
-        index = torch.arange(start, start + rows, device=self.videos_G.device)
-        return index.clamp_max(len(self.videos_G) - 1)
+        """The weight of a mean over the rows of this process in the mean over processes."""
+        return self.size * dist.get_world_size() / len(self.videos_G)
 
     def gather(self, rows_BD: Tensor) -> Tensor:
-        """[G, D]: the rows of all processes in order; gradients flow back to where they came from.
+        """[G, D]: the rows of all processes; gradients flow back to where they came from."""
+        empty_GD = rows_BD.new_zeros(len(self.videos_G), rows_BD.shape[1])
+        own_GD = empty_GD.index_copy(0, self.own_B[: self.size], rows_BD[: self.size])
+        every_GD: Tensor = _Sum.apply(own_GD)
+        return every_GD
 
-        Every process sends as many rows as the largest has.
-        """
-        most = max(self.sizes)
-        missing = most - len(rows_BD)
-        padded = torch.cat([rows_BD, rows_BD.new_zeros(missing, rows_BD.shape[1])])
-        parts = _Gather.apply(padded)
-        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+    def mean(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Means over the global batch from the means of every process."""
+        stacked = torch.stack([term.detach().float() for term in terms.values()]) * self.weight
+        dist.all_reduce(stacked)
+        return dict(zip(terms, stacked / dist.get_world_size(), strict=True))
 
 
-class _Gather(torch.autograd.Function):
-    """all_gather; backward sums what every process asks of this one's rows."""
-
-    @staticmethod
-    def forward(ctx: object, rows: Tensor) -> tuple[Tensor, ...]:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return tuple(parts)
+class _Sum(torch.autograd.Function):
+    """A sum over processes, with gradients (torch's own is deprecated for a private module)."""
 
     @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        every = torch.stack(gradients)
-        dist.all_reduce(every)
-        return every[dist.get_rank()]
+    def forward(ctx: object, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
 
 
 def share(batch: Batch, masked_GW: Tensor) -> tuple[Batch, Tensor, Peers | None]:
-    """This process's rows of a global batch, their masked words, and its place among the others.
+    """The rows of this process in a global batch, their masked words, and their place in it.
 
-    A process without rows (more processes than rows) takes the first one, which then counts 0.
+    A process without rows takes the first row, with the weight 0.
     """
-    if not _running():
+    if not several():
         return batch, masked_GW, None
-    total, world = len(batch.frames_BLF), dist.get_world_size()
-    sizes = tuple(total // world + (r < total % world) for r in range(world))
-    start = sum(sizes[: rank()])
-    rows = slice(start, start + sizes[rank()]) if sizes[rank()] else slice(0, 1)
-    part = replace(batch, **{name: getattr(batch, name)[rows] for name in ROW_FIELDS})
-    return part, masked_GW[rows], Peers(sizes, batch.videos_B, batch.sentences_B)
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes, in one call."""
-    if not _running():
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    means = torch.split(flat, [gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
-
-
-def mean_over_processes(values: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """Means over the global batch from every process's own, which count by `weight`."""
-    if not _running():
-        return values
-    stacked = torch.stack([value.detach().float() * weight for value in values.values()])
-    dist.all_reduce(stacked)
-    return dict(zip(values, stacked / dist.get_world_size(), strict=True))
+    every_G = torch.arange(len(masked_GW), device=masked_GW.device)
+    own_B = every_G.tensor_split(dist.get_world_size())[rank()]
+    size = len(own_B)
+    own_B = own_B if size else every_G[:1]
+    peers = Peers(size, own_B, batch.videos_B, batch.sentences_B)
+    return batch.rows(own_B), masked_GW[own_B], peers

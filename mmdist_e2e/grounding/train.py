@@ -1,7 +1,8 @@
 """One training loop for all recipes: features and sentences in, a checkpoint folder out.
 
-The same call gives the same bits on one device, and an interrupted run, called again, ends with
-the bits of an uninterrupted one. A student first asks its teacher about every training pair.
+The same call gives the same bits on one device, and an interrupted run that is resumed ends with
+the bits of an uninterrupted one. A run is resumed or reported as finished only for the inputs that
+it was started with. A student first asks its teacher about every training pair.
 
 Shape suffixes: Q queries, B batch, L positions, D channels.
 """
@@ -9,31 +10,34 @@ Shape suffixes: Q queries, B batch, L positions, D channels.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from mmdist_e2e.grounding.answer import (
-    INFERENCE_BATCH,
-    GroundingModel,
-    Progress,
-    predict,
-    score_proposals,
+from mmdist_e2e.grounding.answer import Progress
+from mmdist_e2e.grounding.checkpoint import (
+    CONFIG,
+    MODEL,
+    annotations_digest,
+    continuation,
+    model_digest,
+    recipe_settings,
+    refuse_other,
+    save_checkpoint,
 )
-from mmdist_e2e.grounding.checkpoint import load_checkpoint, save_checkpoint
-from mmdist_e2e.grounding.config import Recipe, TrainingConfig, get_recipe
+from mmdist_e2e.grounding.config import Count, Recipe, TrainingConfig, check_setting, get_recipe
 from mmdist_e2e.grounding.data.annotations import (
     Annotation,
     carve_validation,
@@ -44,120 +48,23 @@ from mmdist_e2e.grounding.data.annotations import (
 from mmdist_e2e.grounding.data.batches import Item, batches, draw_masks, make_items
 from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
 from mmdist_e2e.grounding.data.text import Vocabulary, tokenize
-from mmdist_e2e.grounding.evaluate import prediction_iou, recall_metrics
-from mmdist_e2e.grounding.losses import Taught, batch_loss
+from mmdist_e2e.grounding.evaluate import (
+    Windows,
+    annotations_of,
+    answer_items,
+    cut_long_videos,
+    prediction_iou,
+    recall_metrics,
+    video_seconds,
+)
+from mmdist_e2e.grounding.losses import BatchLoss
 from mmdist_e2e.grounding.network import build_network
-from mmdist_e2e.grounding.parallel import average_gradients, mean_over_processes, rank, share
+from mmdist_e2e.grounding.parallel import rank, several, share
+from mmdist_e2e.grounding.teacher import FILE as TEACHER
+from mmdist_e2e.grounding.teacher import TeacherAnswers, cached_answers, load_teacher
 from mmdist_e2e.store import check_out, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
-
-TENSORS = ("proposals_Q", "centers_Q", "widths_Q", "maps_QL")
-
-
-@dataclass(frozen=True)
-class TeacherAnswers:
-    """Of every training query, in the order of the annotations.
-
-    proposals_Q int64: k^T = argmax of Eq. 9. centers_Q, widths_Q: its span. maps_QL: m^T.
-    """
-
-    proposals_Q: Tensor
-    centers_Q: Tensor
-    widths_Q: Tensor
-    maps_QL: Tensor
-
-    def of(self, queries_B: Tensor) -> Taught:
-        """The answers to a batch, where the batch lies."""
-        device = queries_B.device
-        return Taught(*(getattr(self, name)[queries_B.cpu()].to(device) for name in TENSORS))
-
-
-@torch.inference_mode()
-def teach(
-    teacher: GroundingModel,
-    annotations: Sequence[Annotation],
-    table: FeatureTable,
-    *,
-    progress: Progress | None = None,
-) -> TeacherAnswers:
-    """Ask a teacher about the training pairs: eval mode, fixed masks, so no seed enters.
-
-    table: features of the teacher's modalities. Raises MmdistError when they were made otherwise.
-    """
-    teacher.check_table(table)
-    model = teacher.model.to(table.data_VLF.device).eval()
-    items: list[Item] = make_items(annotations, table, teacher.vocabulary)
-    parts: list[tuple[Tensor, ...]] = []
-    done = 0
-    for batch in batches(items, table, INFERENCE_BATCH, range(len(items))):
-        proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-        scored = score_proposals(model, batch, proposals)
-        best_B = scored.scores_BK.argmax(dim=1)
-        rows = torch.arange(len(best_B), device=best_B.device)
-        maps_BL = model.activate(batch, proposals)
-        spans = scored.centers_BK[rows, best_B], scored.widths_BK[rows, best_B]
-        parts.append(tuple(t.cpu().clone() for t in (best_B, *spans, maps_BL)))
-        done += len(best_B)
-        if progress:
-            progress("asking the teacher", done, len(items))
-    return TeacherAnswers(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
-def cached_answers(
-    path: Path,
-    teacher: GroundingModel,
-    annotations: Sequence[Annotation],
-    table: FeatureTable,
-    *,
-    progress: Progress | None = None,
-) -> TeacherAnswers:
-    """`teach`, kept in `path` for the same teacher, pairs and features."""
-    identity = _identity(teacher, annotations, table)
-    if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("identity") == identity:
-                    return TeacherAnswers(*(file.get_tensor(name) for name in TENSORS))
-        except (OSError, SafetensorError):
-            pass  # damaged: asked again, and replaced
-    answers = teach(teacher, annotations, table, progress=progress)
-    tensors = {name: getattr(answers, name).contiguous() for name in TENSORS}
-    write_atomically(path, save(tensors, metadata={"identity": identity}))
-    return answers
-
-
-def _identity(
-    teacher: GroundingModel, annotations: Sequence[Annotation], table: FeatureTable
-) -> str:
-    """What the answers depend on."""
-    pairs = hashlib.sha256(repr([(a.video, a.sentence) for a in annotations]).encode())
-    tensors = {**teacher.model.state_dict(), "features": table.data_VLF}
-    return f"{tensors_digest(tensors)} {pairs.hexdigest()}"
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def check_teacher(teacher: GroundingModel, length: int) -> None:
-    """Raises MmdistError when a student of L positions cannot learn from this teacher."""
-    if teacher.model.local is None:
-        raise MmdistError(
-            f"A {teacher.recipe.name} has no activation map to learn from; give a run of "
-            f"mmdist train teacher (or baseline) as --teacher."
-        )
-    if teacher.recipe.model.length != length:
-        raise MmdistError(
-            f"The teacher reads {teacher.recipe.model.length} positions and the student "
-            f"{length}; give --length {teacher.recipe.model.length}."
-        )
-
 
 INITIAL_LEARNING_RATE = 1e-7
 
@@ -165,7 +72,9 @@ MAXIMUM_WARMUP = 400
 
 SEEDS_APART = 100_003  # a prime above any number of epochs: epochs of two seeds never coincide
 
-RANKS_APART = 2**40
+RANKS_APART = 2**49  # above every seed of one process
+
+MAXIMUM_SEED = 2**32
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of a parameter
 
@@ -209,7 +118,7 @@ class TrainingState:
 
 
 class Trainer:
-    """A model, its optimizer and how far they are, where the features lie."""
+    """A model, its optimizer and their progress, on the device of the features."""
 
     def __init__(
         self,
@@ -221,11 +130,17 @@ class Trainer:
     ) -> None:
         """answers: the teacher's, of the same items, where the recipe is a student's."""
         assert (recipe.distill is None) == (answers is None)
+        if not 0 <= seed < MAXIMUM_SEED:
+            raise MmdistError(f"seed must be at least 0 and below 2**32; got {seed}.")
         self.recipe, self.items, self.table, self.seed = recipe, items, table, seed
         self.answers = answers
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = build_network(recipe).to(table.data_VLF.device)
+        self.loss: nn.Module = BatchLoss(self.model, recipe)
+        if several():
+            untrained = recipe.matching is not None and not recipe.matching.local_weight
+            self.loss = DistributedDataParallel(self.loss, find_unused_parameters=untrained)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=True)
         self.state = TrainingState()
         per_epoch = math.ceil(len(items) / recipe.training.batch_size)
@@ -252,21 +167,10 @@ class Trainer:
                 size = len(whole.frames_BLF)
                 bf16 = settings.precision == "bf16"
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    terms = batch_loss(
-                        self.model,
-                        batch,
-                        masked_BW,
-                        self.recipe.loss,
-                        self.recipe.matching,
-                        self.recipe.mutual,
-                        self.recipe.distill,
-                        self.answers.of(batch.items_B) if self.answers else None,
-                        peers,
-                        ratio=ratio,
-                    )
-                weight = peers.weight if peers else 1.0
-                self.update(terms["loss"] * weight)
-                terms = mean_over_processes(terms, weight)
+                    taught = self.answers.of(batch.items_B) if self.answers else None
+                    terms = self.loss(batch, masked_BW, ratio, taught, peers)
+                self.update(terms["loss"] * (peers.weight if peers else 1.0))
+                terms = peers.mean(terms) if peers else terms
                 done += size
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0) + value.detach() * size
@@ -283,7 +187,6 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        average_gradients(self.model.parameters())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.gradient_norm)
         self.optimizer.step()
         self.state.updates += 1
@@ -304,25 +207,9 @@ class Trainer:
         }
         write_atomically(path, save(tensors, metadata=meta))
 
-    def load_state(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Continue from `path`. Raises MmdistError when it is of another run."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            known, progress = json.loads(meta["identity"]), json.loads(meta["progress"])
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise MmdistError(
-                f"The training state '{path}' is damaged; delete its folder and train again."
-            ) from error
-        wanted = json.loads(json.dumps(identity))
-        changed = sorted(k for k in wanted.keys() | known.keys() if wanted.get(k) != known.get(k))
-        if changed:
-            raise MmdistError(
-                f"'{path.parent}' holds a training run that differs in {', '.join(changed)}; give "
-                f"another --out, or delete that folder."
-            )
-        self.state = TrainingState(**progress)
+    def load_state(self, path: Path) -> None:
+        """Continue from what `save_state` wrote. Raises MmdistError as `read_state`."""
+        _, self.state, tensors = read_state(path)
         for name, parameter in self.model.named_parameters():
             parameter.data.copy_(tensors[f"model.{name}"])
             if f"{MOMENTS[0]}.{name}" in tensors:
@@ -332,9 +219,21 @@ class Trainer:
                 }
 
 
-STATE, HISTORY, LOG, LAST = "state.safetensors", "history.json", "log.csv", "last"
+def read_state(path: Path) -> tuple[dict[str, Any], TrainingState, dict[str, Tensor]]:
+    """Inputs, progress and tensors of a saved run. Raises MmdistError when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        state = TrainingState(**json.loads(meta["progress"]))
+        return json.loads(meta["identity"]), state, tensors
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise MmdistError(
+            f"The training state '{path}' is damaged; delete its folder and train again."
+        ) from error
 
-TEACHER = "teacher.safetensors"  # its answers to the training pairs
+
+STATE, HISTORY, LOG, LAST = "state.safetensors", "history.json", "log.csv", "last"
 
 CARVED_FRACTION = 0.1
 
@@ -347,9 +246,14 @@ SELECTED_BY = {
 WATCHED = {"R@1,IoU=0.5": "R@1", "R@5,IoU=0.5": "R@5", "mIoU": "mIoU"}  # in progress
 
 
-def validate(trainer: Trainer, items: Sequence[Item], table: FeatureTable) -> dict[str, float]:
-    """R@n, mIoU, and L_rec[k*] averaged over queries: `loss`, which knows no timestamps."""
-    predictions = predict(trainer.model, items, table, precision=trainer.recipe.training.precision)
+def validate(
+    trainer: Trainer, items: Sequence[Item], windows: Windows | None = None
+) -> dict[str, float]:
+    """R@n and mIoU, as `mmdist evaluate` gives them; and L_rec[k*], averaged over queries.
+
+    The last, `loss`, needs no timestamps.
+    """
+    predictions = answer_items(trainer.model, items, trainer.table, windows)
     metrics = recall_metrics(prediction_iou(predictions, items))
     return metrics | {"loss": float(predictions.losses.min(axis=1).mean())}
 
@@ -380,19 +284,25 @@ def train_run(
     teacher: Path | None = None,
     length: int = 64,
     overrides: Mapping[str, Any] | None = None,
+    more_epochs: bool = True,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train a recipe from features and sentences; `out` becomes the best epoch's checkpoint.
 
     Writes out/ (best), out/last/ (last epoch), out/history.json, out/log.csv, and
-    out/state.safetensors (to resume by calling again). carve: without `val_path` this share of the
-    training videos is set aside as validation; 0: no validation, the last epoch. modalities:
-    what the network reads; flow_features_path: where flow lies, if not beside RGB. teacher: the
-    run that a student learns from; its modalities are looked for in the same places. overrides:
-    settings of the recipe by name. Returns a summary.
-    Training reads videos and sentences; timestamps of the validation split are used only by
-    `select_by="val_recall"`. Raises MmdistError for unusable input.
+    out/state.safetensors. A second call with the same inputs resumes or, with more epochs,
+    continues the run; a finished run is left as it is.
+
+    carve: without `val_path`, the share of training videos set aside as validation; 0: no
+    validation, the last epoch is taken. modalities: what the network reads; flow_features_path: of
+    flow, if not stored with RGB. teacher: the run that a student learns from; its features are read
+    from the same paths. overrides: settings of the recipe by name. more_epochs: whether a run may
+    be continued past the epochs that it was started with. Returns a summary.
+
+    Timestamps are read for the figures of validation alone; they choose the checkpoint only with
+    `select_by="val_recall"`. Raises MmdistError for unusable input, and when `out` holds a run of
+    other inputs.
     """
     check_out(out)
     train_annotations = load_annotations(train_path, durations=durations, protocol=protocol)
@@ -408,11 +318,11 @@ def train_run(
     word_vectors = word_vectors.limited(w for s in sentences for w in tokenize(s))
     vocabulary = Vocabulary.from_sentences(sentences, word_vectors)
     overrides = dict(overrides or {})
-    length = int(overrides.pop("length", length))
+    length = overrides.pop("length", length)
+    check_setting("length", length, Count)
+    places = places_of(modalities, features_path, flow_features_path)
     videos = [a.video for a in (*train_annotations, *val_annotations)]
-    table = load_features(
-        places_of(modalities, features_path, flow_features_path), videos, length=length
-    ).to(device)
+    table = load_features(places, videos, length=length).to(device)
     recipe = get_recipe(recipe_name)(
         feature_dim=table.data_VLF.shape[2],
         word_dim=word_vectors.dim,
@@ -421,49 +331,70 @@ def train_run(
         queries=len(train_annotations),
         channels=tuple(table.channels.values()),
     ).overridden(overrides)
-    answers = None
-    if recipe.distill is not None:
-        answers = _ask(
-            teacher,
-            places=lambda each: places_of(each, features_path, flow_features_path),
-            annotations=train_annotations,
-            length=length,
-            device=device,
-            cache=out / TEACHER,
-            progress=progress,
-        )
     if not val_annotations and recipe.training.select_by != "last":
         recipe = recipe.overridden({"select_by": "last"})
     items = make_items(train_annotations, table, vocabulary)
     val_items = make_items(val_annotations, table, vocabulary)
-
-    # A carved split is a part of the file whose protocol is named.
-    named = [*items, *([] if val_path else val_items)]
-    known = [replace(i.annotation, duration_seconds=i.duration_seconds) for i in named]
-    source = world_of(train_path) or f"{len(items)} sentences of {protocol_of(train_path, known)}"
-    trainer = Trainer(recipe, items, table, seed, answers)
-    identity = {
-        "recipe": recipe.to_json(),
-        "seed": seed,
-        "training sentences": len(items),
-        "validation": where,
-        "features": {modality: dict(matters) for modality, matters in table.matters.items()},
-        "teacher": tensors_digest(vars(answers)) if answers else None,
+    digests = {
+        "annotations (train)": annotations_digest(train_annotations, moments=False),
+        "annotations (validation)": annotations_digest(val_annotations),
         "word vectors": word_vectors.digest,
+        **{f"features ({modality})": digest for modality, digest in table.digests.items()},
     }
+    if recipe.distill is not None:
+        trained, taught_table = load_teacher(
+            teacher, train_annotations, features_path, flow_features_path, length
+        )
+        digests["teacher"] = model_digest(trained)
+        for modality, digest in taught_table.digests.items():
+            digests[f"features for the teacher ({modality})"] = digest
+    carved = carve if carve and not val_path else None
+    inputs = {
+        "settings": recipe_settings(recipe) | {"seed": seed, "carve": carved},
+        "digests": digests,
+        "continued": [],
+    }
+    summary = {
+        "out": str(out),
+        "recipe": recipe.name,
+        "seed": seed,
+        "queries": len(items),
+        "vocabulary": len(vocabulary),
+        "selected_by": SELECTED_BY[recipe.training.select_by].format(where),
+    }
+    state_path = out / STATE
+    found = _found(out, inputs, more_epochs=more_epochs)
+    if found is not None and found.epoch == recipe.training.epochs:
+        return summary | _progress(found, inputs, how="finished before")
+
+    answers = None
+    if recipe.distill is not None:
+        taught_table = taught_table.to(device)
+        answers = cached_answers(
+            out / TEACHER, trained, train_annotations, taught_table, progress=progress
+        )
+    trainer = Trainer(recipe, items, table, seed, answers)
+    longest = max(video_seconds(item, table) for item in items)
+    windows = cut_long_videos(val_items, table, places, longest_seconds=longest)
+    # A carved split is a part of the file whose protocol is named.
+    known = annotations_of([*items, *([] if val_path else val_items)])
+    source = world_of(train_path) or f"{len(items)} sentences of {protocol_of(train_path, known)}"
     facts = {
         "seed": seed,
         "trained_on": source,
         "queries": len(train_annotations),
-        "selected_by": SELECTED_BY[recipe.training.select_by].format(where),
-        "carved": carve if carve and not val_path else None,
-        "longest_duration_seconds": max(item.duration_seconds for item in items),
+        "selected_by": summary["selected_by"],
+        "carved": carved,
+        "longest_duration_seconds": longest,
         "training": recipe.to_json()["training"] | {"warmup_updates": trainer.warmup},
+        "inputs": digests,
+        **({"continued": inputs["continued"]} if inputs["continued"] else {}),
     }
-    state_path = out / STATE
-    if state_path.is_file():
-        trainer.load_state(state_path, identity)
-    for epoch, validation in _epochs(trainer, val_items, progress):
+    if found is not None:
+        trainer.load_state(state_path)
+    elif rank() == 0:  # from now on, `out` is a run of these inputs
+        trainer.save_state(state_path, inputs)
+    for epoch, validation in _epochs(trainer, val_items, windows, progress):
         state = trainer.state
         score = _score(recipe.training, epoch, validation)
         saved: dict[str, Any] = {
@@ -476,7 +407,7 @@ def train_run(
         best = score > state.best_score
         if best:
             state.best_score, state.best_epoch = score, epoch
-        if rank() != 0:  # of several processes, which all hold the same, one writes
+        if rank() != 0:  # all processes hold the same weights, and one writes
             continue
         if best:
             save_checkpoint(out, **saved, facts=now)
@@ -485,59 +416,79 @@ def train_run(
         write_json(out / HISTORY, state.history)
         write_atomically(out / LOG, _csv(state.history).encode())
         # Last, so that a run killed before it repeats the whole epoch.
-        trainer.save_state(state_path, identity)
-    state = trainer.state
+        trainer.save_state(state_path, inputs)
+    how = f"resumed after epoch {found.epoch}" if found is not None and found.epoch else "trained"
+    return summary | _progress(trainer.state, inputs, how=how)
+
+
+def _progress(state: TrainingState, inputs: Mapping[str, Any], *, how: str) -> dict[str, Any]:
+    """The summary's part on progress; how: whether this call trained, resumed or found the run."""
     return {
-        "out": str(out),
-        "recipe": recipe.name,
-        "seed": seed,
         "epochs": state.epoch,
         "updates": state.updates,
-        "queries": len(items),
-        "vocabulary": len(vocabulary),
         "best_epoch": state.best_epoch,
-        "selected_by": facts["selected_by"],
         "validation": state.history[state.best_epoch - 1]["validation"],
         "history": state.history,
+        "continued": [continuation(**each) for each in inputs["continued"]],
+        "how": how,
     }
 
 
-def _ask(
-    teacher: Path | None,
-    *,
-    places: Callable[[Sequence[str]], Mapping[str, Path]],
-    annotations: Sequence[Annotation],
-    length: int,
-    device: str,
-    cache: Path,
-    progress: Progress | None,
-) -> TeacherAnswers:
-    """The teacher's answers to the training pairs; `places` tells where its modalities lie."""
-    if teacher is None:
+def _found(out: Path, inputs: dict[str, Any], *, more_epochs: bool) -> TrainingState | None:
+    """The progress of the run in `out`; None where there is none.
+
+    A run that shall have more epochs than it was started with is continued, and
+    `inputs["continued"]` records it. Raises MmdistError when `out` holds a run of other inputs or
+    of more epochs, or a checkpoint without a training state.
+    """
+    another = "Give another --out or delete that folder."
+    if not (out / STATE).is_file():
+        if (out / CONFIG).is_file():
+            raise MmdistError(f"'{out}' holds a checkpoint without its training state. {another}")
+        return None
+    known, state, _ = read_state(out / STATE)
+    if not state.epoch and not (out / CONFIG).is_file():
+        return None  # killed before anything was made
+    epochs = planned = inputs["settings"]["epochs"]
+    if "digests" in known and more_epochs:
+        inputs["continued"] = known["continued"]
+        planned = known["settings"]["epochs"]
+        known["settings"]["epochs"] = epochs
+    refuse_other(f"'{out}' holds a training run", known, json.loads(json.dumps(inputs)))
+    if state.epoch and not all((out / name).is_file() for name in (CONFIG, MODEL)):
+        raise MmdistError(f"'{out}' holds a training state without its checkpoint. {another}")
+    if epochs != planned and epochs <= state.epoch:
         raise MmdistError(
-            "A student needs a teacher; give --teacher RUN, a run of mmdist train teacher."
+            f"'{out}' holds a run of {state.epoch} of {planned} epochs, and {epochs} are wanted; "
+            f"ask for more than {state.epoch} with --epochs, or give another --out."
         )
-    trained = load_checkpoint(teacher)
-    check_teacher(trained, length)
-    wanted = [annotation.video for annotation in annotations]
-    table = load_features(places(trained.modalities), wanted, length=length).to(device)
-    return cached_answers(cache, trained, annotations, table, progress=progress)
+    if epochs != planned and state.epoch:
+        now = {"epoch": state.epoch, "planned": planned, "epochs": epochs}
+        inputs["continued"] = [*known["continued"], now]
+    return state
 
 
 def _epochs(
-    trainer: Trainer, val_items: Sequence[Item], progress: Progress | None
+    trainer: Trainer,
+    val_items: Sequence[Item],
+    windows: Windows | None,
+    progress: Progress | None,
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Train what is left of the epochs; after each, its number and validation."""
+    """Train the remaining epochs; after each, its number and validation.
+
+    Raises MmdistError, before anything of the epoch is saved, when a loss or weight is not finite.
+    """
     epochs = trainer.recipe.training.epochs
     while trainer.state.epoch < epochs:
         losses = trainer.run_epoch(progress)
-        if not math.isfinite(losses["loss"]):
-            raise MmdistError(
-                f"The loss is no longer finite in epoch {trainer.state.epoch}; lower the learning "
-                f"rate, or look for extreme values in the features."
-            )
-        validation = validate(trainer, val_items, trainer.table) if val_items else {}
         epoch = trainer.state.epoch
+        weights = all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+        validation = validate(trainer, val_items, windows) if val_items and weights else {}
+        if not weights or not all(map(math.isfinite, (*losses.values(), *validation.values()))):
+            raise MmdistError(
+                f"The loss is no longer finite in epoch {epoch}; lower the learning rate, or look "
+                f"for extreme values in the features."
+            )
         trainer.state.history.append({"epoch": epoch, "losses": losses, "validation": validation})
         if progress:
             figures = {"loss": losses["loss"]}
@@ -548,7 +499,7 @@ def _epochs(
 
 
 def _csv(history: Sequence[Mapping[str, Any]]) -> str:
-    """One line an epoch: its number, every term of the loss, every figure of validation."""
+    """One line per epoch: its number, every term of the loss, every figure of validation."""
     rows = [
         {"epoch": entry["epoch"]}
         | entry["losses"]

@@ -1,7 +1,7 @@
-"""CPL's released checkpoints (Zheng et al., CVPR 2022) turned into checkpoint folders of ours.
+"""Converts CPL's released checkpoints (Zheng et al., CVPR 2022) to our checkpoint folders.
 
-The file is what CPL's public code writes: `model_parameters` (119 tensors under our own names),
-`config` and `num_updates`. The words' ids come from the `counter` of its glove.pkl.
+CPL's public code saves `model_parameters` (119 tensors, with our names), `config` and
+`num_updates`. The ids of words follow from the `counter` in its glove.pkl.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ from mmdist_e2e.weights.download import file_sha256, git_blob_sha1
 from mmdist_e2e.weights.registry import misfits
 from mmdist_e2e.weights.words import WordVectors, load_restricted
 
-LENGTH = 200  # CPL's published L
-
-# Our setting and where CPL's config has it. What a config lacks keeps the recipe's value, which
-# is that of CPL's published configuration.
+# Our setting and its place in CPL's config. Settings that a config lacks keep the recipe's values,
+# which are those of CPL's published configuration.
 SETTINGS = {
     "length": "dataset.max_num_frames",
     "heads": "model.config.DualTransformer.num_heads",
@@ -53,10 +51,10 @@ PUBLISHED_FEATURES: Mapping[str, Any] = Provenance.external("hdf5").matters
 
 @dataclass(frozen=True)
 class Dataset:
-    """What CPL was released for.
+    """A dataset that CPL has a checkpoint for.
 
-    model_id, vocabulary_id: ids of the released files as git objects.
-    longest_seconds: the longest video of CPL's training rows.
+    longest_seconds: its longest training video. model_id, vocabulary_id: ids of the released files
+    as git objects.
     """
 
     title: str
@@ -77,7 +75,7 @@ DATASETS = {
     "ActivityNet": Dataset(
         title="ActivityNet Captions",
         features="C3D on RGB, reduced to 500 channels by ActivityNet's own PCA",
-        longest_seconds=745.5,  # of the two validation splits: training's own are not at hand
+        longest_seconds=745.5,  # of the two validation splits; those of training are not available
         model_id="ced320db35e7109b9a17966be8ac2ef915749553",
         vocabulary_id="4384500e128d5c450b4b8de9e46f34b1223f8e64",
     ),
@@ -86,7 +84,7 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class Released:
-    """What a CPL checkpoint holds, read without running any code in it."""
+    """The content of a CPL checkpoint."""
 
     file: Path
     state: Mapping[str, Tensor]
@@ -94,7 +92,7 @@ class Released:
     updates: int | None
 
     def setting(self, path: str) -> Any:
-        """The value at a dotted path of CPL's config, None where there is none."""
+        """The value at a dotted path of CPL's config; None if there is none."""
         value: Any = self.settings
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -102,7 +100,7 @@ class Released:
 
     @property
     def dataset(self) -> Dataset:
-        """Raises MmdistError for another dataset than the two that CPL's code knows."""
+        """Raises MmdistError for a dataset that CPL's code does not have."""
         name = self.setting("dataset.dataset")
         if name not in DATASETS:
             raise MmdistError(
@@ -133,7 +131,7 @@ class Released:
             feature_dim=feature_dim,
             word_dim=word_dim,
             vocabulary_size=outputs - 1,
-            length=LENGTH,
+            length=200,
         )
         own = {ours: self.setting(theirs) for ours, theirs in SETTINGS.items()}
         shape = {
@@ -161,25 +159,24 @@ class Released:
 
 
 def read_cpl(file: Path) -> Released:
-    """Read a checkpoint of CPL's public code.
+    """Read a checkpoint of CPL's public code without running any code in it.
 
-    Raises MmdistError for a file that is missing, holds anything but tensors and plain values, or
-    is no such checkpoint.
+    Raises MmdistError for a file that is missing or holds anything else.
     """
     if not file.is_file():
         raise MmdistError(
-            f"There is no file '{file}'; fetch checkpoints/charades/model-best.pt of "
+            f"There is no file '{file}'; download checkpoints/charades/model-best.pt of "
             f"github.com/minghangz/cpl."
         )
     try:
         raw: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes read as a pickle raise anything at all
+    except Exception as error:  # damaged bytes, read as a pickle, can raise anything
         raise MmdistError(
             f"'{file}' is not a CPL checkpoint that can be opened without running its code; give "
-            f"the public file as it was fetched."
+            f"the public file as it was downloaded."
         ) from error
     parts = raw if isinstance(raw, Mapping) else {}
-    state, settings = parts.get("model_parameters"), parts.get("config")
+    state, settings, updates = map(parts.get, ("model_parameters", "config", "num_updates"))
     if not isinstance(settings, Mapping) or not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):  # fmt: skip
@@ -187,29 +184,22 @@ def read_cpl(file: Path) -> Released:
             f"'{file}' has no model_parameters and config, as a CPL checkpoint has; give CPL's "
             f"model-best.pt."
         )
-    updates = parts.get("num_updates")
     return Released(file, state, settings, updates if isinstance(updates, int) else None)
 
 
 def read_vocabulary(file: Path, size: int) -> Vocabulary:
-    """The `size` most frequent words of CPL's glove.pkl, ids by rank, ties by first appearance.
+    """The `size` most frequent words of CPL's glove.pkl: ids by rank, ties by first appearance.
 
-    CPL drops every other word from a query, so only these keep their vectors. Raises MmdistError
-    for a file that is no such pickle, or has too few words.
+    CPL drops all other words from a query. Raises MmdistError for a file that is no such pickle
+    or has too few words.
     """
-    if not file.is_file():
-        raise MmdistError(f"There is no vocabulary '{file}'; give CPL's glove.pkl.")
-    with file.open("rb") as stream:
-        is_pickle = stream.read(1) == b"\x80"  # every pickle since protocol 2 opens with PROTO
+    raw = load_restricted(file)
     try:
-        raw = load_restricted(file) if is_pickle else {}
         rows, table = raw["w2id"], raw["id2vec"]
         # most_common is stable: ties keep the order of first appearance.
         words = tuple(str(word) for word, _ in Counter(dict(raw["counter"])).most_common(size))
         vectors_VE = np.stack([np.asarray(table[rows[word]], dtype=np.float32) for word in words])
     except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
-        if isinstance(error, MmdistError):
-            raise
         raise MmdistError(
             f"'{file}' does not hold CPL's vocabulary (w2id, id2vec and counter); give the "
             f"glove.pkl that the checkpoint was trained with."
@@ -230,11 +220,11 @@ def convert_cpl(
     modality: str = "rgb",
     matters: Mapping[str, Any] = PUBLISHED_FEATURES,
 ) -> dict[str, Any]:
-    """Write a checkpoint folder that answers as the released network does.
+    """Write a checkpoint folder with the answers of the released network.
 
-    matters: the provenance its features must have; by default that of imported HDF5 files, since
-    CPL's published features are one. Returns facts: dataset, sha256, vocabulary (its size),
-    released (whether the file is known to be a released one).
+    matters: the provenance that features must have; by default that of imported HDF5 files, the
+    form of CPL's published features. Returns facts: dataset, sha256, vocabulary (its size),
+    released (whether the file is a known released one).
     Raises MmdistError for files that do not fit the network or each other.
     """
     check_out(out)
@@ -247,7 +237,14 @@ def convert_cpl(
             f"checkpoint reads {recipe.model.word_dim}; give the glove.pkl it was trained with."
         )
     is_released = git_blob_sha1(released.file) == dataset.model_id
-    _check_pair(dataset, vocabulary_file, is_released)
+    # Two known files must belong together: equal sizes do not prove it.
+    found = git_blob_sha1(vocabulary_file)
+    owner = next((d for d in DATASETS.values() if d.vocabulary_id == found), None)
+    if owner is not dataset and (owner is not None or is_released):
+        raise MmdistError(
+            f"'{vocabulary_file}' is not the vocabulary that CPL released for {dataset.title}"
+            f"{f' but that for {owner.title}' if owner else ''}; give the glove.pkl of its data."
+        )
     sha256 = file_sha256(released.file)
     facts = {
         "seed": "unknown",
@@ -272,17 +269,6 @@ def convert_cpl(
     }
 
 
-def _check_pair(dataset: Dataset, vocabulary_file: Path, is_released: bool) -> None:
-    """Two known files must belong together: sizes alone do not tell vocabularies apart."""
-    found = git_blob_sha1(vocabulary_file)
-    owner = next((d for d in DATASETS.values() if d.vocabulary_id == found), None)
-    if owner is not dataset and (owner is not None or is_released):
-        raise MmdistError(
-            f"'{vocabulary_file}' is not the vocabulary that CPL released for {dataset.title}"
-            f"{f' but that for {owner.title}' if owner else ''}; give the one beside its data."
-        )
-
-
 def _card(
     dataset: Dataset, recipe: Recipe, extractor: str, sha256: str, is_released: bool
 ) -> str:  # fmt: skip
@@ -295,12 +281,13 @@ def _card(
   SHA-256 {sha256}.
 - **Trained on**: {dataset.title}; sentences and videos only, no timestamps.
 - **Features**: in training {dataset.features}; {model.feature_dim} channels at {model.length}
-  positions. This folder takes features of `{extractor}`; converting again with or without
-  --extractor makes one for other features.
+  positions. This folder takes features of `{extractor}`; convert again with another --extractor
+  for other features.
 - **Words**: the {model.vocabulary_size} most frequent of CPL's glove.pkl, counted over training and
-  test sentences; any other word of a query is dropped, as CPL does.
-- **Chosen**: as CPL's code chooses its model-best.pt, the epoch of highest mIoU on the test split.
+  test sentences; all other words of a query are dropped, as in CPL.
+- **Selected**: by CPL's code, as the epoch of highest mIoU on the test split.
 - **Ranking**: by reconstruction alone, over every word, averaged over fixed masks; CPL draws its
-  masks at random, so its own answers differ a little from run to run.
-- **Limits**: moments are as long as its diversity prior asked for; on other videos it guesses.
+  masks at random, so its own answers differ slightly between runs.
+- **Limits**: the lengths of moments follow its diversity prior; answers on videos unlike its
+  training data are guesses.
 """

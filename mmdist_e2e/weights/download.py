@@ -1,30 +1,32 @@
-"""Fetching public weights and checking them against their digests."""
+"""Downloading public weights and checking them against their digests."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from mmdist_e2e.structures import MmdistError
+
+TIMEOUT_SECONDS = 60
+
+BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Entry:
-    r"""One set of weights of a video network.
+    r"""The weights of one video network.
 
     Attributes:
-        kind: "shipped" (a folder in the wheel) or "public" (fetched, or brought by its user).
-        facts: licence and origin, for people.
+        kind: "shipped" (a folder in the wheel) or "public" (downloaded, or supplied by the user).
+        facts: origin and licence, for people.
         config: the network's shape, preprocessing and sampling, as in a checkpoint's config.json.
         url: address of a public file.
-        git_sha1: its id as a git object, sha1 of b"blob <size>\\0" followed by the content.
-        sha256: of the content.
-        rename: turns a key of the public file into ours, where they differ.
+        git_sha1: the file's id as a git object: SHA-1 of b"blob <size>\\0" and the content.
+        sha256: SHA-256 of the content.
+        rename: converts a key of the public file to ours, where they differ.
     """
 
     name: str
@@ -38,20 +40,15 @@ class Entry:
 
     @property
     def has_digest(self) -> bool:
-        """Whether a download could be verified, and so may be made."""
+        """Whether a download can be verified; without a digest nothing is downloaded."""
         return self.git_sha1 is not None or self.sha256 is not None
-
-
-FETCH_TIMEOUT_SECONDS = 60
-
-FETCH_BLOCK_BYTES = 1 << 20
 
 
 def git_blob_sha1(path: Path) -> str:
     """The id of a file as a git object."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as stream:
-        while block := stream.read(FETCH_BLOCK_BYTES):
+        while block := stream.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
 
@@ -63,9 +60,9 @@ def file_sha256(path: Path) -> str:
 
 
 def check_digest(entry: Entry, path: Path) -> None:
-    """Compare a file with every digest that the entry knows.
+    """Compare a file with every digest of the entry.
 
-    Raises MmdistError for a wrong one, or a file that cannot be read.
+    Raises MmdistError when one differs, or when the file cannot be read.
     """
     for expected, compute in ((entry.git_sha1, git_blob_sha1), (entry.sha256, file_sha256)):
         if expected is None:
@@ -79,41 +76,56 @@ def check_digest(entry: Entry, path: Path) -> None:
         if actual != expected:
             raise MmdistError(
                 f"The file has the digest {actual}, not {expected}: it is not the file of the "
-                f"weights {entry.name!r}; fetch it again from {entry.url}."
+                f"weights {entry.name!r}; download it again from {entry.url}."
             )
 
 
-def fetch(entry: Entry, path: Path) -> None:
-    """Download an entry's file to `path` and verify it; a wrong file is never left behind.
+def fetch(entry: Entry, folder: Path) -> Path:
+    """Download an entry's file into an existing `folder` and verify it.
 
-    Raises MmdistError when the address cannot be reached or the content is not the expected one.
+    A file with a wrong digest is deleted. Raises MmdistError when the download fails or the
+    digest is wrong.
     """
+    import pooch
+
     assert entry.url is not None
     assert entry.has_digest
-    url = entry.url
-
-    def copy(stream: IO[bytes]) -> None:
-        request = urllib.request.Request(url, headers={"User-Agent": "mmdist"})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=FETCH_TIMEOUT_SECONDS) as answer:  # noqa: S310
-            while block := answer.read(FETCH_BLOCK_BYTES):
-                stream.write(block)
-
-    temporary = path.with_name(path.name + ".unverified")
+    pooch.get_logger().setLevel("ERROR")
+    raw = folder / "download.pt"
     try:
-        _download(copy, temporary, url, entry.name)
-        check_digest(entry, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _download(copy: Callable[[IO[bytes]], None], path: Path, url: str, name: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as stream:
-            copy(stream)
-    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        pooch.retrieve(
+            entry.url,
+            known_hash=entry.sha256 and f"sha256:{entry.sha256}",
+            fname=raw.name,
+            path=folder,
+            downloader=pooch.HTTPDownloader(timeout=TIMEOUT_SECONDS),
+        )
+    except OSError as error:  # those of requests are OSErrors without a number
+        advice = (
+            "connect to the network and try again, or use weights that need no download (see: "
+            "mmdist weights list)"
+            if error.errno is None
+            else "make room, or set MMDIST_CACHE to another folder"
+        )
         raise MmdistError(
-            f"The weights {name!r} could not be fetched from {url} ({error}); a network is needed "
-            f"once, or use a network that ships (mmdist weights list)."
+            f"The weights {entry.name!r} could not be downloaded from {entry.url} "
+            f"({_reason(error)}); {advice}."
         ) from error
+    except ValueError as error:  # pooch has deleted the file
+        raise MmdistError(
+            f"The file at {entry.url} is not the file of the weights {entry.name!r}: its SHA-256 "
+            f"is not {entry.sha256}; try again, and report it if that does not help."
+        ) from error
+    try:
+        check_digest(entry, raw)
+    except MmdistError:
+        raw.unlink(missing_ok=True)
+        raise
+    return raw
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in words; the outer messages of requests hold object addresses."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,8 +1,6 @@
 """TV-L1 optical flow (Zach, Pock & Bischof 2007): one function, several backends.
 
-The defaults are those of OpenCV's CUDA class, which Kinetics-I3D used. OpenCV's CPU class runs
-another algorithm by default; with the median filter off, one inner and 300 outer iterations it
-runs this one. Shapes: N pairs, H height, W width.
+Shapes: N pairs, H height, W width.
 """
 
 from __future__ import annotations
@@ -10,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdist_e2e.extractors.flow.opencv import _opencv, _opencv_cuda
+from mmdist_e2e.extractors.flow import opencv
 from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS, TVL1Settings, pyramid
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MmdistError, check_choice
 
 BACKENDS = ("auto", "native", "opencv", "opencv-cuda")
 
@@ -29,16 +27,16 @@ def tvl1(
 
     Args:
         first_NHW, second_NHW: grey images, uint8.
-        backend: "native" (ours: Numba on a CPU, Triton on a GPU), "opencv" (the CPU class of the
-            PyPI OpenCV), "opencv-cuda" (an OpenCV that you built with CUDA); "auto" is native.
-        device: where the native solver runs: "cpu", "cuda", "cuda:1", …
+        backend: "native" (Numba on a CPU, Triton on a GPU), "opencv" (the CPU class of the PyPI
+            OpenCV), "opencv-cuda" (an OpenCV that you built with CUDA); "auto" is native.
+        settings: by default those of OpenCV's CUDA class, which Kinetics-I3D used.
+        device: of the native solver: "cpu", "cuda", "cuda:1", …
 
     Returns [N, 2, H, W] float32: horizontal and vertical displacement in pixels.
-    Raises MmdistError for an unknown backend or one that is not there, images that do not match,
-    or sides below 16.
+    Raises MmdistError for an unknown or missing backend, images that do not match, or sides
+    below 16 pixels.
     """
-    if backend not in BACKENDS:
-        raise MmdistError(f"The flow backend {backend!r} is unknown; valid: {', '.join(BACKENDS)}.")
+    check_choice("The flow backend", backend, BACKENDS)
     if first_NHW.shape != second_NHW.shape or first_NHW.ndim != 3:
         raise MmdistError(
             f"Flow needs two stacks of grey images [N, H, W] of one shape; got "
@@ -46,22 +44,20 @@ def tvl1(
         )
     if first_NHW.dtype != np.uint8 or second_NHW.dtype != np.uint8:
         raise MmdistError("Flow needs uint8 images with intensities 0 to 255.")
-    if min(first_NHW.shape[1:]) < MINIMUM_SIDE_PIXELS:
-        height, width = first_NHW.shape[1:]
+    _, height, width = first_NHW.shape
+    if min(height, width) < MINIMUM_SIDE_PIXELS:
         raise MmdistError(
-            f"Flow needs at least {MINIMUM_SIDE_PIXELS} pixels a side; got {width}×{height}."
+            f"Flow needs at least {MINIMUM_SIDE_PIXELS} pixels per side; got {width}×{height}."
         )
     settings = settings or TVL1Settings()
-    if backend == "opencv":
-        return _opencv(first_NHW, second_NHW, settings)
-    if backend == "opencv-cuda":
-        return _opencv_cuda(first_NHW, second_NHW, settings)
-    _, height, width = first_NHW.shape
+    if backend.startswith("opencv"):
+        solve = opencv.solve if backend == "opencv" else opencv.solve_cuda
+        return solve(first_NHW, second_NHW, settings)
     sizes = pyramid(height, width, settings)
     if device.startswith("cuda"):
-        from mmdist_e2e.extractors.flow import gpu as tvl1_gpu
+        from mmdist_e2e.extractors.flow import gpu
 
-        return tvl1_gpu.solve_arrays(first_NHW, second_NHW, sizes, settings, device)
-    from mmdist_e2e.extractors.flow import cpu as tvl1_cpu
+        return gpu.solve_arrays(first_NHW, second_NHW, sizes, settings, device)
+    from mmdist_e2e.extractors.flow import cpu
 
-    return tvl1_cpu.solve(first_NHW, second_NHW, sizes, settings.native_iterations, settings)
+    return cpu.solve(first_NHW, second_NHW, sizes, settings)

@@ -1,60 +1,56 @@
-"""TV-L1 on the CPU, compiled by Numba: no compiler is needed on the user's machine.
+"""TV-L1 on the CPU, compiled by Numba: users need no compiler.
 
 The algorithm is that of OpenCV's CUDA class (Zach, Pock & Bischof 2007; Sánchez et al. 2013).
 Two things make it fast. Every loop runs over a row without branches, so that it becomes vector
 instructions. And all iterations of a warp pass over the image as one wavefront: iteration k is
-one row behind iteration k − 1, so the rows in flight stay in the core's cache.
+one row behind iteration k − 1, so the rows in use stay in the core's cache.
 
     iteration 0 works on rows  … s                    u of row s needs p of rows s − 1 and s;
     iteration 1 works on rows  … s − 1                p of row s − 1 needs u of rows s − 1 and s:
     iteration 2 works on rows  … s − 2                in this order each step is in place.
 
 Layout: `fields` is [10, H + 1, S], S > W: u, v; the warped image's gradient, 1/|∇I|² and ρ's
-constant; p11, p12, p21, p22. Row r of a dual variable lies in row r + 1 and column x in column
-x + 1; their first row and column stay zero, which is the boundary of the divergence. Rows are
-worked on in whole blocks of BLOCK columns, because what a vector loop leaves over is done one by
-one; columns from W on hold numbers that nothing inside reads but u[W], which repeats u[W − 1] so
-that the gradient is zero there.
+constant; p11, p12, p21, p22. Row r of a dual variable is stored in row r + 1 and column x in
+column x + 1; their first row and column stay zero, which is the boundary of the divergence. Rows
+are processed in whole blocks of BLOCK columns, since the rest of a vector loop runs one by one.
+Columns from W on hold unused numbers, except u[W], which repeats u[W − 1] so that the gradient is
+zero there.
 """
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.flow.settings import TVL1Settings
 
-
 BLOCK = 32
-
 PAD = 4  # the bicubic's reach outside the image, after clamping to two pixels outside
-
-# Below this squared gradient a pixel says nothing about motion (OpenCV's own threshold is the
-# smallest float's; flat patches of 8-bit images have exactly zero).
+# Pixels below this squared gradient say nothing about motion (OpenCV's own threshold is the
+# smallest float; flat patches of 8-bit images have exactly zero).
 FLAT = np.float32(1e-6)
 
-_compiled = njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
+_compiled = njit(fastmath=True, nogil=True, error_model="numpy")
 
 
 @_compiled
 def _primal_row(r, width, fields, bound, theta):
     """Thresholding step of row r, then u ← u + θ div p."""
-    u, v, gx, gy, inverse, constant = (
-        fields[0], fields[1], fields[2], fields[3], fields[4], fields[5],
-    )  # fmt: skip
+    u, v, gx, gy, inverse, rest = fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]
     p11, p12, p21, p22 = fields[6], fields[7], fields[8], fields[9]
     for x in range(width):
         a, b, ix, iy = u[r, x], v[r, x], gx[r, x], gy[r, x]
         # ρ/|∇I|² clipped to ±λθ is the three-case threshold in one.
-        step = (constant[r, x] + ix * a + iy * b) * inverse[r, x]
+        step = (rest[r, x] + ix * a + iy * b) * inverse[r, x]
         step = min(max(step, -bound), bound)
         div1 = (p11[r + 1, x + 1] - p11[r + 1, x]) + (p12[r + 1, x + 1] - p12[r, x + 1])
         div2 = (p21[r + 1, x + 1] - p21[r + 1, x]) + (p22[r + 1, x + 1] - p22[r, x + 1])
@@ -147,17 +143,13 @@ def _sample(typing_context, flat, offset, stride, tx, ty):
     fractions in [0, 1). Written as vector instructions, since a row of the 4 × 4 patch is 16
     numbers side by side and the compiler does not see that by itself.
     """
-    real = ir.FloatType()
-    fast = ("fast",)
+    real, fast = ir.FloatType(), ("fast",)
+    index = partial(ir.Constant, ir.IntType(32))
 
     def splat(builder, value, lanes):
         vector = ir.VectorType(real, lanes)
         one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, index(0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-        return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
-
-    def index(value):
-        return ir.Constant(ir.IntType(32), value)
+        return pick(builder, one, [0] * lanes)
 
     def pick(builder, vector, lanes):
         mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
@@ -200,9 +192,7 @@ def _sample(typing_context, flat, offset, stride, tx, ty):
 @_compiled
 def _warp(first, second4, height, width, fields):
     """Second image and gradients at x + u; ρ's constant I₁(x + u) − ∇I·u − I₀ and 1/|∇I|²."""
-    u, v, gx, gy, inverse, constant = (
-        fields[0], fields[1], fields[2], fields[3], fields[4], fields[5],
-    )  # fmt: skip
+    u, v, gx, gy, inverse, rest = fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]
     flat, stride = second4.reshape(-1), 4 * second4.shape[1]
     margin = np.float32(PAD - 1)
     low = np.float32(PAD - 3)  # two pixels outside the image, in the padded one less one
@@ -219,10 +209,18 @@ def _warp(first, second4, height, width, fields):
             square = ix * ix + iy * iy
             gx[y, x], gy[y, x] = ix, iy
             inverse[y, x] = np.float32(1) / square if square > FLAT else np.float32(0)
-            constant[y, x] = i - ix * a - iy * b - first[y, x]
+            rest[y, x] = i - ix * a - iy * b - first[y, x]
 
 
-@_compiled
+def _cached(function):
+    """As _compiled; kept on disk where Numba finds a writable folder (containers may have none)."""
+    try:
+        return njit(fastmath=True, nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:
+        return _compiled(function)
+
+
+@_cached
 def _solve(first, second, heights, widths, warps, iterations, upscale, lambda_, theta, tau, out):
     """One pair, coarse to fine; the pyramid is the given sizes, finest first."""
     levels = len(heights)
@@ -252,44 +250,36 @@ def _solve(first, second, heights, widths, warps, iterations, upscale, lambda_, 
     out[:] = fields[:2, : heights[0], : widths[0]]
 
 
+@cache
+def _solve_uncached():
+    return _compiled(_solve.py_func)
+
+
 def solve(
     first_NHW: NDArray[np.uint8],
     second_NHW: NDArray[np.uint8],
     sizes: list[tuple[int, int]],
-    iterations: int,
     settings: TVL1Settings,
 ) -> NDArray[np.float32]:
-    """Flow [N, 2, H, W] of every pair; the pairs share the cores.
+    """Flow [N, 2, H, W] of every pair, one pair per core.
 
     sizes: height and width of each level of the pyramid, finest first.
     """
     flow_N2HW = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
     heights, widths = (np.array(side, dtype=np.int64) for side in zip(*sizes, strict=True))
-    numbers: list[Any] = [settings.warps, iterations]
+    numbers: list[Any] = [settings.warps, settings.native_iterations]
     numbers += [np.float32(x) for x in (1 / settings.scale_step, settings.lambda_)]
     numbers += [np.float32(x) for x in (settings.theta, settings.tau)]
 
     def one(index: int) -> None:
-        _solve(
-            first_NHW[index].astype(np.float32),
-            second_NHW[index].astype(np.float32),
-            heights,
-            widths,
-            *numbers,
-            flow_N2HW[index],
-        )
+        first, second = (x[index].astype(np.float32) for x in (first_NHW, second_NHW))
+        arguments = first, second, heights, widths, *numbers, flow_N2HW[index]
+        try:
+            _solve(*arguments)
+        except (OSError, EOFError, UnpicklingError):  # Numba's cache is damaged, or its disk full
+            _solve_uncached()(*arguments)
 
-    threads = min(_cores(), len(first_NHW))
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(one, range(len(first_NHW))))
-    else:
-        for index in range(len(first_NHW)):
-            one(index)
+    # Numba counts the cores that this process may use.
+    with ThreadPoolExecutor(min(config.NUMBA_DEFAULT_NUM_THREADS, len(first_NHW) or 1)) as pool:
+        list(pool.map(one, range(len(first_NHW))))
     return flow_N2HW
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    available = getattr(os, "sched_getaffinity", None)
-    return len(available(0)) if available else os.cpu_count() or 1

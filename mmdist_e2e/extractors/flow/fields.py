@@ -1,20 +1,18 @@
 """From decoded RGB frames to the flow fields that a network reads, as a stream.
 
-Frame i gets the flow from frame i to frame i + 1; the last frame, which has no next one, repeats
-the field before it, so that n frames give n fields and flow's rows are RGB's in number and time:
+Frame i gets the flow from frame i to frame i + 1. The last frame repeats the field before it, so
+that n frames give n fields and the rows of flow match those of RGB in number and time:
 
     frames   0    1    2    3
     fields   0→1  1→2  2→3  2→3
 
-Torch and numpy alone, and torch only where it works: what describes extractors imports this file.
-Shapes: N frames or pairs, B windows, T frames of a window, H height,
-W width. The two channels of a field are the horizontal and the vertical displacement, in pixels
-of the grey frames it was computed on.
+Imports torch only inside functions: importing this file to describe an extractor stays light.
+Shapes: N frames or pairs, B windows, T frames of a window, H height, W width. The two channels of
+a field are the horizontal and vertical displacement, in pixels of the grey frames.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,29 +27,25 @@ from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS, TVL1Setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 GREY_THOUSANDTHS = (299, 587, 114)  # ITU-R BT.601: the luma of red, green and blue
-
 DEFAULT_BOUND_PIXELS = 20.0
-
-PAIRS_PER_CALL = 32  # enough for every core, and for a GPU's launches to be worth their cost
+PAIRS_PER_CALL = 32  # enough to use every core and to hide a GPU's launch times
 
 Grey = NDArray[np.uint8]
-
 Fields = NDArray[np.generic]
 
 
 def grey(frames_NHWC: NDArray[np.uint8]) -> Grey:
     """Grey frames [N, H, W] of RGB ones: round(0.299 R + 0.587 G + 0.114 B), halves up."""
-    red, green, blue = (np.uint32(weight) for weight in GREY_THOUSANDTHS)
+    weights = np.array(GREY_THOUSANDTHS, dtype=np.uint32)
     grey_NHW = np.empty(frames_NHWC.shape[:3], dtype=np.uint8)
     for out_HW, frame_HWC in zip(grey_NHW, frames_NHWC, strict=True):  # a frame fits the cache
-        luma_HW = frame_HWC[..., 0] * red
-        luma_HW += frame_HWC[..., 1] * green
-        luma_HW += frame_HWC[..., 2] * blue
-        luma_HW += np.uint32(500)
-        luma_HW //= np.uint32(1000)
-        out_HW[:] = luma_HW
+        red_HW, green_HW, blue_HW = (frame_HWC[..., c] * weights[c] for c in range(3))
+        red_HW += green_HW
+        red_HW += blue_HW
+        red_HW += np.uint32(500)
+        red_HW //= np.uint32(1000)
+        out_HW[:] = red_HW
     return grey_NHW
 
 
@@ -60,10 +54,10 @@ class FlowPreprocessing:
     """How frames become flow, and flow a network's input.
 
     shorter_side: of the grey frames that flow is computed on, in pixels.
-    size: what the network reads, size × size.
-    crop: None resizes the whole field to `size`; else it equals `size`, the center crop.
+    size: the network's input is size × size.
+    crop: None resizes the whole field to `size`; otherwise the center crop, equal to `size`.
     bound: displacements are clipped to ± this many pixels, and divided by it for the network.
-    quantise: keep fields in 256 linear buckets over ± bound, as Kinetics' flow was kept.
+    quantise: store fields in 256 linear buckets over ± bound, as Kinetics' flow was stored.
     """
 
     shorter_side: int
@@ -75,8 +69,8 @@ class FlowPreprocessing:
     def __post_init__(self) -> None:
         if self.crop is not None and not self.crop == self.size <= self.shorter_side:
             raise ValueError(
-                f"The crop is what the network reads, from frames at least as large; got crop "
-                f"{self.crop}, size {self.size} and shorter_side {self.shorter_side}."
+                f"The crop must equal the size and fit the shorter side; got crop {self.crop}, "
+                f"size {self.size} and shorter_side {self.shorter_side}."
             )
         if self.shorter_side < MINIMUM_SIDE_PIXELS or not self.bound > 0:
             raise ValueError(
@@ -85,7 +79,7 @@ class FlowPreprocessing:
             )
 
     def greys(self, frames_NHWC: NDArray[np.uint8]) -> Grey:
-        """Grey frames, resized (bilinear, antialiased) so that their shorter side fits."""
+        """Grey frames, resized (bilinear, antialiased) to the shorter side."""
         import torch
 
         grey_NHW = grey(frames_NHWC)
@@ -99,7 +93,7 @@ class FlowPreprocessing:
         return out
 
     def fields(self, flow_N2HW: NDArray[np.float32]) -> Fields:
-        """Flow as windows hold it, [N, size, size, 2]: resized or cropped, then clipped.
+        """Fields [N, size, size, 2]: flow resized or cropped, then clipped.
 
         float16 in pixels; with `quantise`, uint8 buckets round((v / bound + 1) · 127.5).
         """
@@ -107,12 +101,11 @@ class FlowPreprocessing:
 
         flow = torch.from_numpy(flow_N2HW)
         height, width = flow.shape[-2:]
-        if self.crop is None:
-            if (height, width) != (self.size, self.size):
-                flow = _resized(flow, (self.size, self.size))
-        else:
+        if self.crop is not None:
             top, left = (height - self.crop) // 2, (width - self.crop) // 2
             flow = flow[..., top : top + self.crop, left : left + self.crop]
+        elif (height, width) != (self.size, self.size):
+            flow = _resized(flow, (self.size, self.size))
         flow = flow.clamp(-self.bound, self.bound).permute(0, 2, 3, 1)
         if self.quantise:
             flow = flow.div(self.bound).add_(1).mul_(127.5).round_().to(torch.uint8)
@@ -136,16 +129,16 @@ def _resized(images_NCHW: Tensor, target: tuple[int, int]) -> Tensor:
 class FlowFrames:
     """Turns a stream of frames into a stream of flow fields; no pair is solved twice.
 
-    Push chunks [N, H, W, 3] in order and take fields [M, size, size, 2] as they come, somewhat
-    later than their frames; `finish` gives the rest. Both are generators, to be run to their end.
-    Memory does not grow with length, and how frames are cut into chunks changes nothing.
+    Push chunks [N, H, W, 3] in order; fields [M, size, size, 2] come somewhat later than their
+    frames, and `finish` gives the rest. Both are generators that must be run to their end. Memory
+    does not grow with length, and the fields do not depend on the size of the chunks.
 
     Args:
         preprocessing: sizes and range.
         backend, settings, device: of the solver, see `tvl1`.
         repeats: a sample that is byte for byte the one before repeats its frame (as fps_policy
             "exact" makes them): flow is then taken between distinct frames, and every sample of a
-            frame has the flow from it to the next distinct one.
+            frame has the flow to the next distinct one.
 
     Raises MmdistError where `tvl1` does.
     """
@@ -162,25 +155,32 @@ class FlowFrames:
         self.preprocessing, self.repeats = preprocessing, repeats
         self._tvl1 = partial(tvl1, backend=backend, settings=settings, device=device)
         self._greys: list[Grey] = []  # distinct frames without a field yet
-        self._shown: list[int] = []  # by how many samples each of them is shown
-        self._frame_HWC: NDArray[np.uint8] | None = None  # the last sample, where repeats count
+        self._shown: list[int] = []  # the number of samples of each of them
+        self._frame_HWC: NDArray[np.uint8] | None = None  # the last sample, if repeats count
         self._field_1HWC: Fields | None = None  # the last field
 
     def push(self, frames_NHWC: NDArray[np.uint8]) -> Iterator[Fields]:
         """Take frames and give the fields of those whose next frame is known."""
-        count = len(frames_NHWC)
-        fresh = self._fresh(frames_NHWC) if self.repeats else range(count)
-        carried = fresh[0] if fresh else count  # samples that still show the frame before
-        if carried:
-            self._shown[-1] += carried
-        self._shown.extend(end - begin for begin, end in itertools.pairwise([*fresh, count]))
-        distinct_NHWC = frames_NHWC[fresh] if self.repeats else frames_NHWC
-        self._greys.extend(self.preprocessing.greys(distinct_NHWC))
+        distinct = []
+        for index, frame_HWC in enumerate(frames_NHWC):
+            last_HWC = frames_NHWC[index - 1] if index else self._frame_HWC
+            if self.repeats and last_HWC is not None and np.array_equal(frame_HWC, last_HWC):
+                self._shown[-1] += 1
+            else:
+                distinct.append(index)
+                self._shown.append(1)
+        if self.repeats and len(frames_NHWC):
+            self._frame_HWC = frames_NHWC[-1].copy()  # a view would keep the whole chunk
+        if distinct:
+            some = len(distinct) < len(frames_NHWC)
+            self._greys.extend(
+                self.preprocessing.greys(frames_NHWC[distinct] if some else frames_NHWC)
+            )
         while len(self._greys) > PAIRS_PER_CALL:
             yield from self._solve()
 
     def finish(self) -> Iterator[Fields]:
-        """Give the fields that are left; a video of one distinct frame does not move."""
+        """Give the remaining fields; a video of one distinct frame has no motion."""
         while len(self._greys) > 1:
             yield from self._solve()
         if self._greys:
@@ -190,23 +190,11 @@ class FlowFrames:
             yield from _repeated(self._field_1HWC, self._shown)
             self._greys.clear()
 
-    def _fresh(self, frames_NHWC: NDArray[np.uint8]) -> list[int]:
-        """Indices of the frames that are unlike the sample before them."""
-        fresh = []
-        for index, frame_HWC in enumerate(frames_NHWC):
-            if self._frame_HWC is None or not np.array_equal(frame_HWC, self._frame_HWC):
-                fresh.append(index)
-            self._frame_HWC = frame_HWC
-        if self._frame_HWC is not None:
-            self._frame_HWC = self._frame_HWC.copy()  # a view would keep the whole chunk
-        return fresh
-
     def _solve(self) -> Iterator[Fields]:
         """Solve the first pairs that are held and give their fields."""
         pairs = min(len(self._greys) - 1, PAIRS_PER_CALL)
         greys_NHW = np.stack(self._greys[: pairs + 1])
-        flow_N2HW = self._tvl1(greys_NHW[:-1], greys_NHW[1:])
-        fields_NHWC = self.preprocessing.fields(flow_N2HW)
+        fields_NHWC = self.preprocessing.fields(self._tvl1(greys_NHW[:-1], greys_NHW[1:]))
         self._field_1HWC = fields_NHWC[-1:].copy()
         shown = self._shown[:pairs]
         del self._greys[:pairs], self._shown[:pairs]
@@ -214,7 +202,7 @@ class FlowFrames:
 
 
 def _repeated(fields_NHWC: Fields, times: list[int]) -> Iterator[Fields]:
-    """Each field as often as its frame is shown, in pieces: a still hour is never held whole."""
+    """Each field once per sample of its frame, in pieces: a still hour is never held whole."""
     indices = np.repeat(np.arange(len(fields_NHWC)), times)
     for begin in range(0, len(indices), PAIRS_PER_CALL):
         yield fields_NHWC[indices[begin : begin + PAIRS_PER_CALL]]

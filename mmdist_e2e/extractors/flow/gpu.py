@@ -1,16 +1,16 @@
 """TV-L1 on a GPU: torch for the pyramid, two Triton kernels for the rest, many pairs at once.
 
-The arithmetic is that of tvl1_cpu.py. `_iterate_kernel` does several iterations in one launch: a
-program holds a tile of one pair's level with a margin as wide as its iterations, keeps the flow
-and the dual variables in registers, and writes the inside of the tile, where nothing from beyond
-the margin has arrived yet:
+The arithmetic is that of cpu.py. `_iterate_kernel` does several iterations per launch: a program
+holds a tile of one pair's level with a margin as wide as its iterations, keeps the flow and the
+dual variables in registers, and writes the inside of the tile, which nothing from beyond the
+margin has reached yet:
 
-    tile  |<- margin ->|<- what is written ->|<- margin ->|      an iteration's news travel one
-          |      read, TILE_H × TILE_W pixels             |      pixel a side
+    tile  |<- margin ->|<- what is written ->|<- margin ->|      an iteration carries values
+          |      read, TILE_H × TILE_W pixels             |      by one pixel
 
 Tiles read one buffer and write another, so programs need not wait for each other.
 Shapes: N pairs, H height, W width; state is [N, 6, H, W]: u, v, p11, p12, p21, p22; terms are
-[N, 4, H, W]: the warped gradient's two parts, 1/|∇I|², and ρ's constant.
+[N, 4, H, W]: the two parts of the warped gradient, 1/|∇I|², and ρ's constant.
 """
 
 from __future__ import annotations
@@ -28,16 +28,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.flow.settings import TVL1Settings
 
-
 TILE_H, TILE_W, WARPS = 64, 64, 16
-
 ITERATIONS_A_LAUNCH = 6
-
 WARP_BLOCK = 256
-
-PAIRS_A_CALL = 64  # 5 MB a pair at 256×341
-
-FLAT = tl.constexpr(1e-6)  # as in tvl1_cpu.py
+PAIRS_A_CALL = 64  # 5 MB per pair at 256×341
+FLAT = tl.constexpr(1e-6)  # as in cpu.py
 
 
 @triton.jit
@@ -207,17 +202,15 @@ def solve(
             _warp_kernel[(triton.cdiv(height * width, WARP_BLOCK), count)](
                 first, planes, state, terms, height, width, BLOCK=WARP_BLOCK
             )
-            left = settings.native_iterations
-            while left > 0:
-                steps = min(left, ITERATIONS_A_LAUNCH)
+            for done in range(0, settings.native_iterations, ITERATIONS_A_LAUNCH):
                 _iterate_kernel[(tiles, count)](
                     state, terms, other, height, width, tiles_x,
                     settings.lambda_ * settings.theta, settings.theta,
-                    settings.tau / settings.theta, ITERATIONS=steps,
+                    settings.tau / settings.theta,
+                    ITERATIONS=min(settings.native_iterations - done, ITERATIONS_A_LAUNCH),
                     MARGIN=ITERATIONS_A_LAUNCH, TH=TILE_H, TW=TILE_W, num_warps=WARPS,
                 )  # fmt: skip
                 state, other = other, state
-                left -= steps
         flow_N2HW = state[:, :2]
     return flow_N2HW.contiguous()
 
@@ -231,10 +224,10 @@ def solve_arrays(
 ) -> NDArray[np.float32]:
     """As `solve`, for arrays, `PAIRS_A_CALL` at a time."""
     out = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
-    with torch.inference_mode():
-        for start in range(0, len(out), PAIRS_A_CALL):
-            part = slice(start, start + PAIRS_A_CALL)
-            first = torch.from_numpy(first_NHW[part]).to(device)
-            second = torch.from_numpy(second_NHW[part]).to(device)
+    for start in range(0, len(out), PAIRS_A_CALL):
+        part = slice(start, start + PAIRS_A_CALL)
+        first, second = (torch.from_numpy(x[part]).to(device) for x in (first_NHW, second_NHW))
+        # Triton launches on the current device, whatever the device of the tensors.
+        with torch.inference_mode(), torch.cuda.device_of(first):
             out[part] = solve(first, second, sizes, settings).cpu().numpy()
     return out

@@ -1,11 +1,13 @@
-"""OpenCV's two TV-L1 classes with the settings of ours.
+"""OpenCV's two TV-L1 classes with our settings.
 
-Shapes: N pairs, H height, W width.
+Its CPU class runs another algorithm by default; without the median filter, with one inner and 300
+outer iterations it runs ours. Shapes: N pairs, H height, W width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,11 @@ from numpy.typing import NDArray
 from mmdist_e2e.extractors.flow.settings import TVL1Settings
 from mmdist_e2e.structures import MmdistError
 
+Images = NDArray[np.uint8]
 
-def _opencv(
-    first_NHW: NDArray[np.uint8], second_NHW: NDArray[np.uint8], settings: TVL1Settings
-) -> NDArray[np.float32]:
+
+def solve(first_NHW: Images, second_NHW: Images, settings: TVL1Settings) -> NDArray[np.float32]:
+    """Flow [N, 2, H, W] by the CPU class."""
     try:
         import cv2
 
@@ -28,73 +31,60 @@ def _opencv(
             "opencv-contrib-python-headless in place of opencv-python."
         ) from error
     solver = create(
-        **_opencv_settings(settings),
+        **_shared(settings),
         innnerIterations=1,  # OpenCV's own spelling
         outerIterations=settings.iterations,
-        medianFiltering=1,  # a 1×1 median is none
+        medianFiltering=1,  # a 1×1 median has no effect
     )
     return _pair_by_pair(first_NHW, second_NHW, lambda a, b: solver.calc(a, b, None))
 
 
-def _opencv_cuda(
-    first_NHW: NDArray[np.uint8], second_NHW: NDArray[np.uint8], settings: TVL1Settings
+def solve_cuda(
+    first_NHW: Images, second_NHW: Images, settings: TVL1Settings
 ) -> NDArray[np.float32]:
-    cuda = _cuda_module()
-    solver = cuda.OpticalFlowDual_TVL1_create(
-        **_opencv_settings(settings),
-        iterations=settings.iterations,
-    )
-    first, second = cuda.GpuMat(), cuda.GpuMat()
-
-    def solve(first_HW: NDArray[np.uint8], second_HW: NDArray[np.uint8]) -> Any:
-        first.upload(first_HW)
-        second.upload(second_HW)
-        return solver.calc(first, second, None).download()
-
-    return _pair_by_pair(first_NHW, second_NHW, solve)
-
-
-def _opencv_settings(settings: TVL1Settings) -> dict[str, Any]:
-    """What OpenCV's two classes call alike; they name the iterations each in its own way."""
-    return {
-        "tau": settings.tau,
-        "lambda_": settings.lambda_,
-        "theta": settings.theta,
-        "nscales": settings.scales,
-        "warps": settings.warps,
-        "epsilon": settings.epsilon,
-        "scaleStep": settings.scale_step,
-    }
-
-
-def _pair_by_pair(
-    first_NHW: NDArray[np.uint8], second_NHW: NDArray[np.uint8], solve: Callable[..., Any]
-) -> NDArray[np.float32]:
-    """[N, 2, H, W] from a solver that gives [H, W, 2] of one pair."""
-    flow_N2HW = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
-    for index, (first, second) in enumerate(zip(first_NHW, second_NHW, strict=True)):
-        flow_N2HW[index] = solve(first, second).transpose(2, 0, 1)
-    return flow_N2HW
-
-
-def _cuda_module() -> Any:
-    """The module cv2.cuda of an OpenCV that can solve TV-L1 on a GPU, or MmdistError."""
+    """Flow [N, 2, H, W] by the CUDA class."""
     try:
         import cv2
 
-        cuda = cv2.cuda
+        cuda: Any = cv2.cuda
         devices = int(cuda.getCudaEnabledDeviceCount())
     except (ImportError, AttributeError):
         devices = 0
     if devices < 1:
         raise MmdistError(
-            "The flow backend 'opencv-cuda' needs an OpenCV that was built with CUDA, and a GPU: "
-            "the OpenCV installed here has no CUDA device (the packages on PyPI never have one); "
-            "use native, which needs neither, or see docs/flow.md."
+            "The flow backend 'opencv-cuda' needs a GPU and an OpenCV that was built with CUDA "
+            "(the PyPI packages are not); use native instead, or see docs/flow.md."
         )
     if not hasattr(cuda, "OpticalFlowDual_TVL1_create"):
         raise MmdistError(
-            "The OpenCV installed here has CUDA but not its module cudaoptflow; build it with the "
+            "The installed OpenCV has CUDA but not its module cudaoptflow; build it with the "
             "contrib modules, or use the flow backend native."
         )
-    return cuda
+    solver = cuda.OpticalFlowDual_TVL1_create(**_shared(settings), iterations=settings.iterations)
+    first, second = cuda.GpuMat(), cuda.GpuMat()
+
+    def one(first_HW: Images, second_HW: Images) -> Any:
+        first.upload(first_HW)
+        second.upload(second_HW)
+        return solver.calc(first, second, None).download()
+
+    return _pair_by_pair(first_NHW, second_NHW, one)
+
+
+def _shared(settings: TVL1Settings) -> dict[str, Any]:
+    """All settings but the iterations, whose name differs between the classes."""
+    names = {"scales": "nscales", "scale_step": "scaleStep"}
+    return {
+        names.get(name, name): value
+        for name, value in asdict(settings).items()
+        if name != "iterations"
+    }
+
+
+def _pair_by_pair(
+    first_NHW: Images, second_NHW: Images, solve_one: Callable[..., Any]
+) -> NDArray[np.float32]:
+    flow_N2HW = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
+    for index, (first, second) in enumerate(zip(first_NHW, second_NHW, strict=True)):
+        flow_N2HW[index] = solve_one(first, second).transpose(2, 0, 1)  # [H, W, 2]
+    return flow_N2HW

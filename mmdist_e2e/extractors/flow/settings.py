@@ -8,19 +8,18 @@ from mmdist_e2e.structures import MmdistError
 
 MINIMUM_SIDE_PIXELS = 16
 
-# Where OpenCV stops a pair when its updates have become small, the native solver runs this many
-# iterations a warp: measured on real videos (docs/flow.md), it ends nearer the converged flow.
+# OpenCV stops early when its updates become small. The native solver runs this many iterations per
+# warp instead: on real videos the result is closer to the converged flow (docs/flow.md).
 NATIVE_ITERATIONS = 36
 
 
 @dataclass(frozen=True)
 class TVL1Settings:
-    """Parameters of the solver, for intensities 0–255.
+    """Parameters of the solver, for intensities 0–255; the defaults of OpenCV's CUDA class.
 
-    tau: time step. lambda_: weight of the data term. theta: coupling. scales, scale_step:
-    the pyramid. warps and iterations per scale. epsilon: above 0 a solver may stop before all
-    iterations are done: OpenCV when the mean squared update of the flow falls below ε², the
-    native one after `NATIVE_ITERATIONS`; 0 runs them all.
+    tau: time step. lambda_: weight of the data term. theta: coupling. scales, scale_step: the
+    pyramid. warps, iterations: per scale and per warp. epsilon: OpenCV stops when the mean squared
+    update of the flow is below ε², the native solver after `NATIVE_ITERATIONS`; 0 disables both.
     """
 
     tau: float = 0.25
@@ -42,19 +41,16 @@ class TVL1Settings:
 
     @property
     def native_iterations(self) -> int:
-        """Iterations a warp that the native solver runs."""
+        """Iterations per warp of the native solver."""
         return min(self.iterations, NATIVE_ITERATIONS) if self.epsilon > 0 else self.iterations
 
 
 def pyramid(height: int, width: int, settings: TVL1Settings) -> list[tuple[int, int]]:
-    """Height and width of each level, finest first; none has a side below 16 but the first."""
+    """Height and width of each level, finest first; only the first may have a side below 16."""
     sizes = [(height, width)]
     while len(sizes) < settings.scales:
-        size = (
-            round(sizes[-1][0] * settings.scale_step),
-            round(sizes[-1][1] * settings.scale_step),
-        )
-        if min(size) < MINIMUM_SIDE_PIXELS:
+        height, width = round(height * settings.scale_step), round(width * settings.scale_step)
+        if min(height, width) < MINIMUM_SIDE_PIXELS:
             break
-        sizes.append(size)
+        sizes.append((height, width))
     return sizes

@@ -3,8 +3,6 @@
 State-dict keys are those of the public PyTorch release, so its checkpoints load strictly.
 Padding is TensorFlow's SAME, computed from the input's size at run time.
 
-The contract every network here keeps: `features(frames_BCTHW) -> [B, T', D]`.
-
 Shapes: B batch, C channels, T frames, H height, W width, D = 1024 · width feature channels.
 """
 
@@ -16,33 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BATCH_NORM_EPS = 1e-3
+from mmdist_e2e.extractors.networks import scaled
+from mmdist_e2e.structures import MmdistError
 
-POOL_FRAMES = 2
+BATCH_NORM_EPS = 1e-3
 
 DEFAULT_DROPOUT = 0.5
 
-# One row an inception block: 1×1×1; reduce and 3×3×3; reduce and 3×3×3; after pooling (Table in
-# Szegedy et al. 2015, inflated). `None` marks the max-pooling layers: kernel, stride.
-BLOCKS: tuple[tuple[str, tuple[int, int, int, int, int, int] | None], ...] = (
-    ("MaxPool3d_3a_3x3", None),
-    ("Mixed_3b", (64, 96, 128, 16, 32, 32)),
-    ("Mixed_3c", (128, 128, 192, 32, 96, 64)),
-    ("MaxPool3d_4a_3x3", None),
-    ("Mixed_4b", (192, 96, 208, 16, 48, 64)),
-    ("Mixed_4c", (160, 112, 224, 24, 64, 64)),
-    ("Mixed_4d", (128, 128, 256, 24, 64, 64)),
-    ("Mixed_4e", (112, 144, 288, 32, 64, 64)),
-    ("Mixed_4f", (256, 160, 320, 32, 128, 128)),
-    ("MaxPool3d_5a_2x2", None),
-    ("Mixed_5b", (256, 160, 320, 32, 128, 128)),
-    ("Mixed_5c", (384, 192, 384, 48, 128, 128)),
-)
+# Channels of an inception block: 1×1×1; reduce and 3×3×3; reduce and 3×3×3; after pooling (table
+# in Szegedy et al. 2015, inflated).
+MIXED: dict[str, tuple[int, ...]] = {
+    "Mixed_3b": (64, 96, 128, 16, 32, 32),
+    "Mixed_3c": (128, 128, 192, 32, 96, 64),
+    "Mixed_4b": (192, 96, 208, 16, 48, 64),
+    "Mixed_4c": (160, 112, 224, 24, 64, 64),
+    "Mixed_4d": (128, 128, 256, 24, 64, 64),
+    "Mixed_4e": (112, 144, 288, 32, 64, 64),
+    "Mixed_4f": (256, 160, 320, 32, 128, 128),
+    "Mixed_5b": (256, 160, 320, 32, 128, 128),
+    "Mixed_5c": (384, 192, 384, 48, 128, 128),
+}
 
-POOLS = {
-    "MaxPool3d_3a_3x3": ((1, 3, 3), (1, 2, 2)),
-    "MaxPool3d_4a_3x3": ((3, 3, 3), (2, 2, 2)),
-    "MaxPool3d_5a_2x2": ((2, 2, 2), (2, 2, 2)),
+# Max-pooling before a block: name, kernel, stride.
+POOL_BEFORE = {
+    "Mixed_3b": ("MaxPool3d_3a_3x3", (1, 3, 3), (1, 2, 2)),
+    "Mixed_4b": ("MaxPool3d_4a_3x3", (3, 3, 3), (2, 2, 2)),
+    "Mixed_5b": ("MaxPool3d_5a_2x2", (2, 2, 2), (2, 2, 2)),
 }
 
 
@@ -57,21 +54,11 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def pad_same(volume_BCTHW: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Pad the last three axes with zeros as SAME asks."""
-    pads: list[int] = []
-    for size, k, s in zip(
-        reversed(volume_BCTHW.shape[-3:]), reversed(kernel), reversed(stride), strict=True
-    ):
-        pads.extend(same_padding(size, k, s))
-    return F.pad(volume_BCTHW, pads) if any(pads) else volume_BCTHW
-
-
 class SameMaxPool3d(nn.Module):
-    """Max-pooling with SAME padding, of volumes that follow a ReLU.
+    """Max-pooling with SAME padding, of volumes after a ReLU.
 
-    There the zeros with which the release pads never exceed a maximum, so that no padded copy is
-    needed: `ceil_mode` lets the last window reach as far beyond the end as SAME would pad.
+    The release pads with zeros, which never exceed a maximum there. So no padded copy is needed:
+    `ceil_mode` lets the last window reach as far beyond the end as SAME pads.
     """
 
     def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> None:
@@ -100,20 +87,19 @@ class Unit3D(nn.Module):
         super().__init__()
         self.kernel, self.stride = kernel, stride
         self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride, bias=False)
-        # Momentum 0.01 is the release's; pretraining of small networks sets its own.
+        # Momentum 0.01 as in the release; pretraining of small networks sets its own.
         self.bn = nn.BatchNorm3d(out_channels, eps=BATCH_NORM_EPS, momentum=0.01)
 
     def forward(self, volume_BCTHW: Tensor) -> Tensor:
-        pads = [
-            same_padding(n, k, s)
-            for n, k, s in zip(volume_BCTHW.shape[-3:], self.kernel, self.stride, strict=True)
-        ]
-        if all(before == after for before, after in pads):
-            # Symmetric padding goes into the convolution itself and saves a copy.
-            padding = tuple(before for before, _ in pads)
-            out = F.conv3d(volume_BCTHW, self.conv3d.weight, self.conv3d.bias, self.stride, padding)
-        else:
-            out = self.conv3d(pad_same(volume_BCTHW, self.kernel, self.stride))
+        volume = volume_BCTHW
+        axes = zip(volume.shape[-3:], self.kernel, self.stride, strict=True)
+        pads = [same_padding(size, kernel, stride) for size, kernel, stride in axes]
+        padding = [before for before, _ in pads]
+        if any(before != after for before, after in pads):
+            # Symmetric padding is the convolution's own and saves this copy.
+            volume = F.pad(volume, [side for pad in reversed(pads) for side in pad])
+            padding = [0, 0, 0]
+        out = F.conv3d(volume, self.conv3d.weight, self.conv3d.bias, self.stride, padding)
         return F.relu(self.bn(out), inplace=True)
 
 
@@ -148,8 +134,8 @@ class InceptionI3d(nn.Module):
     Args:
         num_classes: outputs of the logits layer.
         in_channels: 3 for RGB, 2 for flow.
-        width: factor on every channel count; D = 1024 · width. Raises ValueError when a branch
-            would not have a whole number of channels.
+        width: factor on every channel count; D = 1024 · width. Raises ValueError unless all stay
+            whole numbers.
         dropout: before the logits.
     """
 
@@ -163,47 +149,35 @@ class InceptionI3d(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes, self.in_channels, self.width = num_classes, in_channels, width
-
-        def scaled(channels: int) -> int:
-            count = channels * width
-            if count != int(count) or count < 1:
-                raise ValueError(
-                    f"width {width} gives {count} channels where I3D has {channels}; "
-                    f"use a multiple of 1/8."
-                )
-            return int(count)
-
-        self.Conv3d_1a_7x7 = Unit3D(in_channels, scaled(64), kernel=(7, 7, 7), stride=(2, 2, 2))
+        self.Conv3d_1a_7x7 = Unit3D(
+            in_channels, scaled(64, width), kernel=(7, 7, 7), stride=(2, 2, 2)
+        )
         self.MaxPool3d_2a_3x3 = SameMaxPool3d((1, 3, 3), (1, 2, 2))
-        self.Conv3d_2b_1x1 = Unit3D(scaled(64), scaled(64))
-        self.Conv3d_2c_3x3 = Unit3D(scaled(64), scaled(192), kernel=(3, 3, 3))
-        channels = scaled(192)
-        for name, outs in BLOCKS:
-            if outs is None:
-                self.add_module(name, SameMaxPool3d(*POOLS[name]))
-            else:
-                block = InceptionBlock(channels, [scaled(c) for c in outs])
-                self.add_module(name, block)
-                channels = block.out_channels
+        self.Conv3d_2b_1x1 = Unit3D(scaled(64, width), scaled(64, width))
+        self.Conv3d_2c_3x3 = Unit3D(scaled(64, width), scaled(192, width), kernel=(3, 3, 3))
+        channels = scaled(192, width)
+        self.body = ["Conv3d_1a_7x7", "MaxPool3d_2a_3x3", "Conv3d_2b_1x1", "Conv3d_2c_3x3"]
+        for name, outs in MIXED.items():
+            if name in POOL_BEFORE:
+                pool, kernel, stride = POOL_BEFORE[name]
+                self.add_module(pool, SameMaxPool3d(kernel, stride))
+                self.body.append(pool)
+            block = InceptionBlock(channels, [scaled(c, width) for c in outs])
+            self.add_module(name, block)
+            self.body.append(name)
+            channels = block.out_channels
         self.feature_channels = channels
         self.dropout = nn.Dropout(dropout)
         self.logits = nn.Module()
         self.logits.conv3d = nn.Conv3d(channels, num_classes, 1)
-        self.body = (
-            "Conv3d_1a_7x7",
-            "MaxPool3d_2a_3x3",
-            "Conv3d_2b_1x1",
-            "Conv3d_2c_3x3",
-            *(name for name, _ in BLOCKS),
-        )
 
     def maps(self, frames_BCTHW: Tensor) -> Tensor:
         """Run up to Mixed_5c: [B, D, ⌈T/8⌉, ⌈H/32⌉, ⌈W/32⌉].
 
-        Raises ValueError when the channels are not the network's, or there is no frame.
+        Raises MmdistError when the channels are not the network's.
         """
         if frames_BCTHW.ndim != 5 or frames_BCTHW.shape[1] != self.in_channels:
-            raise ValueError(
+            raise MmdistError(
                 f"I3D needs frames of the shape [batch, {self.in_channels}, time, height, width]; "
                 f"got {list(frames_BCTHW.shape)}."
             )
@@ -218,10 +192,10 @@ class InceptionI3d(nn.Module):
         Fewer than nine frames leave one final map; it is pooled alone, so T' is at least 1.
         """
         maps_BDTHW = self.maps(frames_BCTHW)
-        # A network in bf16 averages in float32: its rows would lose what its maps still hold.
+        # A network in bf16 averages in float32: bf16 rows would be less precise than the maps.
         wide = torch.promote_types(maps_BDTHW.dtype, torch.float32)
         maps_BDT = maps_BDTHW.mean(dim=(3, 4), dtype=wide)
-        return F.avg_pool1d(maps_BDT, min(POOL_FRAMES, maps_BDT.shape[2]), stride=1)
+        return F.avg_pool1d(maps_BDT, min(2, maps_BDT.shape[2]), stride=1)
 
     def features(self, frames_BCTHW: Tensor) -> Tensor:
         """Features [B, T', D] of frames in [−1, 1]; T' = max(⌈T/8⌉ − 1, 1); at least float32."""

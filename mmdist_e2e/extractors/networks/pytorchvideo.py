@@ -1,10 +1,6 @@
 """pytorchvideo's backbones by name, as networks of features (the extra `backbones`).
 
-Each was published with one clip length and sampling rate, in frames of 30 fps video: a checkpoint's
-window is `frames`, its fps 30 / `sampling_rate`. State-dict keys are pytorchvideo's, so published
-files load strictly. Nothing is downloaded here.
-
-The contract every network here keeps: `features(frames_BCTHW) -> [B, T', D]`, with T' = 1.
+State-dict keys are pytorchvideo's, so published files load strictly. Nothing is downloaded here.
 
 Shapes: B clips, C = 3 channels, T frames, H height, W width, D feature channels.
 """
@@ -14,54 +10,26 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.weights.registry import PUBLIC
 
-SOURCE_FPS = 30
+SLOW_PART = 4  # SlowFast's α: frames of the fast pathway per frame of the slow one
 
-SLOW_PART = 4  # SlowFast's α: how many frames of the fast pathway there are to one of the slow
-
-
-@dataclass(frozen=True)
-class HubInput:
-    """The clips that a backbone was published with.
-
-    frames: of a clip, each the `sampling_rate`-th of 30 fps video. size: height and width, pixels.
-    """
-
-    frames: int
-    sampling_rate: int
-    size: int
-
-    @property
-    def fps(self) -> float:
-        return SOURCE_FPS / self.sampling_rate
-
-
-# From pytorchvideo's model zoo; sizes from its pages on torch hub and, for those without one,
-# from the tests in SlowFast's configurations.
-HUB_NAMES: dict[str, HubInput] = {
-    "slow_r50": HubInput(8, 8, 256),
-    "slowfast_r50": HubInput(32, 2, 256),
-    "slowfast_r101": HubInput(32, 2, 256),
-    "i3d_r50": HubInput(8, 8, 256),
-    "c2d_r50": HubInput(8, 8, 256),
-    "x3d_xs": HubInput(4, 12, 182),
-    "x3d_s": HubInput(13, 6, 182),
-    "x3d_m": HubInput(16, 5, 256),
-    "x3d_l": HubInput(16, 5, 356),
-    "mvit_base_16x4": HubInput(16, 4, 224),
-    "mvit_base_32x3": HubInput(32, 3, 224),
+# The clip length that each backbone was published with.
+FRAMES: dict[str, int] = {
+    entry.config["backbone"]: entry.config["window"]
+    for entry in PUBLIC
+    if entry.config is not None and entry.config["network"] == "pytorchvideo"
 }
 
 
 class HubBackbone(nn.Module):
-    """A backbone of `HUB_NAMES` with random weights, up to its classifier.
+    """A backbone of `FRAMES` with random weights, up to its classifier.
 
     Raises MmdistError for an unknown name, or where pytorchvideo is not installed.
     """
@@ -70,8 +38,8 @@ class HubBackbone(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        if name not in HUB_NAMES:
-            raise MmdistError(f"The backbone {name!r} is unknown; valid: {', '.join(HUB_NAMES)}.")
+        if name not in FRAMES:
+            raise MmdistError(f"The backbone {name!r} is unknown; valid: {', '.join(FRAMES)}.")
         self.name = name
         network: Any = getattr(_hub(), name)(pretrained=False)
         transformer = name.startswith("mvit")
@@ -82,14 +50,14 @@ class HubBackbone(nn.Module):
         self.network: nn.Module = network
 
     def features(self, frames_BCTHW: Tensor) -> Tensor:
-        """Features [B, 1, D] of normalised clips: what the classifier would read, pooled.
+        """Features [B, 1, D] of normalised clips: the classifier's input, averaged.
 
-        Where the frames are larger than those of training, the published head pools by steps and
-        averages the classifier's outputs; the classifier is linear, so its input is averaged here.
+        For frames larger than in training, the published head averages the classifier's outputs
+        over positions. The classifier is linear, so averaging its input is the same.
 
         Raises MmdistError when the clips do not have 3 channels and the published length.
         """
-        frames = HUB_NAMES[self.name].frames
+        frames = FRAMES[self.name]
         if frames_BCTHW.ndim != 5 or frames_BCTHW.shape[1:3] != (self.in_channels, frames):
             raise MmdistError(
                 f"{self.name} reads clips of {self.in_channels} channels and {frames} frames, "

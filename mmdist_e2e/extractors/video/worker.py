@@ -327,7 +327,11 @@ def decode_decord(path: Path) -> Iterator[Frame]:
     import decord
 
     # One thread: as fast as more on the videos measured, and the other cores are the parent's.
-    reader = decord.VideoReader(str(path), num_threads=1, fault_tol=FAULT_TOLERANCE)
+    # decord takes names in UTF-8 alone; on Linux an open file has a second name.
+    with path.open("rb") as file:
+        utf8 = re.search("[\ud800-\udfff]", str(path)) is None
+        name = str(path) if utf8 else f"/proc/self/fd/{file.fileno()}"
+        reader = decord.VideoReader(name, num_threads=1, fault_tol=FAULT_TOLERANCE)
     while True:
         try:
             raw_HWC = reader.next().asnumpy()

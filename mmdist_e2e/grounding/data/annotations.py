@@ -289,12 +289,11 @@ def in_protocol(annotations: Sequence[Annotation], protocol: str) -> list[Annota
             f"The protocol cpl drops queries that end past their video, and {len(unknown)} videos "
             f"have no duration ({some(unknown)}); give --durations."
         )
-    kept = [a for a in annotations if not a.ends_late]
-    if not kept:
-        raise MmdistError(
-            "The protocol cpl leaves no query: all end past their video; check the durations."
-        )
-    return kept
+    if kept := [a for a in annotations if not a.ends_late]:
+        return kept
+    raise MmdistError(
+        "The protocol cpl leaves no query: all end past their video; check the times."
+    )
 
 
 def fingerprint(annotations: Sequence[Annotation]) -> str:
@@ -303,19 +302,17 @@ def fingerprint(annotations: Sequence[Annotation]) -> str:
     for a in annotations:
         times = " ".join(f"{start:.2f} {end:.2f}" for start, end in a.moments)
         lines.append(f"{a.video} {times} {' '.join(re.findall('[a-z0-9]+', a.sentence.lower()))}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def protocol_of(path: Path, annotations: Sequence[Annotation]) -> str:
     """Name the protocol of annotations, which belongs beside every number made with them.
 
-    A published split is known by its content, so a file of another name or format keeps its
-    protocol, and one with a query changed loses it. Any other file is named with what it does
-    with queries that end past their video: that is what parts the two protocols of Charades-STA,
-    whose numbers must not be mixed.
+    A published split is recognised by its content, whatever its name or format. Any other file is
+    named with whether it keeps queries that end past their video, by which the two protocols of
+    Charades-STA differ.
     """
-    known = PUBLISHED.get(fingerprint(annotations))
-    if known:
+    if known := PUBLISHED.get(fingerprint(annotations)):
         return known
     if any(a.duration_seconds is None for a in annotations):
         late = "durations unknown"
@@ -326,7 +323,7 @@ def protocol_of(path: Path, annotations: Sequence[Annotation]) -> str:
 
 
 class Carved(NamedTuple):
-    """Two lists in the order of the file, which share no video, and a sentence that says so."""
+    """Two lists that share no video, in the order of the file, and a sentence about them."""
 
     train: list[Annotation]
     val: list[Annotation]
@@ -344,13 +341,14 @@ def carve_validation(
     """
     if not 0 < fraction < 1:
         raise MmdistError(
-            f"A validation split takes a share of the videos between 0 and 1, like 0.1; "
-            f"got {fraction}."
+            f"The share of videos for validation must be between 0 and 1, like 0.1; got {fraction}."
         )
     videos = {a.video for a in annotations}
     if len(videos) < 2:
         raise MmdistError("One video cannot be split in two; give --val, or more videos.")
-    ranked = sorted(videos, key=lambda v: hashlib.sha256(f"{seed} {v}".encode()).digest())
+    ranked = sorted(
+        videos, key=lambda v: hashlib.sha256(f"{seed} {v}".encode(errors="surrogatepass")).digest()
+    )
     chosen = set(ranked[: min(max(1, round(fraction * len(videos))), len(videos) - 1)])
     train = [a for a in annotations if a.video not in chosen]
     val = [a for a in annotations if a.video in chosen]
@@ -390,9 +388,7 @@ def suspicions(annotations: Sequence[Annotation], left_out: int) -> dict[str, in
     distinct = {(a.video, a.moments, a.sentence.lower()) for a in annotations}
     counts = {
         "not_in_seconds": sum(
-            max(end for _, end in a.moments)
-            > min(LONGEST_SECONDS, 10 * (a.duration_seconds or math.inf))
-            for a in annotations
+            a.end > min(LONGEST_SECONDS, 10 * (a.duration_seconds or math.inf)) for a in annotations
         ),
         "zero_length": sum(any(start == end for start, end in a.moments) for a in annotations),
         "duplicates": len(annotations) - len(distinct),
@@ -441,13 +437,11 @@ def load_durations(path: Path) -> dict[str, float]:
     """
     if path.is_dir():
         store = FeatureStore(path)
-        return {
-            video_id(v): store.load(v, m).duration_seconds
-            for m in MODALITIES
-            for v in store.videos(m)
-        }
-    text = _read_text(path, "a file of durations")
-    pairs = _json_durations(path, text) if text.lstrip()[:1] in ("{", "[") else _csv(path, text)
+        names = [(video, modality) for modality in MODALITIES for video in store.videos(modality)]
+        if not names:
+            raise MmdistError(f"The folder '{path}' holds no features made by mmdist extract.")
+        return {video_id(v): store.load(v, m).duration_seconds for v, m in names}
+    pairs = _duration_pairs(path, _read_text(path, "a file of durations"))
 
     def read(video: Any, value: Any) -> tuple[str, float]:
         if not video or not video.strip():
@@ -458,15 +452,14 @@ def load_durations(path: Path) -> dict[str, float]:
     return dict(_read_all(path, entries))
 
 
-def _json_durations(path: Path, text: str) -> Iterator[tuple[str, str, Any]]:
-    raw = _read_json(path, text)
-    if not isinstance(raw, dict):
-        raise MmdistError(f"'{path}' must map every video to its duration in seconds.")
-    for video, value in raw.items():
-        yield f"The video '{video}'", video, value
-
-
-def _csv(path: Path, text: str) -> Iterator[tuple[str, str | None, Any]]:
+def _duration_pairs(path: Path, text: str) -> Iterator[tuple[str, str | None, Any]]:
+    """The place, the video and its duration of every entry of a JSON or CSV file."""
+    if text.lstrip()[:1] in ("{", "["):
+        raw = _read_json(path, text)
+        if not isinstance(raw, dict):
+            raise MmdistError(f"'{path}' must map every video to its duration in seconds.")
+        yield from ((f"The video '{video}'", video, value) for video, value in raw.items())
+        return
     rows = csv.DictReader(io.StringIO(text, newline=""))
     try:
         if not {"id", "length"} <= set(rows.fieldnames or ()):
@@ -477,7 +470,7 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, str | None, Any]]:
         for row in rows:
             yield f"Line {rows.line_num}", row["id"], row["length"]
     except csv.Error as error:
-        raise MmdistError(f"Line {rows.line_num} of '{path}' is not CSV: {error}.") from error
+        raise MmdistError(f"Line {rows.line_num + 1} of '{path}' is not CSV: {error}.") from error
 
 
 def world_of(path: Path) -> str | None:

@@ -89,6 +89,10 @@ class Batch:
                 object.__setattr__(self, name, each_B)
             assert getattr(self, name).shape == each_B.shape
 
+    def rows(self, index_B: Tensor) -> Batch:
+        """Some members, with their padding."""
+        return Batch(*(tensor[index_B] for tensor in vars(self).values()))
+
 
 def collate(
     sentences: Sequence[Sentence],

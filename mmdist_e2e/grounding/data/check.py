@@ -31,7 +31,7 @@ from mmdist_e2e.grounding.data.annotations import (
 )
 from mmdist_e2e.grounding.data.features import FeatureSource, open_features
 from mmdist_e2e.grounding.data.text import MAX_WORDS, has_known_word, is_word, tokenize
-from mmdist_e2e.structures import MmdistError, Provenance, differences
+from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.words import WordVectors
 
 Array = NDArray[np.float64]
@@ -41,7 +41,6 @@ ConstantAnswer = Callable[[Array, Array], Mapping[str, Any]]
 
 MANY_UNKNOWN = 0.02  # warn of a larger share of words without a vector
 APART_SECONDS = 1.0  # warn of two durations of one video that differ by more
-HUGE = 1e4  # features of usual networks stay below a few hundred
 
 
 @dataclass
@@ -50,7 +49,6 @@ class Report:
 
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     features: dict[str, Any] = field(default_factory=dict)
-    overlaps: dict[str, dict[str, int]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -106,7 +104,8 @@ def check_data(
         with report.collecting():
             seconds = _check_features(report, splits, features_path, modality, progress)
             for name, queries in splits.items():
-                known = {a.video: a.duration_seconds or seconds.get(a.video) for a in queries}
+                lacking = {a.video for a in queries if not a.duration_seconds}
+                known = {video: seconds.get(video) for video in lacking}
                 splits[name] = with_durations(queries, known)
     for name, queries in splits.items():
         counts = suspicions(queries, left_out[name])
@@ -138,12 +137,9 @@ def check_data(
         shared = {a.video for a in splits[one]} & {a.video for a in splits[other]}
         sentences = {tuple(tokenize(a.sentence)) for a in splits[one]}
         equal = sum(tuple(tokenize(a.sentence)) in sentences for a in splits[other])
-        # queries: those of the second whose sentence the first has too, of any video
-        report.overlaps[f"{one}, {other}"] = {"videos": len(shared), "queries": equal}
-        if one == "train":
-            report.error(shared, f"videos are in both {one} and {other}", "; split by video")
-        else:
-            report.warn(shared, f"videos are in both {one} and {other}")
+        report.splits[other][f"shared_with_{one}"] = {"videos": len(shared), "sentences": equal}
+        tell = report.error if one == "train" else report.warn
+        tell(shared, f"videos are in both {one} and {other}", "; split by video")
     return report
 
 
@@ -175,7 +171,6 @@ def _check_features(
     channels = Counter(facts.channels for facts in each.values())
     made_by: Mapping[str, Any] = next((facts.matters for facts in each.values()), {})
     unlike = {v for v, facts in each.items() if facts.matters != made_by}
-    largest = max((facts.largest for facts in each.values()), default=0.0)
     report.features = {
         "kind": source.kind,
         "made_by": dict(made_by),
@@ -184,9 +179,7 @@ def _check_features(
         "videos_unused": len(unused),
         "videos_unreadable": len(unreadable),
         "channels": sorted(channels),
-        "dtypes": sorted({facts.dtype for facts in each.values()}),
         "rows": _spread([facts.rows for facts in each.values()] or [0]),
-        "largest_value": largest,
     }
     report.errors += unreadable[:NAMED_AT_MOST]
     if (rest := len(unreadable) - NAMED_AT_MOST) > 0:
@@ -205,10 +198,10 @@ def _check_features(
         counts = ", ".join(f"{n} videos of {c}" for c, n in sorted(channels.items()))
         report.errors.append(f"Features differ in their number of channels: {counts}.")
     if unlike:
-        how = "; ".join(differences(made_by, each[min(unlike)].matters))
-        report.error(unlike, "videos have features that were made in another way", f": {how}")
-    if largest > HUGE:
-        report.warnings.append(f"Features reach {largest:.3g}, far more than usual ones.")
+        other = each[min(unlike)].matters
+        keys = sorted(k for k in made_by.keys() | other.keys() if made_by.get(k) != other.get(k))
+        how = f", different in {', '.join(keys)}; extract all videos alike"
+        report.error(unlike, "videos have features that were made in another way", how)
     known = {v: facts.duration for v, facts in each.items() if facts.duration is not None}
     report.warn(
         {v for v, d in known.items() if abs((said[v] or d) - d) > APART_SECONDS},
@@ -228,8 +221,6 @@ class _VideoFacts(NamedTuple):
     matters: Mapping[str, Any]
     rows: int
     channels: int
-    dtype: str
-    largest: float
 
 
 def _facts_of(source: FeatureSource, video: str) -> _VideoFacts:
@@ -245,14 +236,12 @@ def _facts_of(source: FeatureSource, video: str) -> _VideoFacts:
         data_SF = raw_SF.astype(np.float32)
     fault = None
     if not np.isfinite(data_SF).all():
-        fault, data_SF = NOT_FINITE, np.zeros(1, np.float32)
+        fault = NOT_FINITE
     elif not data_SF.any():
         fault = "only zeros as features"
     elif (data_SF == data_SF[0]).all():
         fault = "the same features in every row, so no moment can be found"
-    largest = float(np.abs(data_SF).max())
-    rows, channels = raw_SF.shape
-    return _VideoFacts(fault, duration, matters, rows, channels, str(raw_SF.dtype), largest)
+    return _VideoFacts(fault, duration, matters, len(raw_SF), raw_SF.shape[1])
 
 
 def _check_moments(report: Report, name: str, queries: Sequence[Annotation]) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""From a sentence to word vectors: tokenizer, function words, output vocabulary.
+"""Sentences as networks read them: tokenizer, function words, output vocabulary.
 
 Shape suffixes: W words of one sentence, E word dimension.
 """
@@ -21,9 +21,8 @@ MAX_WORDS = 20
 
 PADDING_ID = 0  # output id 0 is padding and "outside the output vocabulary": never scored
 
-# One alternative a kind of token, tried in this order at every place:
-#   clitics ('s 're n't, the second half of a contraction, as GloVe and NLTK cut them),
-#   numbers with their inner points, words with inner hyphens, any other visible character.
+# Kinds of tokens, in order of precedence: clitics ('s 're n't, split off as in GloVe and NLTK),
+# numbers with inner points, words with inner hyphens, any other visible character.
 _TOKEN = re.compile(
     r"n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:]\d+)+|[^\W_]+?(?=n't\b)|[^\W_]+(?:-[^\W_]+)*|[^\w\s]|_"
 )
@@ -32,8 +31,8 @@ _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "“": '"', "�
 
 _CANNOT = re.compile(r"\bcannot\b")
 
-# English's closed classes: everything outside them counts as a content word. Ours replaces the
-# part-of-speech tagger of CPL, whose data need a network.
+# English function words; all other words are content words. The list replaces CPL's
+# part-of-speech tagger, which has to download its data.
 _CLOSED_CLASSES = (
     # articles, determiners, quantifiers
     "a an the this that these those some any no every each either neither both all half such what "
@@ -65,7 +64,7 @@ FUNCTION_WORDS = frozenset(_CLOSED_CLASSES.split())
 
 
 def tokenize(sentence: str) -> list[str]:
-    """Lower-case a sentence and cut it into words, clitics and punctuation.
+    """Lower-case a sentence and split it into words, clitics and punctuation.
 
     "The person's t-shirt doesn't fit." gives the, person, 's, t-shirt, does, n't, fit, "."
     """
@@ -79,15 +78,14 @@ def is_word(token: str) -> bool:
 
 
 def is_content_word(token: str) -> bool:
-    """Whether a token carries content: a word outside the closed classes, no punctuation."""
+    """Whether a token is a word that is no function word."""
     return token not in FUNCTION_WORDS and is_word(token)
 
 
 def known_tokens(sentence: str, vectors: WordVectors) -> list[str]:
-    """The first 20 tokens that have a vector; punctuation stays where it has one, as in CPL.
+    """The first 20 tokens that have a vector, punctuation included, as in CPL.
 
-    Raises MmdistError for an empty sentence and for one without a known word: punctuation alone
-    says nothing.
+    Raises MmdistError for an empty sentence and for one without a known word.
     """
     if not sentence.strip():
         raise MmdistError("The query is empty; describe in a few words what happens in the moment.")
@@ -101,7 +99,7 @@ def known_tokens(sentence: str, vectors: WordVectors) -> list[str]:
 
 
 def has_known_word(sentence: str, vectors: WordVectors) -> bool:
-    """Whether `known_tokens` takes the sentence."""
+    """Whether `known_tokens` accepts the sentence."""
     return any(map(is_word, _first_known(sentence, vectors)))
 
 
@@ -111,9 +109,9 @@ def _first_known(sentence: str, vectors: WordVectors) -> list[str]:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence as the networks read it, W words.
+    """A sentence as the networks read it.
 
-    ids_W: output ids, 0 for a word outside the output vocabulary (read, but not scored).
+    ids_W: output ids, 0 for a word outside the output vocabulary, which is read but not scored.
     content_W: True for content words. vectors_WE float32.
     """
 
@@ -124,12 +122,12 @@ class Sentence:
 
 
 class Vocabulary:
-    """The words that a model can predict (output ids) and those that it can read (vectors)."""
+    """The words that a model predicts (output ids) and the words that it reads (vectors)."""
 
     def __init__(self, words: Sequence[str], vectors: WordVectors) -> None:
         """`words` in order of their ids, which start at 1."""
         if len(set(words)) != len(words):
-            raise MmdistError("An output vocabulary must not hold a word twice.")
+            raise MmdistError("An output vocabulary must hold each word once.")
         self.words = tuple(words)
         self.vectors = vectors
         self._ids = {word: i for i, word in enumerate(words, start=1)}
@@ -147,7 +145,7 @@ class Vocabulary:
             counts.update(token for token in tokenize(sentence) if token in vectors)
         if not counts:
             raise MmdistError(
-                f"None of the training sentences has a word among those of '{vectors.name}'."
+                f"None of the training sentences has a word with a vector in '{vectors.name}'."
             )
         # most_common is stable: ties keep the order of first appearance.
         return cls([word for word, _ in counts.most_common(size)], vectors)

@@ -1,0 +1,143 @@
+"""A student's teacher: what it answers to the training pairs, asked once and stored.
+
+Shape suffixes: Q queries, B batch, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mmdist_e2e.grounding.answer import (
+    INFERENCE_BATCH,
+    GroundingModel,
+    Progress,
+    score_proposals,
+)
+from mmdist_e2e.grounding.checkpoint import (
+    digest_of,
+    load_checkpoint,
+    model_digest,
+    tensors_digest,
+)
+from mmdist_e2e.grounding.data.annotations import Annotation
+from mmdist_e2e.grounding.data.batches import Item, batches, make_items
+from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
+from mmdist_e2e.grounding.losses import Taught
+from mmdist_e2e.store import write_atomically
+from mmdist_e2e.structures import MmdistError
+
+FILE = "teacher.safetensors"
+
+TENSORS = ("centers_Q", "widths_Q", "maps_QL")
+
+
+@dataclass(frozen=True)
+class TeacherAnswers:
+    """Of every training query, in the order of the annotations.
+
+    centers_Q, widths_Q: the span of k^T = argmax of Eq. 9. maps_QL: m^T.
+    """
+
+    centers_Q: Tensor
+    widths_Q: Tensor
+    maps_QL: Tensor
+
+    def of(self, queries_B: Tensor) -> Taught:
+        """The answers to a batch, where the batch lies."""
+        device = queries_B.device
+        return Taught(*(getattr(self, name)[queries_B.cpu()].to(device) for name in TENSORS))
+
+
+@torch.inference_mode()
+def teach(
+    teacher: GroundingModel,
+    annotations: Sequence[Annotation],
+    table: FeatureTable,
+    *,
+    progress: Progress | None = None,
+) -> TeacherAnswers:
+    """Ask a teacher about the training pairs: eval mode, fixed masks, so no seed enters.
+
+    table: features of the teacher's modalities. Raises MmdistError when they were made otherwise.
+    """
+    teacher.check_table(table)
+    model = teacher.model.to(table.data_VLF.device).eval()
+    items: list[Item] = make_items(annotations, table, teacher.vocabulary)
+    parts: list[tuple[Tensor, ...]] = []
+    done = 0
+    for batch in batches(items, table, INFERENCE_BATCH, range(len(items))):
+        proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
+        scored = score_proposals(model, batch, proposals)
+        best_B = scored.scores_BK.argmax(dim=1)
+        rows = torch.arange(len(best_B), device=best_B.device)
+        maps_BL = model.activate(batch, proposals)
+        spans = scored.centers_BK[rows, best_B], scored.widths_BK[rows, best_B]
+        parts.append(tuple(t.cpu().clone() for t in (*spans, maps_BL)))
+        done += len(best_B)
+        if progress:
+            progress("asking the teacher", done, len(items))
+    return TeacherAnswers(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def cached_answers(
+    path: Path,
+    teacher: GroundingModel,
+    annotations: Sequence[Annotation],
+    table: FeatureTable,
+    *,
+    progress: Progress | None = None,
+) -> TeacherAnswers:
+    """`teach`, stored in `path` and read from there for the same teacher, pairs and features."""
+    pairs = [[a.video, a.sentence] for a in annotations]
+    features = [list(table.videos), tensors_digest({"features": table.data_VLF})]
+    identity = digest_of([model_digest(teacher), pairs, features])
+    if path.is_file():
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("identity") == identity:
+                    return TeacherAnswers(*(file.get_tensor(name) for name in TENSORS))
+        except (OSError, SafetensorError):
+            pass  # damaged: asked again, and replaced
+    answers = teach(teacher, annotations, table, progress=progress)
+    tensors = {name: getattr(answers, name).contiguous() for name in TENSORS}
+    write_atomically(path, save(tensors, metadata={"identity": identity}))
+    return answers
+
+
+def load_teacher(
+    run: Path | None,
+    annotations: Sequence[Annotation],
+    features_path: Path,
+    flow_features_path: Path | None,
+    length: int,
+) -> tuple[GroundingModel, FeatureTable]:
+    """A student's teacher, and the features that it reads of the training pairs."""
+    if run is None:
+        raise MmdistError(
+            "A student needs a teacher; give --teacher RUN, a run of mmdist train teacher."
+        )
+    trained = load_checkpoint(run)
+    check_teacher(trained, length)
+    places = places_of(trained.modalities, features_path, flow_features_path)
+    return trained, load_features(places, [a.video for a in annotations], length=length)
+
+
+def check_teacher(teacher: GroundingModel, length: int) -> None:
+    """Raises MmdistError when a student of L positions cannot learn from this teacher."""
+    if teacher.model.local is None:
+        raise MmdistError(
+            f"A {teacher.recipe.name} has no activation map to learn from; give a run of "
+            f"mmdist train teacher (or baseline) as --teacher."
+        )
+    if teacher.recipe.model.length != length:
+        raise MmdistError(
+            f"The teacher reads {teacher.recipe.model.length} positions and the student "
+            f"{length}; give --length {teacher.recipe.model.length}."
+        )
