@@ -1,6 +1,6 @@
 """`make demo`: ground the example clip's first query and compare it with its annotation.
 
-The clip is test video 0 of the synthetic world, whatever it shows; the model never saw it.
+The clip is test video 0 of the synthetic world; the model was not trained on it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ annotation = json.loads((HERE / "example.json").read_text())
 query, (start, end) = annotation["query"], annotation["moment"]
 
 begin = time.perf_counter()
-grounder = mm.load(cache=HERE.parent / ".mmdist" / "features")
-moments = grounder.ground(HERE / annotation["clip"], query)
+answer = mm.load(cache=HERE.parent / ".mmdist" / "features").ground(
+    HERE / annotation["clip"], query
+)
 seconds = time.perf_counter() - begin
 
-print(f'"{query}" in {annotation["clip"]} ({annotation["duration_seconds"]:.1f} s):')
-for rank, moment in enumerate(moments, start=1):
-    print(f"  {rank}. {moment.start:6.2f} – {moment.end:6.2f} s   score {moment.score:.3f}")
-best = moments[0]
+print(answer)
+best = answer[0]
 overlap = max(0.0, min(end, best.end) - max(start, best.start))
 union = max(end, best.end) - min(start, best.start)
-print(f"annotated: {start:.2f} – {end:.2f} s; IoU of the first answer: {overlap / union:.2f}")
-print(f"Answered by {grounder.model.card_line}, in {seconds:.1f} s.")
+print(f"Annotated: {start:.2f} to {end:.2f} s; IoU of the first moment: {overlap / union:.2f}")
+print(f"Answered in {seconds:.1f} s.")

@@ -3,7 +3,7 @@
 >>> import mmdist_e2e as mm
 >>> mm.load().ground("clip.mp4", "person opens door")  # doctest: +SKIP
 
-Names are loaded on first use (PEP 562), so importing this package never imports torch.
+Names are imported on first use (PEP 562), so importing this package never imports torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mmdist_e2e.pipeline import extract as extract
     from mmdist_e2e.pipeline import load as load
     from mmdist_e2e.store import FeatureStore as FeatureStore
+    from mmdist_e2e.structures import Answer as Answer
     from mmdist_e2e.structures import Features as Features
     from mmdist_e2e.structures import MmdistError as MmdistError
     from mmdist_e2e.structures import Moment as Moment
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Answer": "structures",
     "FeatureStore": "store",
     "Features": "structures",
     "Grounder": "pipeline",

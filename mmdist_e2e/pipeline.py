@@ -1,18 +1,24 @@
-"""The whole way: a video and a sentence in, moments out.
+"""From a video and a query to an answer, and from a video to features.
 
-Joins the extractors and the grounding room, which never import each other.
+Joins the extractors and the grounding model, which never import each other. Extractors are
+imported only when features must be extracted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+import os
+import reprlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from mmdist_e2e.extractors.profiles import ExtractorSpec, describe
-from mmdist_e2e.extractors.runner import SnippetNetwork
 from mmdist_e2e.store import FeatureStore, fast_digest
-from mmdist_e2e.structures import Features, MmdistError, Moment
+from mmdist_e2e.structures import Answer, Features, MmdistError, differences
 from mmdist_e2e.weights.registry import (
     DEFAULT_RGB_EXTRACTOR,
     ENTRIES,
@@ -23,23 +29,42 @@ from mmdist_e2e.weights.registry import (
 )
 
 if TYPE_CHECKING:
+    from mmdist_e2e.extractors.profiles import ExtractorSpec
+    from mmdist_e2e.extractors.runner import SnippetNetwork
     from mmdist_e2e.grounding.answer import GroundingModel
 
 Progress = Callable[[float], None]
+Video = str | os.PathLike[str] | Features | Mapping[str, Features]
+
 DEFAULT_TOP_K = 5
+
+RECENT_VIDEOS = 8  # whose features a Grounder keeps in memory
+
+
+def _expect(name: str, value: object, kinds: type | tuple[type, ...], valid: str) -> None:
+    """Raises MmdistError for an argument of the wrong type."""
+    if not isinstance(value, kinds):
+        raise MmdistError(f"{name} must be {valid}; got {reprlib.repr(value)}.")
+
+
+def _path(name: str, value: object) -> Path:
+    _expect(name, value, (str, os.PathLike), "a path (str or Path)")
+    return Path(value)  # type: ignore[arg-type]
 
 
 class Grounder:
-    """A trained model and the extractors its features come from.
+    """A trained model and the extractors that make its features.
 
     Args:
-        model: a loaded grounding checkpoint.
-        device, precision: of the extractors; see SnippetNetwork.
-        cache: folder of cached features; None computes them each time.
-        extractor: name or folder of the extractor, or several, one a modality, where the model's
-            own record is not enough (a folder of yours that is not in the registry).
+        model: a loaded grounding checkpoint, see `load`.
+        device: of the model and the extractors: "auto", "cpu", "cuda" or "cuda:N".
+        precision: of the extractors; see SnippetNetwork.
+        cache: folder of cached features; None switches caching off, in memory too.
+        extractor: name or folder of the extractor, or several, one per modality. Needed for a
+            model trained on features of an extractor that is not in the registry.
 
-    Raises MmdistError for an extractor of a modality that the model does not read.
+    Raises MmdistError for arguments of a wrong type, an unknown device, and an extractor of a
+    modality that the model does not read.
     """
 
     def __init__(
@@ -48,14 +73,27 @@ class Grounder:
         *,
         device: str = "auto",
         precision: str = "auto",
-        cache: Path | None = None,
-        extractor: str | Sequence[str] | None = None,
+        cache: str | Path | None = None,
+        extractor: str | Path | Sequence[str | Path] | None = None,
     ) -> None:
-        self.model = model
-        self._device, self._precision = device, precision
-        self._store = FeatureStore(cache) if cache is not None else None
+        from mmdist_e2e.extractors.runner import resolve_device
+        from mmdist_e2e.grounding.answer import GroundingModel
+
+        _expect("model", model, GroundingModel, "a model that mmdist loaded; use mmdist_e2e.load")
+        _expect("device", device, str, "a word like 'cpu' or 'cuda'")
+        _expect("precision", precision, str, "a word like 'auto' or 'fp32'")
+        self.model, self._device, self._precision = model, resolve_device(device), precision
+        try:
+            model.model.to(self._device)
+        except (RuntimeError, AssertionError) as error:
+            raise MmdistError(f"The model cannot run on {device!r}: {error}") from error
+        self._store = FeatureStore(_path("cache", cache)) if cache is not None else None
+        self._warned = False
+        self._recent: dict[tuple[object, ...], dict[str, Features]] = {}
         self._given: dict[str, str] = {}
-        for name in [extractor] if isinstance(extractor, str) else extractor or ():
+        given = [extractor] if isinstance(extractor, str | os.PathLike) else extractor or ()
+        _expect("extractor", given, (list, tuple), "a name or folder, or a list of them")
+        for name in map(str, (_path("extractor", each) for each in given)):
             modality = str(read_config(checkpoint_folder(name)).get("modality"))
             if modality not in model.modalities:
                 raise MmdistError(
@@ -66,7 +104,9 @@ class Grounder:
         self._networks: dict[str, SnippetNetwork] = {}
 
     def _spec(self, modality: str) -> ExtractorSpec:
-        """The extractor of a modality, run as the model's features were."""
+        """The extractor of a modality, with the settings that made the model's features."""
+        from mmdist_e2e.extractors.profiles import describe
+
         matters = self.model.matters[modality]
         name = self._given.get(modality, str(matters.get("extractor")))
         if modality not in self._given and name not in ENTRIES:
@@ -79,77 +119,200 @@ class Grounder:
                 f"This model reads {modality} features that a PCA reduced; make them with "
                 f"mmdist extract --pca, and give features instead of a video."
             )
-        return describe(
+        spec = describe(
             name,
             mode=matters.get("mode", "windows"),
             fps_policy=matters.get("fps_policy", "ceiling"),
             layer=matters.get("layer"),
         )
+        if unlike := differences(matters, spec.matters):
+            raise MmdistError(
+                f"The extractor {name!r} does not make the {modality} features that this model "
+                f"needs: {'; '.join(unlike)}; give the extractor that the model was trained with."
+            )
+        return spec
 
     def encode(self, video: str | Path, *, progress: Progress | None = None) -> dict[str, Features]:
         """Features of every modality that the model reads, from the cache where it has them.
 
-        What is missing is extracted in one pass. Raises MmdistError when the video cannot be
-        decoded or an extractor cannot be had.
+        Missing ones are extracted in one pass. Raises MmdistError when the video cannot be
+        decoded or an extractor is not available.
         """
-        from mmdist_e2e.extractors.extract import extract_video
-        from mmdist_e2e.extractors.video.reader import Decoder
+        encoded = self._encode(_path("video", video), progress)
+        return {m: replace(each, data=each.data.copy()) for m, each in encoded.items()}
 
-        path = Path(video)
-        features: dict[str, Features] = {}
-        missing: list[SnippetNetwork] = []
-        source = fast_digest(path) if path.is_file() else {}
-        # The digest in the id keeps apart clips of one name from different folders.
-        video_id = f"{path.stem}-{source.get('digest', 'none')}"
-        for modality in self.model.modalities:
-            spec = self._spec(modality)
-            if self._store is not None and self._store.up_to_date(
-                video_id, modality, matters=spec.matters, source=source
-            ):
-                features[modality] = self._store.load(video_id, modality)
-                continue
-            if modality not in self._networks:
-                self._networks[modality] = SnippetNetwork(
-                    spec, device=self._device, precision=self._precision
-                )
-            missing.append(self._networks[modality])
+    def _encode(self, path: Path, progress: Progress | None) -> dict[str, Features]:
+        """`encode`, whose arrays may be those kept in memory."""
+        source: dict[str, Any] = {}
+        key: tuple[object, ...] = ()
+        try:
+            if path.is_file():
+                s = path.stat()
+                key = s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+                if key in self._recent:
+                    return self._recent[key]
+                source = fast_digest(path)
+        except OSError:
+            pass  # the decoder says what is wrong
+        store = self._store if source else None
+        found = {m: self._cached(store, m, source) for m in self.model.modalities}
+        features = {modality: cached for modality, cached in found.items() if cached is not None}
+        missing = [modality for modality in found if modality not in features]
         if missing:
-            with Decoder() as decoder:
-                made = extract_video(path, missing, decoder, source=source, progress=progress)
-            for modality, extracted in made.items():
-                features[modality] = extracted
-                if self._store is not None:
-                    self._store.save(video_id, extracted)
+            made = self._extract(path, missing, source, progress)
+            features = {m: features.get(m) or made[m] for m in found}
+            if store is not None:
+                self._keep(store, made, source)
+        if store is not None:
+            self._recent[key] = features
+            while len(self._recent) > RECENT_VIDEOS:
+                del self._recent[next(iter(self._recent))]
         return features
 
+    def _extract(
+        self,
+        path: Path,
+        modalities: Sequence[str],
+        source: Mapping[str, Any],
+        progress: Progress | None,
+    ) -> dict[str, Features]:
+        from mmdist_e2e.extractors.extract import extract_video
+        from mmdist_e2e.extractors.runner import SnippetNetwork
+        from mmdist_e2e.extractors.video.reader import Decoder
+
+        if progress is not None:
+            progress(0.0)
+        for modality in modalities:
+            if modality not in self._networks:
+                self._networks[modality] = SnippetNetwork(
+                    self._spec(modality), device=self._device, precision=self._precision
+                )
+        networks = [self._networks[modality] for modality in modalities]
+        with Decoder() as decoder:
+            return extract_video(path, networks, decoder, source=source, progress=progress)
+
+    def _cache_id(self, modality: str, source: Mapping[str, Any]) -> str:
+        """Digests of the video and of how features are made, so that models share a cache."""
+        matters = json.dumps(self.model.matters[modality], sort_keys=True)
+        return f"{source['digest']}-{hashlib.sha256(matters.encode()).hexdigest()[:16]}"
+
+    def _cached(
+        self, store: FeatureStore | None, modality: str, source: Mapping[str, Any]
+    ) -> Features | None:
+        """Features that were made in this way from this video; None where they must be made."""
+        if store is None:
+            return None
+        try:
+            features = store.load(self._cache_id(modality, source), modality)
+        except Exception:
+            return None  # missing, or damaged: a damaged file may raise anything
+        provenance = features.provenance
+        same = provenance.matters == self.model.matters[modality] and provenance.source == source
+        return features if same and features.modality == modality else None
+
+    def _keep(
+        self, store: FeatureStore, made: Mapping[str, Features], source: Mapping[str, Any]
+    ) -> None:
+        """Write features to the cache; where that fails, warn once."""
+        try:
+            for modality, features in made.items():
+                store.save(self._cache_id(modality, source), features)
+        except (MmdistError, OSError) as error:
+            reason = getattr(error.__cause__ or error, "strerror", None) or error
+            if not self._warned:
+                _warn_not_cached(f"{store.root} cannot be written: {reason}")
+            self._warned = True
+
+    @overload
+    def ground(
+        self, video: Video, query: str, *, top_k: int = ..., progress: Progress | None = ...
+    ) -> Answer: ...
+    @overload
     def ground(
         self,
-        video: str | Path | Features | Mapping[str, Features],
-        query: str,
+        video: Video,
+        query: list[str] | tuple[str, ...],
+        *,
+        top_k: int = ...,
+        progress: Progress | None = ...,
+    ) -> list[Answer]: ...
+    def ground(
+        self,
+        video: Video,
+        query: str | list[str] | tuple[str, ...],
         *,
         top_k: int = DEFAULT_TOP_K,
         progress: Progress | None = None,
-    ) -> list[Moment]:
-        """Answer a sentence with moments in seconds, best first.
+    ) -> Answer | list[Answer]:
+        """Answer a query with moments in seconds, best first.
 
         Args:
-            video: a file, or features that `encode` or `extract` gave.
-            query: the sentence.
-            top_k: how many moments at most.
+            video: a file, or features from `encode` or `extract`.
+            query: a sentence, or several: they get a list of answers, and the video is read once.
+            top_k: maximum number of moments.
+            progress: called with the fraction of the video that was read, 0 to 1.
 
-        Raises MmdistError for an unreadable video, features the model was not trained on, an
-        empty query or one without a known word, or a top_k below 1.
+        Raises MmdistError for an unreadable video, features that the model was not trained on, an
+        empty query or one without a known word, and arguments of a wrong type. All queries are
+        checked before the video is read.
         """
-        if top_k < 1:
+        _expect("top_k", top_k, Integral, "a whole number of at least 1")
+        if isinstance(top_k, bool) or top_k < 1:
             raise MmdistError(f"top_k must be at least 1; got {top_k}.")
-        self.model.check_query(query)  # before minutes of extraction
+        queries = self._queries(query)
+        name = ""
         if isinstance(video, Features):
             features: Mapping[str, Features] = {video.modality: video}
         elif isinstance(video, Mapping):
             features = video
+            for key, value in video.items():
+                _expect(f"The {key} features", value, Features, "Features")
+                if value.modality != key:
+                    raise MmdistError(f"The features given as {key!r} are {value.modality}.")
         else:
-            features = self.encode(video, progress=progress)
-        return self.model.answer(features, query)[:top_k]
+            path = _path("video", video)
+            name, features = str(os.fspath(video)), self._encode(path, progress)
+        answers = [self._answer(name, features, text, int(top_k)) for text in queries]
+        return answers[0] if isinstance(query, str) else answers
+
+    def _answer(
+        self, video: str, features: Mapping[str, Features], query: str, top_k: int
+    ) -> Answer:
+        model = self.model
+        return Answer(
+            video=video,
+            query=query,
+            moments=tuple(model.answer(features, query)[:top_k]),
+            duration_seconds=float(features[model.modalities[0]].duration_seconds),
+            unknown_words=tuple(model.vocabulary.unread(query)),
+            model=model.name,
+            trained_on=model.trained_on,
+            warning=model.warning,
+        )
+
+    def _queries(self, query: object) -> list[str]:
+        """One or several queries as a list. Raises MmdistError, naming a bad one by its number."""
+        _expect("query", query, Iterable, "a sentence, or a list of sentences")
+        queries = [query] if isinstance(query, str) else list(query)  # type: ignore[call-overload]
+        if not queries:
+            raise MmdistError("There is no query; give at least one sentence.")
+        for number, text in enumerate(queries, start=1):
+            _expect("query", text, str, "a sentence, or a list of sentences")
+            try:
+                self.model.check_query(text)
+            except MmdistError as error:
+                if len(queries) == 1:
+                    raise
+                raise MmdistError(f"Query {number} of {len(queries)}: {error}") from error
+        return queries
+
+
+def _warn_not_cached(reason: str) -> None:
+    warnings.warn(
+        f"Features are not cached ({reason}): the next query extracts them again. "
+        f"Choose a writable cache folder.",
+        stacklevel=2,
+    )
 
 
 def load(
@@ -157,34 +320,34 @@ def load(
     *,
     device: str = "auto",
     precision: str = "auto",
-    cache: str | Path | None = None,
-    extractor: str | Sequence[str] | None = None,
+    cache: str | Path | Literal[True] | None = True,
+    extractor: str | Path | Sequence[str | Path] | None = None,
 ) -> Grounder:
-    """Load a grounding model; without a name the one that ships in the wheel.
+    """Load a grounding model; by default the shipped one.
 
     Args:
-        model: a run's folder or checkpoint folder.
-        cache: folder of cached features; by default the user's cache.
+        model: folder of a training run or a checkpoint.
+        cache: folder of cached features; True for the user's cache folder, None for no caching.
         device, precision, extractor: see Grounder.
 
-    Raises MmdistError when the folder is no checkpoint.
+    Raises MmdistError when the folder is no checkpoint, and as Grounder.
     """
     from mmdist_e2e.grounding.checkpoint import load_checkpoint
 
-    loaded = load_checkpoint(Path(model) if model is not None else SHIPPED_MODEL)
-    return Grounder(
-        loaded,
-        device=device,
-        precision=precision,
-        cache=Path(cache) if cache is not None else cache_folder() / "features",
-        extractor=extractor,
-    )
+    loaded = load_checkpoint(SHIPPED_MODEL if model is None else _path("model", model))
+    if cache is True:
+        try:
+            cache = cache_folder() / "features"
+        except RuntimeError as error:  # no HOME
+            _warn_not_cached(str(error).rstrip("."))
+            cache = None
+    return Grounder(loaded, device=device, precision=precision, cache=cache, extractor=extractor)
 
 
 def extract(
     video: str | Path,
     *,
-    extractor: str = DEFAULT_RGB_EXTRACTOR,
+    extractor: str | Path = DEFAULT_RGB_EXTRACTOR,
     device: str = "auto",
     precision: str = "auto",
     progress: Progress | None = None,
@@ -194,11 +357,15 @@ def extract(
     Raises MmdistError for an unknown extractor or a video that cannot be decoded.
     """
     from mmdist_e2e.extractors.extract import extract_video
+    from mmdist_e2e.extractors.profiles import describe
+    from mmdist_e2e.extractors.runner import SnippetNetwork
     from mmdist_e2e.extractors.video.reader import Decoder
 
-    network = SnippetNetwork(describe(extractor), device=device, precision=precision)
+    path, name = _path("video", video), str(_path("extractor", extractor))
+    _expect("device", device, str, "a word like 'cpu' or 'cuda'")
+    network = SnippetNetwork(describe(name), device=device, precision=precision)
     with Decoder() as decoder:
-        (features,) = extract_video(Path(video), [network], decoder, progress=progress).values()
+        (features,) = extract_video(path, [network], decoder, progress=progress).values()
     return features
 
 
@@ -216,6 +383,6 @@ def default_extractors(modalities: Sequence[str]) -> dict[str, str]:
     if missing:
         raise MmdistError(
             f"No extractor of {', '.join(missing)} ships with this version; name one with "
-            f"--extractor, or take what ships: {', '.join(shipped)}."
+            f"--extractor, or use one that ships: {', '.join(shipped)}."
         )
     return {modality: shipped[modality] for modality in modalities}

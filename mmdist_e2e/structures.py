@@ -1,15 +1,16 @@
-"""The objects that cross rooms: Features, Moment, and the error meant for people.
+"""What the parts of the package exchange: Features, Moment, Answer, and the error for users.
 
-Imports numpy alone, so that every room (and the decoder process) may use it.
+Imports only numpy, so that every part (and the decoder process) may import it.
 Shape suffixes: S snippets, D channels, L resampled positions.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from html import escape
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,35 +19,120 @@ MODALITIES = ("rgb", "flow")
 
 
 class MmdistError(ValueError):
-    """A person's mistake or a bad file; the message is one clear sentence for that person.
+    """A user's mistake or a bad file; the message is one clear sentence.
 
-    The command line prints it and exits non-zero; anything else is a bug and keeps its traceback.
+    The command line prints it and exits with 1. Any other exception is a bug and keeps its
+    traceback.
     """
 
 
 def check_choice(name: str, value: str, valid: Sequence[str]) -> None:
-    """Raises MmdistError when a setting is none of its valid words."""
+    """Raises MmdistError unless `value` is one of the valid words."""
     if value not in valid:
         raise MmdistError(f"{name} {value!r} is unknown; valid: {', '.join(valid)}.")
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A timed answer: `start` and `end` in seconds, `score` higher is better."""
+    """A span of a video: `start` and `end` in seconds; a higher `score` is better."""
 
     start: float
     end: float
     score: float
 
 
+@dataclass(frozen=True, repr=False)
+class Answer(Sequence[Moment]):
+    """The moments of one query in one video, best first; a sequence of those moments.
+
+    video: the path as given; "" where features were given.
+    unknown_words: words of the query that the model does not read.
+    model, trained_on: the model's name and its training data.
+    warning: why the answer may be wrong on real video; None for a model trained on real video.
+    """
+
+    video: str
+    query: str
+    duration_seconds: float
+    moments: tuple[Moment, ...]
+    unknown_words: tuple[str, ...]
+    model: str
+    trained_on: str
+    warning: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def __iter__(self) -> Iterator[Moment]:
+        return iter(self.moments)
+
+    @overload
+    def __getitem__(self, index: int) -> Moment: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Moment, ...]: ...
+    def __getitem__(self, index: int | slice) -> Moment | tuple[Moment, ...]:
+        return self.moments[index]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON types."""
+        return {
+            "video": self.video,
+            "query": self.query,
+            "duration_seconds": self.duration_seconds,
+            "model": self.model,
+            "trained_on": self.trained_on,
+            "warning": self.warning,
+            "unknown_words": list(self.unknown_words),
+            "moments": [asdict(moment) for moment in self.moments],
+        }
+
+    @property
+    def table(self) -> str:
+        """Query, video, moments and unknown words, as text."""
+        title, rows = self._cells()
+        lines = ["  ".join(f"{cell:>9}" for cell in row) for row in rows]
+        return "\n".join([title, *lines, *self.unknown])
+
+    @property
+    def unknown(self) -> list[str]:
+        """A line that names the unknown words, if there are any."""
+        words = ", ".join(self.unknown_words)
+        return [f"Unknown words, not read by the model: {words}"] if words else []
+
+    @property
+    def about(self) -> list[str]:
+        """Lines on the model: its name, its training data and the warning."""
+        warning = [f"Warning: {self.warning}"] if self.warning else []
+        return [f"Model: {self.model}", f"Trained on: {self.trained_on}", *warning]
+
+    def _cells(self) -> tuple[str, list[tuple[str, ...]]]:
+        """The title of the table and its rows; the first one is the header."""
+        title = f'"{self.query}" in {self.video or "features"} ({self.duration_seconds:.2f} s)'
+        rows = [
+            (str(rank), f"{moment.start:.2f}", f"{moment.end:.2f}", f"{moment.score:.3f}")
+            for rank, moment in enumerate(self.moments, start=1)
+        ]
+        return title, [("rank", "start (s)", "end (s)", "score"), *rows]
+
+    def __repr__(self) -> str:
+        return "\n".join([self.table, *self.about])
+
+    def _repr_html_(self) -> str:
+        """The same as an HTML table, for notebooks."""
+        title, cells = self._cells()
+        rows = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
+        below = "<br>".join(map(escape, [*self.unknown, *self.about]))
+        return f"<table><caption>{escape(title)}</caption>{rows}</table><p>{below}</p>"
+
+
 @dataclass(frozen=True)
 class Provenance:
-    """Where features come from.
+    """How features were made.
 
     `matters` holds what a model must agree with (extractor, weights digest, mode, fps policy,
     window, stride, tail); `info` is information only (decoder, versions, device, precision);
-    `source` identifies the video file (size in bytes, fast digest). No clock, host or path.
-    Imported features carry `matters = {"extractor": "external:NAME"}`.
+    `source` identifies the video file (size in bytes, fast digest). No time, host name or path.
+    Imported features have `matters = {"extractor": "external:NAME"}`.
     """
 
     matters: Mapping[str, Any]
@@ -55,7 +141,7 @@ class Provenance:
 
     @classmethod
     def external(cls, name: str) -> Provenance:
-        """Provenance of features that were made elsewhere and imported under `name`."""
+        """Provenance of features that another program made, imported under `name`."""
         return cls(matters={"extractor": f"external:{name}"})
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +157,7 @@ class Provenance:
 
 
 def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
-    """Say, one phrase a key, how two `matters` mappings differ; empty when they agree."""
+    """How two `matters` mappings differ, one phrase per key; empty when they agree."""
     keys = sorted(set(expected) | set(actual))
     return [
         f"{key} is {actual.get(key)!r} where the model needs {expected.get(key)!r}"
@@ -97,10 +183,13 @@ class Features:
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        if self.modality not in MODALITIES:
-            raise MmdistError(
-                f"The modality {self.modality!r} is unknown; valid: {', '.join(MODALITIES)}."
-            )
+        check_choice("The modality", self.modality, MODALITIES)
+        for name, array in (("data", self.data), ("times", self.times)):
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+                kind = getattr(array, "dtype", type(array).__name__)
+                raise MmdistError(
+                    f"{name} of Features must be a numpy array of numbers; got {kind}."
+                )
         if self.data.ndim != 2 or self.data.shape[0] < 1:
             raise MmdistError(
                 f"Features must have the shape [snippets, channels] with at least one snippet; "
@@ -114,17 +203,19 @@ class Features:
         if not np.isfinite(self.data).all():
             rows = int((~np.isfinite(self.data).all(axis=1)).sum())
             raise MmdistError(f"Features must be finite; {rows} of {len(self.data)} rows are not.")
-        if not (np.isfinite(self.duration_seconds) and self.duration_seconds > 0):
+        if not isinstance(self.duration_seconds, int | float | np.number) or not (
+            np.isfinite(self.duration_seconds) and self.duration_seconds > 0
+        ):
             raise MmdistError(
-                f"A duration must be a positive number of seconds; got {self.duration_seconds}."
+                f"A duration must be a positive number of seconds; got {self.duration_seconds!r}."
             )
 
     def resample(self, length: int) -> Features:
         """Resample the S rows to `length` positions that divide the video evenly.
 
-        Edges round(i / L * S) in float64, halves to even, clipped to S - 1; the mean over each
-        bin, the row at the left edge where a bin is empty (the rule the field's numbers were
-        made with: for large S the last row is never used).
+        Bin edges are round(i / L * S) in float64 (halves to even), clipped to S - 1. A position is
+        the mean over its bin, or the row at the left edge of an empty bin. Published results use
+        this rule; for large S it never reads the last row.
         """
         if length < 1:
             raise MmdistError(f"Features cannot be resampled to {length} positions; at least 1.")

@@ -1,4 +1,4 @@
-"""What several commands share: consoles, progress, options written once."""
+"""What several commands share: consoles, progress bars and options."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mmdist_e2e.extractors.batch import Outcome, Report, Video
 
 
-# A file or a pipe has no width: tables keep their lines whole there.
+# A file or a pipe has no width: lines of tables are not wrapped there.
 PIPE_WIDTH = 200
 
 results = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -37,12 +37,12 @@ notes = Console(stderr=True, highlight=False)
 
 
 def say(line: str) -> None:
-    """One plain line on stderr, never wrapped nor read as markup."""
+    """Print one plain line on stderr, without wrapping or markup."""
     notes.print(line, markup=False, soft_wrap=True)
 
 
 def _bars(*columns: ProgressColumn) -> Progress:
-    """Bars with a description first, then `columns`; nothing is drawn without a terminal."""
+    """Bars with a description, then `columns`; drawn only in a terminal."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -55,14 +55,14 @@ def _bars(*columns: ProgressColumn) -> Progress:
 
 @contextmanager
 def bar(description: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
-    """A progress bar from 0 to `total`; yields a setter. Nothing is drawn without a terminal."""
+    """A progress bar from 0 to `total`; yields a function that sets it."""
     with _bars(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task(description, total=total)
         yield lambda done: progress.update(task, completed=done)
 
 
 class ExtractionProgress:
-    """Draws a batch: one bar over videos, one inside the running video."""
+    """Two bars: finished videos, and the progress of the current one."""
 
     def __init__(self, total: int) -> None:
         self._progress = _bars(MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -89,7 +89,7 @@ class ExtractionProgress:
 
 
 class StepDisplay:
-    """A bar that restarts with each step; called with (what, done, of how many)."""
+    """A bar that restarts with each step; called with (step, done, total)."""
 
     def __init__(self) -> None:
         self._progress = _bars(MofNCompleteColumn(), TimeElapsedColumn())
@@ -111,7 +111,7 @@ class StepDisplay:
 
 
 def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
-    """The final table: done, skipped and failed with causes; rows saved by modality."""
+    """The final table: videos done, skipped and failed with causes; rows per modality."""
     table = Table(title="Extraction", title_justify="left", show_edge=False)
     table.add_column("result")
     table.add_column("videos", justify="right")
@@ -134,25 +134,38 @@ def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
 PATH = click.Path(path_type=Path)
 
 flow_features = click.option(
-    "--flow-features", type=PATH, help="Where flow lies, if not beside RGB."
+    "--flow-features",
+    type=PATH,
+    help="Flow features: store, HDF5 or npy folder; default: --features.",
 )
 
-glove = click.option("--glove", type=PATH, help="GloVe text or CPL's glove.pkl.")
+glove = click.option(
+    "--glove", type=PATH, help="Word vectors: GloVe text or CPL's glove.pkl; default: shipped."
+)
 
-durations = click.option("--durations", type=PATH, help="Seconds by video: JSON, CSV or a store.")
+durations = click.option(
+    "--durations", type=PATH, help="Durations of videos in seconds: JSON, CSV or a feature store."
+)
 
 protocol = click.option(
     "--protocol",
     default="official",
     show_default=True,
     type=click.Choice(PROTOCOLS),
-    help="cpl drops queries that end past their video.",
+    help="official keeps all queries; cpl drops those that end after their video.",
 )
 
 length = click.option(
-    "--length", default=64, show_default=True, type=click.IntRange(min=4), help="L."
+    "--length",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=4),
+    help="Positions L that features are resampled to.",
 )
 
 device = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N."
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where networks run: auto, cpu, cuda or cuda:N.",
 )

@@ -1,34 +1,50 @@
-"""`mmdist ground`: a clip and a sentence to moments."""
+"""`mmdist ground`: a video and queries to moments."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
 from mmdist_e2e.cli import common as options
-from mmdist_e2e.cli.common import bar, results, say
+from mmdist_e2e.structures import MmdistError
+
+if TYPE_CHECKING:
+    from mmdist_e2e.structures import Answer
 
 
 @click.command("ground")
 @click.argument("clip", type=options.PATH)
-@click.argument("query")
-@click.option("--model", type=options.PATH, help="A run's folder; default: shipped.")
+@click.argument("query", nargs=-1)
+@click.option(
+    "--queries",
+    "file",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="File of more queries, one per line, in UTF-8; - reads them from standard input.",
+)
+@click.option("--model", type=options.PATH, help="Folder of a training run; default: shipped.")
 @click.option(
     "--extractor",
     "extractors",
     multiple=True,
-    help="Folder of an extractor that is not in the registry, once a modality.",
+    help="Folder of an extractor that is not in the registry; once per modality.",
 )
-@click.option("--top-k", default=5, show_default=True, help="How many moments at most.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@click.option("--top-k", default=5, show_default=True, help="Maximum number of moments.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON: an object, or a list for several queries."
+)
 @options.device
-@click.option("--cache", type=options.PATH, help="Folder of cached features.")
+@click.option(
+    "--cache", type=options.PATH, help="Folder of cached features; default: the user's cache."
+)
 def ground_command(
     clip: Path,
-    query: str,
+    query: tuple[str, ...],
+    file: Path | None,
     model: Path | None,
     extractors: tuple[str, ...],
     top_k: int,
@@ -36,33 +52,57 @@ def ground_command(
     device: str,
     cache: Path | None,
 ) -> None:
-    """Say when in CLIP the sentence QUERY happens: start, end (seconds) and score, best first."""
+    """Find the moments of CLIP that each QUERY describes.
+
+    Prints start and end in seconds and a score, best first. Several queries read the video once.
+    """
     from mmdist_e2e.pipeline import load
 
-    grounder = load(model, device=device, cache=cache, extractor=extractors)
-    with bar(f"reading {clip.name}") as progress:
-        moments = grounder.ground(clip, query, top_k=top_k, progress=progress)
-    line = grounder.model.card_line
+    queries = [*query, *(_lines(file) if file else ())]
+    if not queries:
+        raise MmdistError("There is no query; give a sentence after the video, or --queries FILE.")
+    grounder = load(model, device=device, cache=cache or True, extractor=extractors)
+    with ExitStack() as bars:
+        show: Callable[[float], None] | None = None
+
+        def progress(done: float) -> None:
+            nonlocal show
+            if show is None:  # only extraction takes long enough for a bar
+                show = bars.enter_context(options.bar(f"reading {clip.name}"))
+            show(done)
+
+        answers = grounder.ground(clip, queries, top_k=top_k, progress=progress)
     if as_json:
-        answer = {
-            "video": str(clip),
-            "query": query,
-            "model": line,
-            "moments": [
-                {
-                    "start": round(moment.start, 3),
-                    "end": round(moment.end, 3),
-                    "score": round(moment.score, 4),
-                }
-                for moment in moments
-            ],
-        }
-        click.echo(json.dumps(answer, indent=2))
+        printed = [_rounded(answer) for answer in answers]
+        click.echo(json.dumps(printed if len(printed) > 1 else printed[0], indent=2))
+        for line in dict.fromkeys(line for answer in answers for line in answer.unknown):
+            click.echo(f"Warning: {line}", err=True)
         return
-    table = Table(show_edge=False)
-    for column in ("rank", "start (s)", "end (s)", "score"):
-        table.add_column(column, justify="right")
-    for rank, moment in enumerate(moments, start=1):
-        table.add_row(str(rank), f"{moment.start:.2f}", f"{moment.end:.2f}", f"{moment.score:.3f}")
-    results.print(table)
-    say(f"Answered by {line}")
+    for answer in answers:
+        click.echo(f"{answer.table}\n")
+    click.echo("\n".join(answers[0].about))
+
+
+def _rounded(answer: Answer) -> dict[str, Any]:
+    """The answer with milliseconds, and scores of four decimal places."""
+    raw = answer.to_dict()
+    raw["duration_seconds"] = round(raw["duration_seconds"], 3)
+    for moment in raw["moments"]:
+        moment.update(
+            start=round(moment["start"], 3),
+            end=round(moment["end"], 3),
+            score=round(moment["score"], 4),
+        )
+    return raw
+
+
+def _lines(file: Path) -> list[str]:
+    """The queries of a file; blank lines are skipped."""
+    try:
+        with click.open_file(str(file), "rb") as stream:  # - is standard input
+            lines = stream.read().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise MmdistError(f"--queries {file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise MmdistError(f"--queries {file} is not UTF-8 text ({error}); convert it.") from error
+    return [line.strip() for line in lines if line.strip()]

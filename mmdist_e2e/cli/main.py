@@ -1,6 +1,7 @@
-"""`mmdist`: the group of commands and the one place where errors become sentences.
+"""`mmdist`: the group of commands; errors of users become sentences here.
 
-Heavy imports live inside the commands, so that `mmdist --help` never imports torch.
+A command's module is imported when it is used, and torch only inside the commands, so that
+`mmdist --help` and a query on cached features start fast.
 """
 
 from __future__ import annotations
@@ -8,23 +9,37 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from importlib import import_module
 from typing import Any
 
 import click
 
 from mmdist_e2e import __version__
-from mmdist_e2e.cli.data import data_group
-from mmdist_e2e.cli.evaluate import evaluate_command
-from mmdist_e2e.cli.extract import extract_command
-from mmdist_e2e.cli.ground import ground_command
-from mmdist_e2e.cli.reproduce import reproduce_command
-from mmdist_e2e.cli.train import train_group
-from mmdist_e2e.cli.weights import weights_group
 from mmdist_e2e.structures import MmdistError
+
+COMMANDS = {  # name -> module in this folder and the command in it
+    "ground": "ground.ground_command",
+    "extract": "extract.extract_command",
+    "data": "data.data_group",
+    "train": "train.train_group",
+    "evaluate": "evaluate.evaluate_command",
+    "reproduce": "reproduce.reproduce_command",
+    "weights": "weights.weights_group",
+}
 
 
 class PoliteGroup(click.Group):
-    """Turns a person's mistake into one sentence and exit code 1; bugs keep their traceback."""
+    """Prints a user's mistake as one sentence with exit code 1; bugs keep their traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name].split(".")
+        command: click.Command = getattr(import_module(f"mmdist_e2e.cli.{module}"), name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -41,24 +56,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # A warning is for people too: one line, without the source line that raised it.
+    # Warnings are for users too: one line, without the source line that raised it.
     warnings.showwarning = _show_warning
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     click.echo(f"Warning: {message}", err=True)
-
-
-for command in (
-    ground_command,
-    extract_command,
-    data_group,
-    train_group,
-    evaluate_command,
-    reproduce_command,
-    weights_group,
-):
-    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Answering: proposals scored by Eq. 9 and ranked, and long videos read in windows.
 
 A video much longer than those of training is read in half-overlapping windows whose moments are
-merged: L positions over an hour are a minute each, and the diversity prior asks for moments of a
-third of the video.
+merged: read whole, an hour would have a position per minute, and the diversity prior would ask
+for moments of a third of it.
 
 Shape suffixes: B batch, Q queries, K proposals, P mask patterns, W words, L positions, F channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,12 +31,16 @@ from mmdist_e2e.grounding.network import (
 )
 from mmdist_e2e.structures import Features, MmdistError, Moment, differences
 
+SYNTHETIC_WARNING = "trained on a drawn world: on real video this is a guess."
+
+FEW = 8  # windows that one thread reads at least as fast as several
+
 
 @dataclass
 class GroundingModel:
-    """A trained network with all it needs to answer.
+    """A trained network and everything that it needs to answer.
 
-    config: the checkpoint's config.json (recipe, seed, what it was trained on and chosen by).
+    config: the checkpoint's config.json (recipe, seed, training data, how the epoch was chosen).
     """
 
     model: GroundingNetwork
@@ -55,12 +60,26 @@ class GroundingModel:
         return matters
 
     @property
-    def card_line(self) -> str:
-        """Which model this is and what it was trained on, in one line."""
+    def name(self) -> str:
+        """Recipe, seed, modalities and size."""
         return (
             f"{self.recipe.name} (seed {self.config['seed']}, {', '.join(self.modalities)}, "
-            f"{self.recipe.model.hidden} channels), trained on {self.config['trained_on']}"
+            f"{self.recipe.model.hidden} channels)"
         )
+
+    @property
+    def trained_on(self) -> str:
+        return str(self.config["trained_on"])
+
+    @property
+    def warning(self) -> str | None:
+        """What users of real video must know; None for a model trained on real video."""
+        return SYNTHETIC_WARNING if "synthetic world" in self.trained_on else None
+
+    @property
+    def card_line(self) -> str:
+        """Name and training data in one line."""
+        return f"{self.name}, trained on {self.trained_on}"
 
     def check_table(self, table: FeatureTable) -> None:
         """`check_features` of every modality."""
@@ -68,7 +87,7 @@ class GroundingModel:
             self.check_features(modality, matters)
 
     def check_features(self, modality: str, matters: Mapping[str, Any]) -> None:
-        """Raises MmdistError when features were made unlike those of training, saying how."""
+        """Raises MmdistError when features were not made like those of training, saying how."""
         unlike = differences(self.matters[modality], matters)
         if unlike:
             raise MmdistError(
@@ -107,8 +126,8 @@ class GroundingModel:
                 f"{', '.join(sorted(features)) or 'none'}."
             )
         given = [features[modality] for modality in self.modalities]
-        for each in given:
-            self.check_features(each.modality, each.provenance.matters)
+        for modality, each in zip(self.modalities, given, strict=True):
+            self.check_features(modality, each.provenance.matters)
         longest = float(self.config["longest_duration_seconds"])
         starts = window_starts(given[0].duration_seconds, longest)
         if len(starts) == 1:
@@ -125,15 +144,16 @@ class GroundingModel:
     def _read(self, videos: Sequence[Sequence[Features]], sentence: Sentence) -> list[list[Moment]]:
         """K moments of each video, best first; of a video its modalities, in the model's order."""
         self.model.eval()
+        device, length = self.model.mask_vec.device, self.recipe.model.length
         answers = []
         for begin in range(0, len(videos), INFERENCE_BATCH):
             some = videos[begin : begin + INFERENCE_BATCH]
-            length = self.recipe.model.length
             data_BLF = np.stack(
                 [np.concatenate([m.resample(length).data for m in v], axis=1) for v in some]
             )
-            frames_BLF = torch.from_numpy(data_BLF).to(self.model.mask_vec.device)
-            ranked = rank(predict_batch(self.model, collate([sentence] * len(some), frames_BLF)))
+            batch = collate([sentence] * len(some), torch.from_numpy(data_BLF).to(device))
+            with one_thread() if device.type == "cpu" and len(videos) <= FEW else nullcontext():
+                ranked = rank(predict_batch(self.model, batch))
             for video, starts, ends, scores in zip(
                 some, ranked.starts, ranked.ends, ranked.scores, strict=True
             ):
@@ -145,6 +165,21 @@ class GroundingModel:
                     ]
                 )
         return answers
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch's CPU operations in one thread.
+
+    A query is thousands of small operations. With several threads on busy cores each of them waits
+    for the slowest, and a query takes seconds instead of milliseconds.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 LONG_RATIO = 1.25  # a video is long when it lasts this many times the longest training video
@@ -212,7 +247,7 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictions:
-    """K spans a query, best first, [Q, K] each.
+    """K spans per query, best first, [Q, K] each.
 
     starts, ends in [0, 1] of the video; scores of Eq. 9; losses: the reconstruction losses r_p.
     """
@@ -267,7 +302,7 @@ def predict_batch(model: GlobalBranch, batch: Batch) -> Scored:
 
 @torch.inference_mode()
 def score_proposals(model: GlobalBranch, batch: Batch, proposals: Proposals) -> Scored:
-    """`predict_batch`, from proposals that are at hand."""
+    """`predict_batch` of proposals that were already made."""
     assert not model.training
     centers_BK, widths_BK = proposals.centers_BK, proposals.widths_BK
     losses_BK = mean_reconstruction(model, batch, proposals)
@@ -314,7 +349,7 @@ def predict(
     precision: str = "fp32",
     progress: Progress | None = None,
 ) -> Predictions:
-    """Answer every item. Sentences of like length share a batch: less padding, same answers."""
+    """Answer every item. Sentences of similar length share a batch, which saves padding."""
     was_training = model.training
     model.eval()
     order = sorted(range(len(items)), key=lambda i: len(items[i].sentence.tokens))
