@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdist_e2e.extractors.video.reader import FpsPolicy
 from mmdist_e2e.structures import MODALITIES, MmdistError
 from mmdist_e2e.weights.registry import checkpoint_folder, read_config, weights_digest
 
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from mmdist_e2e.extractors.networks.c3d import Pca
 
 
-CHANNEL_ORDERS = ("rgb", "bgr")
-
+RESIZED_AT_ONCE = 8  # frames; bounds the memory of resizing
 HALF_RANGE = (127.5, 127.5, 127.5)  # as mean and std: [0, 255] to [−1, 1]
 
 
@@ -73,10 +73,9 @@ class Preprocessing:
             object.__setattr__(self, name, _numbers(name, getattr(self, name), 3))
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0; got {list(self.std)}.")
-        if self.channel_order not in CHANNEL_ORDERS:
+        if self.channel_order not in ("rgb", "bgr"):
             raise ValueError(
-                f"The channel_order {self.channel_order!r} is unknown; "
-                f"valid: {', '.join(CHANNEL_ORDERS)}."
+                f"The channel_order {self.channel_order!r} is unknown; valid: rgb, bgr."
             )
 
     def target(self, height: int, width: int) -> tuple[int, int]:
@@ -91,24 +90,25 @@ class Preprocessing:
     def __call__(self, frames_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize and crop uint8 RGB frames to uint8 RGB [N, size, size, 3].
 
-        Frames stay 8-bit, so that buffered windows take a quarter of float32; the rounding is
-        below that of the decoder.
+        In 8-bit arithmetic, within one level of the exact result, a few frames at a time.
         """
         import torch
         import torch.nn.functional as F
 
-        frames_NCHW = torch.from_numpy(frames_NHWC).permute(0, 3, 1, 2)
-        height, width = frames_NCHW.shape[-2:]
+        count, height, width, _ = frames_NHWC.shape
         target = self.target(height, width)
-        if target != (height, width):
-            frames_NCHW = F.interpolate(
-                frames_NCHW.float(), target, mode="bilinear", antialias=True, align_corners=False
-            )
-            frames_NCHW = frames_NCHW.round_().clamp_(0, 255).to(torch.uint8)
         top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
-        cropped = frames_NCHW[..., top : top + self.size, left : left + self.size]
-        out: NDArray[np.uint8] = cropped.permute(0, 2, 3, 1).contiguous().numpy()
-        return out
+        rows, columns = slice(top, top + self.size), slice(left, left + self.size)
+        if target == (height, width):
+            return np.ascontiguousarray(frames_NHWC[:, rows, columns])
+        out_NHWC = np.empty((count, self.size, self.size, 3), np.uint8)
+        for begin in range(0, count, RESIZED_AT_ONCE):
+            part = slice(begin, begin + RESIZED_AT_ONCE)
+            # Channels stay last in memory: torch's fast path for three bytes a pixel.
+            frames_NCHW = torch.from_numpy(np.ascontiguousarray(frames_NHWC[part])).movedim(3, 1)
+            resized_NCHW = F.interpolate(frames_NCHW, target, mode="bilinear", antialias=True)
+            out_NHWC[part] = resized_NCHW.movedim(1, 3)[:, rows, columns].numpy()
+        return out_NHWC
 
 
 def _numbers(name: str, values: object, count: int) -> tuple[float, ...]:
@@ -127,17 +127,13 @@ def _check_pixels(name: str, value: object, *, at_least: int) -> None:
 
 
 DENSE_STRIDE = 8  # frames between rows
-
 DENSE_WINDOW = 16  # frames that a row covers nominally: two maps
 
 Mode = Literal["windows", "dense"]
 
-FpsPolicy = Literal["ceiling", "exact"]
-
 TAIL: Literal["repeat_last"] = "repeat_last"
 
 LAYERS = ("fc6", "fc7")
-
 NETWORKS = {"i3d": "I3D", "c3d": "C3D", "pytorchvideo": "pytorchvideo's"}
 
 
@@ -214,6 +210,11 @@ def describe(
     """
     folder = checkpoint_folder(name_or_folder)
     config = read_config(folder)
+    reduction = None
+    if pca is not None:
+        from mmdist_e2e.extractors.networks.c3d import Pca
+
+        reduction = Pca.load(pca)
     try:
         network, modality = str(config["network"]), str(config["modality"])
         name = str(config.get("name", folder.name))
@@ -233,7 +234,7 @@ def describe(
             fps_policy=cast(FpsPolicy, fps_policy),
             layer=(layer or str(config["layer"])) if network == "c3d" else None,
             flow=_flow(folder, config) if modality == "flow" else None,
-            pca=_load_pca(pca),
+            pca=reduction,
         )
     except KeyError as error:
         raise MmdistError(
@@ -243,10 +244,7 @@ def describe(
 
 
 def _check(folder: Path, network: str, modality: str) -> None:
-    for kind, value, valid in (
-        ("network", network, tuple(NETWORKS)),
-        ("modality", modality, MODALITIES),
-    ):
+    for kind, value, valid in (("network", network, NETWORKS), ("modality", modality, MODALITIES)):
         if value not in valid:
             raise MmdistError(
                 f"{folder} holds the {kind} {value!r}; this version runs: {', '.join(valid)}."
@@ -275,14 +273,6 @@ def _check_options(name: str, network: str, mode: str, fps_policy: str, layer: s
 
 def _article(network: str) -> str:
     return f"{'an' if network == 'i3d' else 'a'} {NETWORKS[network]}"
-
-
-def _load_pca(path: Path | None) -> Pca | None:
-    if path is None:
-        return None
-    from mmdist_e2e.extractors.networks.c3d import Pca
-
-    return Pca.load(path)
 
 
 def _flow(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
