@@ -12,11 +12,13 @@ Shape suffixes: N displayed pictures, H height, W width, C channels (always 3, R
 
 from __future__ import annotations
 
+import collections
+import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import av
 import numpy as np
@@ -38,12 +40,14 @@ PICTURE_BRANDS = ("avif", "heic", "heix", "heim", "heis", "mif1")  # of MP4-like
 
 MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
 MATROSKA_START, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-OTHER_STARTS = (MATROSKA_START, b"RIFF", b"OggS", b"FLV\x01", b"\x00\x00\x01\xba")
+OTHER_STARTS = (MATROSKA_START, b"OggS", b"FLV\x01", b"\x00\x00\x01\xba")
 
 # Codecs of which one packet is one picture, apart from what `hidden` and `unclear` find.
 ONE_TO_ONE = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg", "prores", "ffv1", "gif")
 
 BACKWARD_SECONDS = 0.1  # a decoding clock that goes back by more has restarted
+PTS_BACKWARD_SECONDS = 1.0  # more, where only display times are known: pictures reorder
+JOINT_PACKETS = 3  # a demuxer calls one of the last packets before a joint corrupt
 FORWARD_SECONDS = 10.0  # as in FFmpeg: a transport stream that jumps by more is a joined one
 PRIMING_SECONDS = 0.2  # sound may start that long before 0: padding that no player presents
 
@@ -55,6 +59,9 @@ CUT_OFF = (
     "{name} starts like a video but cannot be opened and no frames can be read; "
     "it may be cut off, so copy or download it again."
 )
+
+
+COVER = av.stream.Disposition.attached_pic
 
 
 class Unreadable(Exception):  # noqa: N818 - says what the file is
@@ -110,20 +117,26 @@ def open_file(path: Path, name: str) -> InputContainer:
     """Open for reading, or Unreadable. The file protocol takes every name as it is."""
     options = {"protocol_whitelist": "file", "format_whitelist": ALLOWED}
     try:
-        return av.open(f"file:{path}", container_options=options, metadata_errors="replace")
+        file: Any = f"file:{path}"
+        if "%" in path.name:  # FFmpeg would take frame%d.png for a row of pictures
+            file = io.FileIO(path)
+            file.name = "video"
+        container = av.open(file, container_options=options, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
         with path.open("rb") as file:
             head = file.read(12)
-        if head[4:8] in MP4_STARTS or head.startswith(OTHER_STARTS):
+        if head[4:8] in MP4_STARTS or head.startswith(OTHER_STARTS) or head[8:11] == b"AVI":
             raise Unreadable(CUT_OFF.format(name=name)) from error
         raise Unreadable(NOT_VIDEO.format(name=name)) from error
+    assert isinstance(container, InputContainer)
+    return container
 
 
 def video_stream(container: InputContainer, name: str) -> av.VideoStream:
     """The stream that a player shows: never a cover picture."""
     best = container.streams.best("video")
     for stream in [best, *container.streams.video]:
-        if isinstance(stream, av.VideoStream) and "attached_pic" not in str(stream.disposition):
+        if isinstance(stream, av.VideoStream) and not stream.disposition & COVER:
             if not stream.codec_context:
                 raise Unreadable(CUT_OFF.format(name=name))
             return stream
@@ -141,27 +154,37 @@ def packets(
     whole packets corrupt, as their counters do not continue.
     """
     unit = float(stream.time_base or 1)
-    backward, forward = BACKWARD_SECONDS / unit, FORWARD_SECONDS / unit
     jumps = container.format.name == "mpegts"
-    shift, last, step = 0, None, 0
-    held: tuple[Packet, bool] | None = None
+    shift, top = 0, 0
+    last: int | None = None
+    held: collections.deque[tuple[Packet, bool]] = collections.deque()
     for packet in container.demux(stream):
-        clock, restarts = packet.dts, False
-        if clock is not None:
-            if last is not None:
-                jumped = jumps and packet.is_keyframe and clock + shift - last > forward
-                restarts = clock + shift < last - backward or jumped
-                shift = last + step - clock if restarts else shift
-            last, step = clock + shift, packet.duration or step
+        shown = packet.dts if packet.pts is None else packet.pts
+        restarts = False
+        if packet.dts is None:  # Matroska's first packets; the order of display varies
+            restarts = shown is not None and shown + shift < top - PTS_BACKWARD_SECONDS / unit
+        elif last is not None:
+            ahead_seconds = (packet.dts + shift - last) * unit
+            jumped = jumps and packet.is_keyframe and ahead_seconds > FORWARD_SECONDS
+            restarts = jumped or ahead_seconds < -BACKWARD_SECONDS
+        if shown is not None:
+            shift = top - shown if restarts else shift
+            top = max(top, shown + shift + (packet.duration or 0))
+        if packet.dts is not None:
+            last = packet.dts + shift
+        elif restarts:
+            last = None
         if shift and packet.dts is not None:
             packet.dts += shift
         if shift and packet.pts is not None:
             packet.pts += shift
-        if held is not None:
-            yield held[0], not held[0].is_corrupt or held[1] or restarts, held[1]
-        held = packet, restarts
-    if held is not None:
-        yield held[0], not held[0].is_corrupt, held[1]
+        held.append((packet, restarts))
+        if len(held) > JOINT_PACKETS:
+            whole = not held[0][0].is_corrupt or any(restarts for _, restarts in held)
+            packet, restarts = held.popleft()
+            yield packet, whole, restarts
+    for packet, restarts in held:
+        yield packet, not packet.is_corrupt, restarts
 
 
 def hidden(codec: str, packet: Packet) -> bool:

@@ -172,10 +172,10 @@ def uses_decord(index: Index, path: Path, shown_M: NDArray[np.float64]) -> bool:
     """Whether decord reads this file right, in bounded memory, and converts no frame in vain."""
     rewindable = any(kind in index.container.split(",") for kind in REWINDABLE)
     fits = math.prod(index.shape) * len(index.times_N) <= DECORD_BYTES
-    utf8 = str(path).encode(errors="replace").decode() == str(path)
+    named = "%" not in path.name and str(path).encode(errors="replace").decode() == str(path)
     source_M = np.searchsorted(index.times_N, shown_M, side="right") - 1
     every = len(np.unique(source_M.clip(0))) == len(index.times_N)
-    return index.plain and rewindable and fits and utf8 and every
+    return index.plain and rewindable and fits and named and every
 
 
 def decode_decord(path: Path, index: Index) -> Iterator[Picture]:
