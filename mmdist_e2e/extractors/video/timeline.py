@@ -13,6 +13,7 @@ Shape suffixes: N displayed pictures, H height, W width, C channels (always 3, R
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ BACKWARD_SECONDS = 0.1  # a decoding clock that goes back by more has restarted
 PTS_BACKWARD_SECONDS = 1.0  # more, where only display times are known: pictures reorder
 JOINT_PACKETS = 3  # a demuxer calls one of the last packets before a joint corrupt
 FORWARD_SECONDS = 10.0  # as in FFmpeg: a transport stream that jumps by more is a joined one
+WRONG_TIMES = 0.1  # share of pictures whose time may be a demuxer's wrong guess
 PRIMING_SECONDS = 0.2  # sound may start that long before 0: padding that no player presents
 
 NOT_VIDEO = (
@@ -87,8 +89,7 @@ class Index:
     shape: [H, W, 3] of the first picture, upright; all others are scaled to it.
     packets: how many were read. claimed: frames that the container claims, or None; Matroska
     claims seconds, from which the frames follow only where the rate is regular.
-    zero: the file's time at which the player's clock starts. step: seconds between pictures
-    that have no time stamps, else None.
+    zero: the file's time at which the player's clock starts.
     """
 
     codec: str
@@ -102,7 +103,6 @@ class Index:
     claimed: int | None
     claimed_seconds: float | None
     zero: float
-    step: float | None
 
     @property
     def average_fps(self) -> float:
@@ -210,10 +210,8 @@ def unclear(codec: str, packet: Packet) -> bool:
     return start < 0 or len(data) - start < 16 or b"\0\0\1\xb6" in data[start + 4 :]
 
 
-def decode(
-    path: Path, name: str, *, zero: float = 0.0, step: float | None = None
-) -> Iterator[tuple[float, av.VideoFrame]]:
-    """PyAV's pictures in the order of display, each with its player time; never going back.
+def decode(path: Path, name: str) -> Iterator[tuple[float, av.VideoFrame]]:
+    """PyAV's pictures in the order of display, each with its time in the file or NaN.
 
     What cannot be decoded before the first picture (or after a joint) is no damage, as players
     skip it: leading pictures of an open GOP, a start between key frames.
@@ -221,32 +219,21 @@ def decode(
     Raises:
         Damaged: after the last good picture before a packet that is cut or does not decode.
     """
+    count, lenient, failed = 0, True, False
+
+    def good(frames: list[av.VideoFrame]) -> Iterator[tuple[float, av.VideoFrame]]:
+        nonlocal count, lenient, failed
+        for frame in frames:
+            if frame.is_corrupt:
+                failed = failed or not lenient
+            else:
+                count, lenient = count + 1, False
+                pts = frame.dts if frame.pts is None else frame.pts
+                yield np.nan if pts is None else pts * unit, frame
+
     with open_file(path, name) as container:
         stream = video_stream(container, name)
-        unit = float(stream.time_base or 1)
-        count, last, lenient, failed = 0, -np.inf, True, False
-
-        def timed(frames: list[av.VideoFrame]) -> Iterator[tuple[float, av.VideoFrame]]:
-            nonlocal count, last, lenient, failed
-            for frame in frames:
-                if frame.is_corrupt:
-                    failed = failed or not lenient
-                    continue
-                pts = frame.dts if frame.pts is None else frame.pts
-                if step is not None:
-                    at = count * step
-                elif pts is None:
-                    at = last + unit
-                else:
-                    at = pts * unit - zero
-                if at < last - 1:
-                    raise Unreadable(
-                        f"{name} seems to be joined from several videos, as its clock goes back "
-                        f"after {last:.1f} seconds; convert it again with a video tool."
-                    )
-                count, last, lenient = count + 1, max(at, last), False
-                yield last, frame
-
+        unit = float(stream.time_base or 1)  # the last frames come without one
         try:
             for packet, whole, restarts in packets(container, stream):
                 lenient = lenient or restarts
@@ -260,16 +247,13 @@ def decode(
                 except av.FFmpegError:
                     failed = not lenient or packet.is_keyframe
                     frames = []
-                yield from timed(frames)
+                yield from good(frames)
                 if failed:
                     break
         except av.FFmpegError:
             failed = True  # what follows cannot be read
-        try:
-            held = stream.decode(None)
-        except (av.FFmpegError, EOFError):
-            held = []
-        yield from timed(held)
+        with contextlib.suppress(av.FFmpegError, EOFError):
+            yield from good(stream.decode(None))  # what the decoder still holds back
     if failed or not count:
         raise Damaged(count)
 
@@ -321,7 +305,7 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
         is_best = stream == container.streams.best("video")
         unit = float(stream.time_base or 1)
         listed: list[tuple[float, float]] = []  # shown at, seconds
-        ends, keys, moments, lengths = [0.0], [], [], []
+        ends, keys, moments, lengths = [], [], [], []
         exact, plain = codec in ONE_TO_ONE, is_best
         try:
             for packet, _, restarts in packets(container, stream):
@@ -340,29 +324,29 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
                 plain = plain and not restarts
                 if hidden(codec, packet):
                     plain = False
-                elif not packet.is_discard:
-                    listed.append((np.nan if moment is None else moment * unit, length))
+                elif moment is not None and not packet.is_discard:
+                    listed.append((moment * unit, length))
         except av.FFmpegError:
             pass  # what follows cannot be read: the frames before it are what there is
         rate = float(stream.guessed_rate or stream.average_rate or 25)
-        start, duration = container.start_time, container.duration
+        start: int | None = container.start_time
+        duration = container.duration
         claimed = int(stream.frames) or None
         seconds = _tagged_seconds(stream.metadata.get("DURATION", ""))
         if seconds is None and duration and len(container.streams) == 1:
             seconds = duration / av.time_base
         is_picture = container.metadata.get("major_brand", "").strip() in PICTURE_BRANDS
-    if is_picture or (kind in ("gif", "apng") and len(listed) == 1):
+    if is_picture or (kind in ("gif", "apng") and len(moments) == 1):
         raise Unreadable(NOT_VIDEO.format(name=name))
-    if not listed:
+    if not moments:
         raise Unreadable(f"{name} holds no frames that can be read; it may be cut off.")
-    step = None
-    if all(moment is None for moment in moments):  # a raw stream has no time stamps
+    if not listed:  # a raw stream has no time stamps
         step = float(np.median(lengths)) or 1 / rate
         listed = [(i * step, step) for i in range(len(moments))]
-        ends, exact = [len(moments) * step], False
+        ends, start = [len(moments) * step], None
     listed.sort()
-    first = min((at for at, _ in listed if at == at), default=0.0)
-    zero = first if start is None or step is not None else min(start / av.time_base, first)
+    first = listed[0][0]
+    zero = first if start is None else min(start / av.time_base, first)
     if -PRIMING_SECONDS < zero < 0 <= first:
         zero = 0.0
     times_N = np.array([at for at, _ in listed]) - zero
@@ -372,8 +356,8 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
     regular = np.mean(np.abs(np.diff(times_N) - gap) < 0.1 * gap + 0.002) > 0.9
     if claimed is None and seconds is not None and regular:
         claimed = round((seconds - first) / gap)
-    known = [m for m in moments if m is not None]
-    exact = bool(exact and keys[0] and moments[0] == min(known) and np.all(np.diff(times_N) > 0))
+    starts = keys[0] and moments[0] == min(m for m in moments if m is not None) if exact else False
+    exact = bool(starts and np.all(np.diff(times_N) > 0))
     index = Index(
         codec,
         kind,
@@ -386,7 +370,6 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
         claimed,
         seconds,
         zero,
-        step,
     )
     return _with_pictures(path, name, index, gap, alive)
 
@@ -395,37 +378,46 @@ def _with_pictures(
     path: Path, name: str, index: Index, gap: float, alive: Callable[[], None]
 ) -> Index:
     """The index with what decoding adds: the shape, and the times where packets do not tell."""
-    cut = is_cut(path)
+    cut, exact, plain, shape = is_cut(path), index.exact, index.plain, index.shape
     times: list[float] = []
-    exact, plain, shape = index.exact, index.plain, index.shape
-    last = 0.0
     try:
-        for at, frame in decode(path, name, zero=index.zero, step=index.step):
+        for moment, frame in decode(path, name):
             alive()
+            at = moment - index.zero
             if not times:
-                upright = Upright(frame)
-                shape = frame.height, frame.width, 3
-                if upright.turned[0]:
-                    shape = frame.width, frame.height, 3
-                plain = plain and not any(upright.turned)
+                swap, *flips = orientation(frame)
+                size = (frame.width, frame.height) if swap else (frame.height, frame.width)
+                shape = *size, 3
+                plain = plain and not (swap or any(flips))
                 exact = exact and abs(at - index.times_N[0]) < 1e-6 and not frame.interlaced_frame
                 if exact and not cut:
                     break
             times.append(at)
-            last = (frame.duration or 0) * float(frame.time_base or 0) or gap
     except Damaged as damaged:
         raise damage(name, index, damaged.good) from None
-    if exact and not cut:
-        return replace(index, plain=plain, shape=shape)
-    missing = index.claimed is None or index.packets < index.claimed
-    if cut and (missing or (exact and len(times) < len(index.times_N))):
-        raise damage(name, index, len(times))
+    if cut:
+        missing = index.claimed is None or index.packets < index.claimed
+        if missing or (exact and len(times) < len(index.times_N)):
+            raise damage(name, index, len(times))
     if exact:
         return replace(index, plain=plain, shape=shape)
     times_N = np.array(times)
-    end = max(index.duration_seconds, times[-1] + last)
+    order_N = np.arange(len(times_N))
+    known_N = ~np.isnan(times_N)
+    if known_N.any():
+        times_N = np.interp(order_N, order_N[known_N], times_N[known_N])
+    else:
+        times_N = order_N * gap
+    # Pictures come in the order of display: a time above a later one is a demuxer's guess.
+    ordered_N = np.minimum.accumulate(times_N[::-1])[::-1]
+    if np.mean(ordered_N < times_N - 1) > WRONG_TIMES:
+        raise Unreadable(
+            f"{name} seems to be joined from several videos, as its clock restarts; convert it "
+            f"with a video tool."
+        )
+    end = max(index.duration_seconds, float(ordered_N[-1]) + gap)
     return replace(
-        index, exact=False, plain=False, shape=shape, times_N=times_N, duration_seconds=end
+        index, exact=False, plain=False, shape=shape, times_N=ordered_N, duration_seconds=end
     )
 
 

@@ -150,10 +150,10 @@ def plan(
     times_N, own = index.times_N, index.average_fps
     order_N = np.arange(len(times_N))
     if fps is None:
-        return own, times_N, times_N
+        return own, times_N + 1e-6, times_N
     if policy == "ceiling" and own <= fps * (1 + RATE_TOLERANCE):
         if np.abs(times_N * own - order_N).max() < 0.5:
-            return own, times_N, order_N / own
+            return own, times_N + 1e-6, order_N / own
         late = np.abs((times_N - times_N[0]) * own - order_N).max() < 0.5
         fps = own if late else min(fps, max(own, sustained_fps(times_N)))
     samples = max(1, math.ceil((index.duration_seconds - ROUNDING_SECONDS) * fps))
@@ -203,8 +203,11 @@ def decode_av(path: Path, name: str, index: Index) -> Iterator[Picture]:
     """All pictures from PyAV; Unreadable where a part is missing."""
     upright, count = None, 0
     try:
-        for at, frame in decode(path, name, zero=index.zero, step=index.step):
+        for moment, frame in decode(path, name):
             upright = upright or Upright(frame)
+            at = moment - index.zero
+            if not index.exact:  # then the index was made by decoding these same pictures
+                at = float(index.times_N[count])
             count += 1
             yield at, partial(upright, frame)
     except Damaged as damaged:
