@@ -346,18 +346,20 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
         ends, start = [len(moments) * step], None
     listed.sort()
     first = listed[0][0]
-    zero = first if start is None else min(start / av.time_base, first)
+    gaps = np.diff([at for at, _ in listed])
+    exact = exact and bool(keys[0]) and bool(np.all(gaps > 0))
+    exact = exact and moments[0] == min(m for m in moments if m is not None)
+    zero = first if start is None else start / av.time_base
+    if exact:  # otherwise the first ones may not be shown; see below
+        zero = min(zero, first)
     if -PRIMING_SECONDS < zero < 0 <= first:
         zero = 0.0
     times_N = np.array([at for at, _ in listed]) - zero
-    gap = float(np.median(np.diff(times_N))) if len(times_N) > 1 else 1 / rate
-    gap = gap if gap > 0 else 1 / rate
+    gap = (float(np.median(gaps)) if len(gaps) else 0.0) or 1 / rate
     # A cut may leave a few holes near the end, as frames are stored out of order.
-    regular = np.mean(np.abs(np.diff(times_N) - gap) < 0.1 * gap + 0.002) > 0.9
+    regular = np.mean(np.abs(gaps - gap) < 0.1 * gap + 0.002) > 0.9
     if claimed is None and seconds is not None and regular:
         claimed = round((seconds - first) / gap)
-    starts = keys[0] and moments[0] == min(m for m in moments if m is not None) if exact else False
-    exact = bool(starts and np.all(np.diff(times_N) > 0))
     index = Index(
         codec,
         kind,
@@ -415,9 +417,14 @@ def _with_pictures(
             f"{name} seems to be joined from several videos, as its clock restarts; convert it "
             f"with a video tool."
         )
-    end = max(index.duration_seconds, float(ordered_N[-1]) + gap)
+    early = min(float(ordered_N[0]), 0.0)
     return replace(
-        index, exact=False, plain=False, shape=shape, times_N=ordered_N, duration_seconds=end
+        index,
+        exact=False,
+        plain=False,
+        shape=shape,
+        times_N=ordered_N - early,
+        duration_seconds=max(index.duration_seconds, float(ordered_N[-1]) + gap) - early,
     )
 
 
