@@ -160,6 +160,36 @@ def test_empty_packets_repeat_a_picture(tmp_path: Path, decoder: Decoder) -> Non
         assert read(decoder, path)[2] == 25  # and not the lower average
 
 
+def test_packed_pictures_are_shown_one_by_one(tmp_path: Path, decoder: Decoder) -> None:
+    """XviD in AVI: two pictures in one packet, then a packet that stands for the second."""
+    encoder = av.CodecContext.create("mpeg4", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = 96, 64, "yuv420p"
+    encoder.time_base, encoder.framerate = Fraction(1, 25), Fraction(25)
+    encoder.max_b_frames, encoder.gop_size, encoder.options = 1, 12, {"b_strategy": "0"}
+    packets = []
+    for i, picture in enumerate(pictures(40)):
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame.pts, frame.time_base = i, Fraction(1, 25)
+        packets += encoder.encode(frame)
+    units: list[Unit] = []
+    latest = -1
+    for packet in packets + encoder.encode(None):
+        if packet.pts < latest:
+            units[-1] = (b"\0\0\1\xb2DivX503b1393p" + units[-1][0] + bytes(packet), units[-1][1])
+            units.append((b"\x7f", False))
+        else:
+            units.append((bytes(packet), packet.is_keyframe))
+        latest = packet.pts
+    path = mux(tmp_path / "packed.avi", "mpeg4", units)
+    expected, _ = shown(path)
+    assert len(expected) == 40
+    frames, times, fps, _ = read(decoder, path, fps=None)
+    assert fps == 25
+    np.testing.assert_allclose(times, 0.04 * np.arange(1, 41), atol=1e-6)
+    for frame, picture in zip(frames, expected, strict=True):
+        assert np.abs(frame.astype(int) - picture).mean() < 1
+
+
 CONTAINERS = {
     "live.webm": {"codec": "libvpx", "b_frames": 0, "container_options": {"live": "1"}},
     "live.mkv": {"container_options": {"live": "1"}, "audio": True},

@@ -86,8 +86,8 @@ class VideoInfo:
     """What is known before decoding.
 
     width, height: pixels as displayed (a rotated video upright).
-    fps: average frames a second. duration_seconds: the end of the last frame, the first being
-    displayed at 0. frame_count: as the file claims; decoding tells whether it is so.
+    fps: average frames a second. duration_seconds: the end of the last frame on a player's clock,
+    which starts with the file and may be ahead of the first frame. frame_count: frames shown.
     decoder: the library that decodes this video, "decord" or "pyav".
     """
 
@@ -105,7 +105,7 @@ class FrameChunk:
     """Consecutive samples of a video, the caller's to keep.
 
     frames_NHWC: [N, H, W, 3] uint8 RGB.
-    times_N: [N] float64 seconds at which each is sampled; the first displayed frame is at 0.
+    times_N: [N] float64 seconds at which each is sampled, on a player's clock.
     """
 
     frames_NHWC: NDArray[np.uint8]
@@ -181,10 +181,11 @@ class Decoder:
     ) -> FrameStream:
         """Sample a video by timestamp: sample j is the frame displayed at j / fps seconds.
 
+        Before the first picture (sound may start earlier) the first picture is sampled.
         "ceiling": a video that is not faster than `fps` keeps its own frames and average rate
-        (one of variable rate is sampled regularly at its average rate). "exact": frames are
-        repeated to reach `fps`. `None`: every frame once, at its own time. Memory does not grow
-        with length, and no frame is decoded twice.
+        (one of variable rate is sampled at the fastest rate that it sustains). "exact": frames
+        are repeated to reach `fps`. `None`: every frame once, at its own time. Memory does not
+        grow with length. A file whose packets do not tell its times is decoded twice.
 
         Raises:
             VideoError: here as `probe` does, or while iterating where damage shows up later,
@@ -278,12 +279,9 @@ class Decoder:
         return VideoError(path, message)
 
 
-SLOTS = 2  # as in decoder.py: one chunk is decoded while the parent works on the other
-
+SLOTS = 2  # as in worker.py: one chunk is decoded while the parent works on the other
 PACKAGE_PARENT = Path(__file__).resolve().parents[3]
-
 GRACE_SECONDS = 0.2
-
 Messages = queue.Queue[dict[str, Any] | None]
 
 

@@ -410,9 +410,10 @@ def _with_pictures(
         times_N = np.interp(order_N, order_N[known_N], times_N[known_N])
     else:
         times_N = order_N * gap
-    # Pictures come in the order of display: a time above a later one is a demuxer's guess.
-    ordered_N = np.minimum.accumulate(times_N[::-1])[::-1]
-    if np.mean(ordered_N < times_N - 1) > WRONG_TIMES:
+    # Pictures come in the order of display; AVI has no display times, and FFmpeg's guesses for
+    # packed pictures are the right times in another order.
+    ordered_N = np.sort(times_N)
+    if np.mean(np.minimum.accumulate(times_N[::-1])[::-1] < times_N - 1) > WRONG_TIMES:
         raise Unreadable(
             f"{name} seems to be joined from several videos, as its clock restarts; convert it "
             f"with a video tool."

@@ -54,21 +54,13 @@ from mmdist_e2e.extractors.video.timeline import (
 )
 
 SLOTS = 2
-
 FAULT_TOLERANCE = 1e-9  # share of repeated frames above which decord raises: any
-
 REWINDABLE = ("mov", "matroska", "webm", "avi")
-
 DECORD_BYTES = 2**30  # frames of a video that decord may pile up
-
 ROUNDING_SECONDS = 1e-3  # Matroska's tick: times in a file are this coarse
-
 RATE_TOLERANCE = 1e-3  # relative; 25.01 fps is 25 fps
-
 SUSTAINED_FRAMES = 12  # a rate counts as a video's own when it lasts for so many frames
-
 ALIVE_SECONDS = 1.0
-
 ORPHAN_SECONDS = 600  # a native loop that outlives its parent ends by SIGALRM
 
 Picture = tuple[float, Callable[[], Frame]]  # when it is shown, and how to convert it to RGB
