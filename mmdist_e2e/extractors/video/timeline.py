@@ -315,7 +315,7 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
                 if moment is not None and not packet.is_discard:
                     ends.append(moment * unit + length)
                 if not packet.size:
-                    exact = exact and packet.dts is None  # PyAV's last packet is empty
+                    exact = exact and moment is None  # PyAV's last packet is empty
                     continue
                 moments.append(moment)
                 lengths.append(length)
