@@ -31,6 +31,7 @@ import json
 import math
 import mmap
 import os
+import re
 import signal
 import sys
 import time
