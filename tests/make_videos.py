@@ -94,7 +94,7 @@ def cut(source: Path, target: Path, fraction: float) -> Path:
 
 
 def frames_and_times(path: Path) -> tuple[list[NDArray[np.uint8]], list[float], float]:
-    """The oracle: PyAV's frames [H, W, 3], their times from 0, and the end of the last one."""
+    """The oracle: PyAV's frames [H, W, 3], their player times, and the end of the last one."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         decoded = [f for f in container.decode(stream) if not f.is_corrupt]
@@ -102,7 +102,7 @@ def frames_and_times(path: Path) -> tuple[list[NDArray[np.uint8]], list[float], 
         frames = [f.to_ndarray(format="rgb24") for f in decoded]
         last = decoded[-1]
         length = float(last.duration * last.time_base) if last.duration else 0.0
-    start = times[0]
+        start = times[0] if container.start_time is None else container.start_time / 1e6
     return frames, [t - start for t in times], times[-1] - start + length
 
 

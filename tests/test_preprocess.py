@@ -59,6 +59,44 @@ def test_a_frame_of_the_right_size_is_only_cropped():
     np.testing.assert_array_equal(out, frames[:, 8:120, 29:141])
 
 
+def exact_resize(frame_HWC, target):
+    """Antialiased bilinear in float64: a triangle of the scale's width around each center."""
+
+    def weights(length, full):
+        scale = full / length
+        centers = (np.arange(length)[:, None] + 0.5) * scale
+        distances = np.abs(np.arange(full)[None] + 0.5 - centers) / max(scale, 1.0)
+        table = np.clip(1 - distances, 0, None)
+        return table / table.sum(axis=1, keepdims=True)
+
+    height, width = frame_HWC.shape[:2]
+    rows, columns = weights(target[0], height), weights(target[1], width)
+    return np.einsum("hr,wc,rcd->hwd", rows, columns, frame_HWC.astype(np.float64), optimize=True)
+
+
+@pytest.mark.parametrize(
+    "shape", [(240, 320), (360, 640), (479, 271), (60, 81), (224, 225), (1080, 1920)]
+)
+@pytest.mark.parametrize("count", [1, 19])
+def test_resizing_in_8_bit_is_within_one_level_of_float64(shape, count):
+    if count > 1 and shape[0] > 500:
+        count = 2
+    frames = np.random.default_rng(2).integers(0, 256, (count, *shape, 3), dtype=np.uint8)
+    frames[:, : shape[0] // 2] = (frames[:, : shape[0] // 2] > 127) * 255  # hard edges
+    preprocessing = Preprocessing(size=224, shorter_side=256, crop=224)
+    before = frames.copy()
+    out = preprocessing(frames)
+    np.testing.assert_array_equal(frames, before)
+    assert (out.shape, out.dtype) == ((count, 224, 224, 3), np.uint8)
+    height, width = preprocessing.target(*shape)
+    top, left = (height - 224) // 2, (width - 224) // 2
+    for n in {0, count // 2, count - 1}:
+        expected = exact_resize(frames[n], (height, width))[top : top + 224, left : left + 224]
+        assert np.abs(out[n] - expected).max() <= 1.0
+    flipped = frames[:, ::-1, ::-1]  # not contiguous, negative strides
+    np.testing.assert_array_equal(preprocessing(flipped), preprocessing(flipped.copy()))
+
+
 def windows():
     rng = np.random.default_rng(1)
     return torch.from_numpy(rng.integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8))

@@ -72,12 +72,12 @@ def convert_command(
     """
     if name == CPL:
         convert_grounding(file, vocabulary, out, digest, extractor)
-        return
-    if vocabulary is not None or extractor is not None:
+    elif vocabulary is None and extractor is None:
+        convert_network(name, file, out, digest)
+    else:
         raise MmdistError(
             f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
         )
-    convert_network(name, file, out, digest)
 
 
 def convert_grounding(

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from mmdist_e2e.extractors.flow.fields import FlowPreprocessing
 from mmdist_e2e.extractors.flow.settings import TVL1Settings
 from mmdist_e2e.extractors.networks.pca import Pca
+from mmdist_e2e.extractors.video.reader import FpsPolicy
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
 from mmdist_e2e.weights.registry import checkpoint_folder, read_config, weights_digest
 
 CHANNEL_ORDERS = ("rgb", "bgr")
 
+RESIZED_AT_ONCE = 8  # frames; bounds the memory of resizing
 HALF_RANGE = (127.5, 127.5, 127.5)  # as mean and std: [0, 255] to [−1, 1]
 
 
@@ -71,10 +73,9 @@ class Preprocessing:
             object.__setattr__(self, name, _numbers(name, getattr(self, name), 3))
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0; got {list(self.std)}.")
-        if self.channel_order not in CHANNEL_ORDERS:
+        if self.channel_order not in ("rgb", "bgr"):
             raise ValueError(
-                f"The channel_order {self.channel_order!r} is unknown; "
-                f"valid: {', '.join(CHANNEL_ORDERS)}."
+                f"The channel_order {self.channel_order!r} is unknown; valid: rgb, bgr."
             )
 
     def target(self, height: int, width: int) -> tuple[int, int]:
@@ -89,24 +90,25 @@ class Preprocessing:
     def __call__(self, frames_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize and crop uint8 RGB frames to uint8 RGB [N, size, size, 3].
 
-        Frames stay 8-bit, so that buffered windows take a quarter of float32; the rounding is
-        below that of the decoder.
+        In 8-bit arithmetic, within one level of the exact result, a few frames at a time.
         """
         import torch
         import torch.nn.functional as F
 
-        frames_NCHW = torch.from_numpy(frames_NHWC).permute(0, 3, 1, 2)
-        height, width = frames_NCHW.shape[-2:]
+        count, height, width, _ = frames_NHWC.shape
         target = self.target(height, width)
-        if target != (height, width):
-            frames_NCHW = F.interpolate(
-                frames_NCHW.float(), target, mode="bilinear", antialias=True, align_corners=False
-            )
-            frames_NCHW = frames_NCHW.round_().clamp_(0, 255).to(torch.uint8)
         top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
-        cropped = frames_NCHW[..., top : top + self.size, left : left + self.size]
-        out: NDArray[np.uint8] = cropped.permute(0, 2, 3, 1).contiguous().numpy()
-        return out
+        rows, columns = slice(top, top + self.size), slice(left, left + self.size)
+        if target == (height, width):
+            return np.ascontiguousarray(frames_NHWC[:, rows, columns])
+        out_NHWC = np.empty((count, self.size, self.size, 3), np.uint8)
+        for begin in range(0, count, RESIZED_AT_ONCE):
+            part = slice(begin, begin + RESIZED_AT_ONCE)
+            # Channels stay last in memory: torch's fast path for three bytes a pixel.
+            frames_NCHW = torch.from_numpy(np.ascontiguousarray(frames_NHWC[part])).movedim(3, 1)
+            resized_NCHW = F.interpolate(frames_NCHW, target, mode="bilinear", antialias=True)
+            out_NHWC[part] = resized_NCHW.movedim(1, 3)[:, rows, columns].numpy()
+        return out_NHWC
 
 
 def _numbers(name: str, values: object, count: int) -> tuple[float, ...]:
@@ -125,12 +127,9 @@ def _check_pixels(name: str, value: object, *, at_least: int) -> None:
 
 
 DENSE_STRIDE = 8  # frames between rows
-
 DENSE_WINDOW = 16  # frames that a row covers nominally: two maps
 
 Mode = Literal["windows", "dense"]
-
-FpsPolicy = Literal["ceiling", "exact"]
 
 TAIL = "repeat_last"  # the windows at a video's end repeat its last frame
 

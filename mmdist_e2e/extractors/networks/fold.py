@@ -82,16 +82,6 @@ def _fuses(unit: Unit3D) -> bool:
     return built and unit.conv3d.weight.dtype in (torch.float32, torch.bfloat16)
 
 
-def _convolve_relu(
-    volume: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]
-) -> Tensor:
-    """ReLU of a convolution of stride 1, by the oneDNN operator that torch.compile uses."""
-    convolve, ones = torch.ops.mkldnn._convolution_pointwise, [1, 1, 1]
-    # After the padding: stride, dilation, groups, the function, its arguments and algorithm.
-    out: Tensor = convolve(volume, weight, bias, padding, ones, ones, 1, "relu", [], "")
-    return out
-
-
 class ConvReLU(nn.Module):
     """A folded `Unit3D` of stride 1 whose convolution applies the ReLU while it writes."""
 
@@ -102,13 +92,18 @@ class ConvReLU(nn.Module):
         self.weight, self.bias = unit.conv3d.weight, unit.conv3d.bias
 
     def forward(self, volume_BCTHW: Tensor) -> Tensor:
-        time, height, width = self.padding
-        if volume_BCTHW.shape[2] > 1:
-            return _convolve_relu(volume_BCTHW, self.weight, self.bias, self.padding)
-        # Of a single frame only the middle tap matters. The others read padding, which oneDNN 3.13
-        # takes from uninitialised memory when it uses AMX and there are 9 to 15 channels.
-        middle = self.weight[:, :, time : time + 1]
-        return _convolve_relu(volume_BCTHW, middle, self.bias, [0, height, width])
+        weight, padding, ones = self.weight, self.padding, [1, 1, 1]
+        if volume_BCTHW.shape[2] == 1:
+            # Of a single frame only the middle tap matters. The others read padding, which oneDNN
+            # 3.13 takes from uninitialised memory with AMX and 9 to 15 channels.
+            weight = weight[:, :, padding[0] : padding[0] + 1]
+            padding = [0, *padding[1:]]
+        # The operator that torch.compile uses. After the padding: stride, dilation, groups, the
+        # function, its arguments and algorithm.
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            volume_BCTHW, weight, self.bias, padding, ones, ones, 1, "relu", [], ""
+        )
+        return out
 
 
 class SinglePrecision(nn.Module):

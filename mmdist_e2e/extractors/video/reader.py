@@ -20,6 +20,7 @@ import mmap
 import os
 import queue
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,40 @@ from mmdist_e2e.structures import MmdistError
 FpsPolicy = Literal["ceiling", "exact"]
 
 
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def printable(path: Path) -> str:
+    """The path on one line in any terminal: line feeds and bytes that are no UTF-8 are escaped."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def unfit(path: Path) -> str | None:
+    """Why a path cannot be opened, found without opening a pipe, which would wait."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+            return f"is not a regular file but {kind}; give a video file"
+        if found.st_size == 0:
+            return "is empty (0 bytes); copy or download it again"
+        path.open("rb").close()
+    except FileNotFoundError:
+        if path.is_symlink():
+            return f"is a link to {printable(path.readlink())}, which does not exist"
+        return "does not exist; give a video file"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return None
+
+
 class VideoError(MmdistError):
     """One video cannot be read; the message says why, `path` which."""
 
@@ -51,8 +86,8 @@ class VideoInfo:
     """What is known before decoding.
 
     width, height: pixels as displayed (a rotated video upright).
-    fps: average frames a second. duration_seconds: the end of the last frame, the first being
-    displayed at 0. frame_count: as the file claims; decoding tells whether it is so.
+    fps: average frames a second. duration_seconds: the end of the last frame on a player's clock,
+    which starts with the file and may be ahead of the first frame. frame_count: frames shown.
     decoder: the library that decodes this video, "decord" or "pyav".
     """
 
@@ -70,7 +105,7 @@ class FrameChunk:
     """Consecutive samples of a video, the caller's to keep.
 
     frames_NHWC: [N, H, W, 3] uint8 RGB.
-    times_N: [N] float64 seconds at which each is sampled; the first displayed frame is at 0.
+    times_N: [N] float64 seconds at which each is sampled, on a player's clock.
     """
 
     frames_NHWC: NDArray[np.uint8]
@@ -146,10 +181,11 @@ class Decoder:
     ) -> FrameStream:
         """Sample a video by timestamp: sample j is the frame displayed at j / fps seconds.
 
+        Before the first picture (sound may start earlier) the first picture is sampled.
         "ceiling": a video that is not faster than `fps` keeps its own frames and average rate
-        (one of variable rate is sampled regularly at its average rate). "exact": frames are
-        repeated to reach `fps`. `None`: every frame once, at its own time. Memory does not grow
-        with length, and no frame is decoded twice.
+        (one of variable rate is sampled at the fastest rate that it sustains). "exact": frames
+        are repeated to reach `fps`. `None`: every frame once, at its own time. Memory does not
+        grow with length. A file whose packets do not tell its times is decoded twice.
 
         Raises:
             VideoError: here as `probe` does, or while iterating where damage shows up later,
@@ -164,27 +200,14 @@ class Decoder:
         return FrameStream(self, self._job, path, opened)
 
     def _open(self, do: str, path: Path, **options: Any) -> dict[str, Any]:
-        try:
-            size = path.stat().st_size
-        except (OSError, ValueError) as error:
-            cause = getattr(error, "strerror", None) or str(error)
-            if isinstance(error, FileNotFoundError):
-                raise VideoError(path, f"{path} does not exist; give a video file.") from None
-            raise VideoError(path, f"{path} cannot be read: {cause}.") from None
-        if not path.is_file():
-            kind = "a folder" if path.is_dir() else "not a regular file"
-            raise VideoError(path, f"{path} is {kind}; give a video file.")
-        if size == 0:
-            raise VideoError(path, f"{path} is empty (0 bytes); copy or download it again.")
-        try:
-            with path.open("rb"):
-                pass
-        except OSError as error:
-            raise VideoError(path, f"{path} cannot be read: {error.strerror}.") from None
+        name = printable(path)
+        problem = unfit(path)
+        if problem is not None:
+            raise VideoError(path, f"{name} {problem}.")
         if self._child is None:
             self._child = Child()
         self._job += 1
-        self._send(path, do=do, file=str(path.absolute()), name=str(path), **options)
+        self._send(path, do=do, file=str(path.absolute()), name=name, **options)
         return self._receive(self._job, path)
 
     def _chunks(self, job: int, path: Path, info: VideoInfo) -> Generator[FrameChunk, None, None]:
@@ -215,8 +238,8 @@ class Decoder:
         if not over and (job != self._job or self._child is None):
             raise VideoError(
                 path,
-                f"{path} is no longer being read, as its decoder was closed or given another "
-                "video; use one decoder for each video read at the same time.",
+                f"{printable(path)} is no longer being read, as its decoder was closed or given "
+                "another video; use one decoder for each video read at the same time.",
             )
 
     def _send(self, path: Path, **message: Any) -> None:
@@ -237,7 +260,7 @@ class Decoder:
                 self._child = None
                 raise VideoError(
                     path,
-                    f"{path} was given up because its decoder delivered nothing for "
+                    f"{printable(path)} was given up because its decoder delivered nothing for "
                     f"{self._stall_seconds:g} seconds; the file may be damaged.",
                 ) from None
             if message is None:
@@ -252,15 +275,13 @@ class Decoder:
         assert self._child is not None
         how = self._child.end()
         self._child = None
-        return VideoError(path, f"{path} made its decoder crash ({how}); the file may be damaged.")
+        message = f"{printable(path)} made its decoder crash ({how}); the file may be damaged."
+        return VideoError(path, message)
 
 
-SLOTS = 2  # as in decoder.py: one chunk is decoded while the parent works on the other
-
+SLOTS = 2  # as in worker.py: one chunk is decoded while the parent works on the other
 PACKAGE_PARENT = Path(__file__).resolve().parents[3]
-
 GRACE_SECONDS = 0.2
-
 Messages = queue.Queue[dict[str, Any] | None]
 
 
