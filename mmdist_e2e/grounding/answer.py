@@ -76,11 +76,6 @@ class GroundingModel:
         """What users of real video must know; None for a model trained on real video."""
         return SYNTHETIC_WARNING if "synthetic world" in self.trained_on else None
 
-    @property
-    def card_line(self) -> str:
-        """Name and training data in one line."""
-        return f"{self.name}, trained on {self.trained_on}"
-
     def check_table(self, table: FeatureTable) -> None:
         """`check_features` of every modality."""
         for modality, matters in table.matters.items():
