@@ -76,13 +76,20 @@ class Grounder:
         cache: str | Path | None = None,
         extractor: str | Path | Sequence[str | Path] | None = None,
     ) -> None:
-        from mmdist_e2e.extractors.runner import resolve_device
+        import torch
+
         from mmdist_e2e.grounding.answer import GroundingModel
 
         _expect("model", model, GroundingModel, "a model that mmdist loaded; use mmdist_e2e.load")
         _expect("device", device, str, "a word like 'cpu' or 'cuda'")
         _expect("precision", precision, str, "a word like 'auto' or 'fp32'")
-        self.model, self._device, self._precision = model, resolve_device(device), precision
+        if device == "auto" and not torch.cuda.is_available():
+            device = "cpu"
+        if device != "cpu":  # on a CPU, cached features are answered without the extractors
+            from mmdist_e2e.extractors.runner import resolve_device
+
+            device = resolve_device(device)
+        self.model, self._device, self._precision = model, device, precision
         try:
             model.model.to(self._device)
         except (RuntimeError, AssertionError) as error:
@@ -218,9 +225,13 @@ class Grounder:
             for modality, features in made.items():
                 store.save(self._cache_id(modality, source), features)
         except (MmdistError, OSError) as error:
-            reason = getattr(error.__cause__ or error, "strerror", None) or error
             if not self._warned:
-                _warn_not_cached(f"{store.root} cannot be written: {reason}")
+                reason = getattr(error.__cause__ or error, "strerror", None) or error
+                warnings.warn(
+                    f"The cache folder {store.root} cannot be written ({reason}), so the next "
+                    f"query extracts these features again; choose a writable cache folder.",
+                    stacklevel=2,
+                )
             self._warned = True
 
     @overload
@@ -307,14 +318,6 @@ class Grounder:
         return queries
 
 
-def _warn_not_cached(reason: str) -> None:
-    warnings.warn(
-        f"Features are not cached ({reason}): the next query extracts them again. "
-        f"Choose a writable cache folder.",
-        stacklevel=2,
-    )
-
-
 def load(
     model: str | Path | None = None,
     *,
@@ -336,11 +339,7 @@ def load(
 
     loaded = load_checkpoint(SHIPPED_MODEL if model is None else _path("model", model))
     if cache is True:
-        try:
-            cache = cache_folder() / "features"
-        except RuntimeError as error:  # no HOME
-            _warn_not_cached(str(error).rstrip("."))
-            cache = None
+        cache = cache_folder() / "features"
     return Grounder(loaded, device=device, precision=precision, cache=cache, extractor=extractor)
 
 

@@ -289,8 +289,8 @@ def test_a_checkpoint_carries_word_vectors_that_are_not_shipped(
 def test_checkpoints_refuse_what_does_not_fit(world: Path, tmp_path: Path) -> None:
     run(world, tmp_path / "run", epochs=1)
     model = load_checkpoint(tmp_path / "run")
-    assert "seed 0" in model.card_line
-    assert "train.txt" in model.card_line
+    assert "seed 0" in model.name
+    assert "train.txt" in model.trained_on
     make_world(tmp_path / "other", 6, window=32)
     with pytest.raises(MmdistError, match="window is 32 where the model needs 16"):
         evaluate_run(
