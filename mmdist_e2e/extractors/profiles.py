@@ -21,8 +21,6 @@ from mmdist_e2e.extractors.video.reader import FpsPolicy
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
 from mmdist_e2e.weights.registry import checkpoint_folder, read_config, weights_digest
 
-CHANNEL_ORDERS = ("rgb", "bgr")
-
 RESIZED_AT_ONCE = 8  # frames; bounds the memory of resizing
 HALF_RANGE = (127.5, 127.5, 127.5)  # as mean and std: [0, 255] to [−1, 1]
 
