@@ -14,6 +14,7 @@ from rich.table import Table
 from mmdist_e2e.cli.common import PATH, results
 from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError, Provenance
+from mmdist_e2e.weights.download import Entry, check_digest, file_sha256
 
 CPL = "cpl"
 
@@ -66,43 +67,49 @@ def convert_command(
     CPL's code (its folder is for evaluate and ground). FILE is verified if its digest is known,
     and opened without running any code in it.
     """
+    from mmdist_e2e.weights.registry import ENTRIES
+
+    grounding = Entry(CPL, "public", "", config={}, url="https://github.com/minghangz/cpl")
+    entry = grounding if name == CPL else ENTRIES.get(name)
+    if entry is None or entry.config is None:
+        valid = ", ".join([CPL, *(e.name for e in ENTRIES.values() if e.kind == "public")])
+        problem = "are unknown" if entry is None else "ship with mmdist and need no conversion"
+        raise MmdistError(f"The weights {name!r} {problem}; valid names: {valid}.")
+    if name != CPL and (vocabulary is not None or extractor is not None):
+        raise MmdistError(
+            f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
+        )
+    if not file.is_file():
+        raise MmdistError(f"There is no file '{file}'; download it from {entry.url}.")
+    check_out(out)
+    check_digest(entry, file)
     if digest is not None:
         digest = digest.strip().lower()
         if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
             raise MmdistError(f"--digest needs a SHA-256 of 64 hexadecimal digits; got {digest!r}.")
+        check_digest(replace(entry, git_sha1=None, sha256=digest), file)
     if name != CPL:
-        if vocabulary is not None or extractor is not None:
-            raise MmdistError(
-                f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
-            )
-        convert_network(name, file, out, digest)
+        convert_network(entry, file, out)
     elif vocabulary is None:
         raise MmdistError(
             f"{CPL!r} needs --vocabulary: the glove.pkl that the checkpoint was trained with."
         )
     else:
-        extractor = "external:hdf5" if extractor is None else extractor
-        convert_grounding(file, vocabulary, out, digest, extractor)
+        convert_grounding(file, vocabulary, out, extractor)
 
 
-def convert_grounding(
-    file: Path, vocabulary: Path, out: Path, digest: str | None, extractor: str
-) -> None:
+def convert_grounding(file: Path, vocabulary: Path, out: Path, extractor: str | None) -> None:
     """Convert a checkpoint of CPL. Raises MmdistError for files that do not fit."""
     from mmdist_e2e.weights.cpl import convert_cpl, read_cpl
-    from mmdist_e2e.weights.download import Entry, check_digest
 
-    url = "https://github.com/minghangz/cpl"
-    check_digest(Entry(CPL, "public", "", url=url, sha256=digest), file)
     released = read_cpl(file)
+    extractor = "external:hdf5" if extractor is None else extractor
     modality, matters = extracted_features(extractor, released.recipe.model.feature_dim)
     facts = convert_cpl(released, vocabulary, out, modality=modality, matters=matters)
     known = "CPL's released file" if facts["released"] else "not a file known to be released"
-    results.print(
+    click.echo(
         f"{out}: {CPL}, {facts['dataset']}, {facts['vocabulary']} words, reads features of "
-        f"{matters['extractor']}; SHA-256 of the file {facts['sha256']}, {known}",
-        markup=False,
-        soft_wrap=True,
+        f"{matters['extractor']}; SHA-256 of the file {facts['sha256']}, {known}"
     )
 
 
@@ -131,32 +138,18 @@ def extracted_features(extractor: str, channels: int) -> tuple[str, Mapping[str,
     return spec.modality, spec.matters
 
 
-def convert_network(name: str, file: Path, out: Path, digest: str | None) -> None:
-    """Convert the public weights of a video network.
-
-    Raises MmdistError for a name without public weights, a file that cannot be read or does not
-    fit, and a folder that cannot be written.
-    """
+def convert_network(entry: Entry, file: Path, out: Path) -> None:
+    """Convert a video network's public weights. Raises MmdistError when they do not fit it."""
     from mmdist_e2e.extractors.runner import build
-    from mmdist_e2e.weights.download import check_digest, file_sha256
-    from mmdist_e2e.weights.registry import ENTRIES, misfits, read_state, write_checkpoint
+    from mmdist_e2e.weights.registry import misfits, read_state, write_checkpoint
 
-    entry = ENTRIES.get(name)
-    if entry is None or entry.config is None:
-        valid = ", ".join([CPL, *(e.name for e in ENTRIES.values() if e.kind == "public")])
-        problem = "are unknown" if entry is None else "ship with mmdist and need no conversion"
-        raise MmdistError(f"The weights {name!r} {problem}; valid names: {valid}.")
-    if not file.is_file():
-        raise MmdistError(f"There is no file '{file}'; download it from {entry.url}.")
-    check_out(out)
-    check_digest(entry, file)
-    check_digest(replace(entry, git_sha1=None, sha256=digest), file)
+    assert entry.config is not None
     state = read_state(entry, file)
     if problems := misfits(build(entry.config).state_dict(), state):
         raise MmdistError(
-            f"The file does not hold the weights {name!r} ({problems}); give the file of "
+            f"The file does not hold the weights {entry.name!r} ({problems}); give the file of "
             f"{entry.url}."
         )
     sha256 = file_sha256(file)
     write_checkpoint(out, entry, state, f"from a file of SHA-256 {sha256[:16]}…")
-    results.print(f"{out}: {name}, SHA-256 of the file {sha256}", markup=False, soft_wrap=True)
+    click.echo(f"{out}: {entry.name}, SHA-256 of the file {sha256}")

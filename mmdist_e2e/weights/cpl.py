@@ -21,7 +21,7 @@ from mmdist_e2e.grounding.config import Recipe, cpl
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.data.text import Vocabulary
 from mmdist_e2e.grounding.network import GlobalBranch
-from mmdist_e2e.store import check_out, write_atomically
+from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.download import file_sha256, git_blob_sha1
 from mmdist_e2e.weights.registry import misfits
@@ -142,13 +142,8 @@ class Released:
 def read_cpl(file: Path) -> Released:
     """Read a checkpoint of CPL's public code without running any code in it.
 
-    Raises MmdistError for a file that is missing or holds anything else.
+    Raises MmdistError for a file that holds anything else.
     """
-    if not file.is_file():
-        raise MmdistError(
-            f"There is no file '{file}'; download checkpoints/charades/model-best.pt of "
-            f"github.com/minghangz/cpl."
-        )
     try:
         raw: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes, read as a pickle, can raise anything
@@ -167,11 +162,11 @@ def read_cpl(file: Path) -> Released:
     return Released(file, state, settings, updates if isinstance(updates, int) else None)
 
 
-def read_vocabulary(file: Path, size: int) -> Vocabulary:
+def read_vocabulary(file: Path, size: int, dim: int) -> Vocabulary:
     """The `size` most frequent words of CPL's glove.pkl: ids by rank, ties by first appearance.
 
-    CPL drops all other words from a query. Raises MmdistError for a file that is no such pickle
-    or has too few words.
+    CPL drops all other words from a query. Raises MmdistError for a file that is no such pickle,
+    has too few words or vectors of another length than `dim`.
     """
     raw = load_restricted(file)
     try:
@@ -184,10 +179,11 @@ def read_vocabulary(file: Path, size: int) -> Vocabulary:
             f"'{file}' does not hold CPL's vocabulary (w2id, id2vec and counter); give the "
             f"glove.pkl that the checkpoint was trained with."
         ) from error
-    if len(words) != size:
+    if len(words) != size or vectors_VE.shape != (size, dim):
         raise MmdistError(
-            f"'{file}' counts {len(words)} words and the checkpoint predicts {size}; give the "
-            f"glove.pkl that it was trained with."
+            f"'{file}' counts {len(words)} words with word vectors of {vectors_VE[0].size} numbers "
+            f"and the checkpoint reads {size} words of {dim}; give the glove.pkl that it was "
+            f"trained with."
         )
     return Vocabulary(words, WordVectors(file.stem, words, vectors_VE))
 
@@ -207,19 +203,13 @@ def convert_cpl(
     released (whether the file is a known released one), updates.
     Raises MmdistError for files that do not fit the network or each other.
     """
-    check_out(out)
     dataset, recipe = released.dataset, released.recipe
     shape = recipe.model
     model = GlobalBranch(shape).eval()
     if problems := misfits(model.state_dict(), released.state):
         raise released.misfit(problems)
     model.load_state_dict(released.state)
-    vocabulary = read_vocabulary(vocabulary_file, shape.vocabulary_size)
-    if vocabulary.vectors.dim != shape.word_dim:
-        raise MmdistError(
-            f"'{vocabulary_file}' has word vectors of {vocabulary.vectors.dim} numbers and the "
-            f"checkpoint reads {shape.word_dim}; give the glove.pkl it was trained with."
-        )
+    vocabulary = read_vocabulary(vocabulary_file, shape.vocabulary_size, shape.word_dim)
     is_released = git_blob_sha1(released.file) == dataset.model_id
     # Two known files must belong together: equal sizes do not prove it.
     found = git_blob_sha1(vocabulary_file)
