@@ -306,11 +306,7 @@ FEW_QUERIES = 5000
 
 
 def cpl(
-    *,
-    length: int = 64,
-    queries: int | None = None,
-    channels: Sequence[int] = (),
-    **sizes: int,
+    *, length: int = 64, queries: int | None = None, channels: Sequence[int] = (), **sizes: int
 ) -> Recipe:
     """CPL (Zheng et al., CVPR 2022) with the values it uses on Charades-STA.
 

@@ -159,13 +159,7 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(D)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        self_bias_BTT: Tensor,
-        memory: Memory | None,
-        *,
-        copies: int = 1,
-        last_only: bool = False,
+        self, x_BTD: Tensor, bias_BTT: Tensor, memory: Memory | None, copies: int, last_only: bool
     ) -> Tensor:
         """`copies` > 1: every input sequence becomes so many, which differ in bias only.
 
@@ -174,13 +168,13 @@ class Layer(nn.Module):
         """
         if last_only:
             k, v = self.self_attn.project(x_BTD, "kv")
-            x_BTD, self_bias_BTT = x_BTD[:, -1:], self_bias_BTT[:, -1:]
+            x_BTD, bias_BTT = x_BTD[:, -1:], bias_BTT[:, -1:]
             (q,) = self.self_attn.project(x_BTD, "q")
         else:
             q, k, v = self.self_attn.project(x_BTD)
         if copies > 1:
             x_BTD, q, k, v = (t.repeat_interleave(copies, dim=0) for t in (x_BTD, q, k, v))
-        read = self.self_attn.attend(q, k, v, self_bias_BTT)
+        read = self.self_attn.attend(q, k, v, bias_BTT)
         x_BTD = self.self_attn_layer_norm(x_BTD + self.drop(read))
         if memory is not None:
             (q,) = self.encoder_attn.project(x_BTD, "q")
@@ -227,13 +221,8 @@ class Stack(nn.Module):
         bias_BTT = causal_TT.unsqueeze(0) + key_bias_BT.unsqueeze(1)
         layers = self._layers()
         for i, layer in enumerate(layers):
-            x_BTD = layer(
-                x_BTD,
-                bias_BTT,
-                memory[i] if memory else None,
-                copies=copies if i == 0 else 1,
-                last_only=last_only and i == len(layers) - 1,
-            )
+            read, is_last = memory[i] if memory else None, i == len(layers) - 1
+            x_BTD = layer(x_BTD, bias_BTT, read, copies if i == 0 else 1, last_only and is_last)
         return x_BTD
 
 
