@@ -4,7 +4,6 @@ A video's id is its path relative to the folder that was searched, without the s
 forward slashes and in Unicode's NFC form. Its features are stored in `ROOT/<id>.<modality>.npz`.
 A part of that path that would be longer than 255 bytes is shortened: it ends in `~` and a digest.
 A file holds `data` [S, D] float32, `times` [S, 2] float64 and `meta` (JSON, with the whole id).
-Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -27,6 +26,11 @@ from typing import IO, Any
 import numpy as np
 
 from mmdist_e2e.structures import Features, MmdistError, Provenance
+
+VIDEO_SUFFIXES = (
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
+    ".ogv", ".ts", ".webm", ".wmv",
+)  # fmt: skip
 
 DIGEST_BLOCK_BYTES = 1 << 20
 
@@ -54,10 +58,10 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as stream:
-            if isinstance(content, bytes):
-                stream.write(content)
-            else:
+            if callable(content):
                 content(stream)
+            else:
+                stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
