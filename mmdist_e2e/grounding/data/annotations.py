@@ -17,7 +17,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,8 +145,7 @@ def read_annotations(path: Path) -> tuple[list[Annotation], int]:
     Raises BadLinesError naming every bad line or row, MmdistError for an unreadable file.
     """
     text = _read_text(path, "an annotation file")
-    entries: Iterator[tuple[int, Any]] = enumerate(text.split("\n"), 1)
-    lines = [(f"Line {n}", line) for n, line in entries if line.strip()]
+    lines = [(f"Line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     bad, annotations, left_out = _BadPlaces(path), list[Annotation](), 0
     opening = text.lstrip()[:1]
     if opening == "{" and not any(_is_query(line) for _, line in lines):
@@ -161,7 +160,7 @@ def read_annotations(path: Path) -> tuple[list[Annotation], int]:
                         else:
                             annotations.append(_annotation(video, seconds, [span], sentence))
     else:
-        read = _from_qvhighlights if opening == "{" else _from_charades
+        read: Callable[[Any], Annotation] = _from_charades if opening != "{" else _from_qvhighlights
         if opening == "[":
             lines = [(f"Row {n}", row) for n, row in enumerate(_read_json(path, text), 1)]
             read = _from_cpl
