@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mmdist_e2e.grounding.data.check import Report
 
 LABELS = {  # of facts whose key does not read well
-    "best_constant_span": "best constant answer: R@1 at IoU 0.3 / 0.5 / 0.7",
-    "duration_seconds": "duration in seconds",
     "not_in_seconds": "perhaps not in seconds",
     "duplicates": "repeated lines",
     "left_out": "left out: end before start",
@@ -58,8 +56,7 @@ def data_group() -> None:
 def check_command(glove: Path | None, as_json: bool, **options: Any) -> None:
     """Report what the files hold and everything that is wrong with them.
 
-    Errors are what training or evaluation would refuse; with one, the exit code is 1. The best
-    constant answer is the one span of the video that fits all queries of a split best.
+    Errors are what training or evaluation would refuse; with one, the exit code is 1.
     """
     from mmdist_e2e.grounding.data.check import check_data
     from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
@@ -106,13 +103,6 @@ def _print_table(columns: Mapping[str, Mapping[str, Any]]) -> None:
 def _cell(value: Any) -> str:
     """A fact as text; empty for none."""
     if isinstance(value, Mapping):
-        if "span" in value:
-            start, end = value["span"]
-            recalls = " / ".join(f"{v:.1f}" for k, v in value.items() if k.startswith("R@1"))
-            return f"{recalls} ([{start:.2f}, {end:.2f}])"
-        if "median" in value:
-            low, median, mean, high = (f"{value[k]:.4g}" for k in ("min", "median", "mean", "max"))
-            return f"{median} (mean {mean}, {low} to {high})"
         return ", ".join(f"{k}: {v}" for k, v in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))

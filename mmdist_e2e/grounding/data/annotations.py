@@ -18,7 +18,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,6 @@ from mmdist_e2e.store import VIDEO_SUFFIXES, FeatureStore, video_key
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
 
 NAMED_AT_MOST = 5  # a message names this many videos or words and counts the rest
-
 LINES_AT_MOST = 10  # a message quotes this many bad lines and counts the rest
 
 
@@ -118,16 +117,12 @@ def _read_text(path: Path, what: str) -> str:
         raise MmdistError(f"'{path}' cannot be read ({error.strerror}); give {what}.") from error
     try:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        fault = "it holds zero bytes" if "\0" in text else ""
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise MmdistError(
-            f"'{path}' is not readable text: line {line} is not {error.encoding.upper()} "
-            f"({error.reason}); save the file as UTF-8."
-        ) from error
-    if "\0" in text:
-        raise MmdistError(
-            f"'{path}' is not readable text: it holds zero bytes; save the file as UTF-8."
-        )
+        fault = f"line {line} is not {error.encoding.upper()} ({error.reason})"
+    if fault:
+        raise MmdistError(f"'{path}' is not readable text: {fault}; save the file as UTF-8.")
     return text
 
 
@@ -228,13 +223,11 @@ def _video(name: Any) -> str:
 
 
 def _number(what: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise _BadEntryError(f"has {what} that is not a number: {value!r:.100}.")
-    return number
+    with suppress(TypeError, ValueError, OverflowError):
+        number = float(value)
+        if math.isfinite(number) and not isinstance(value, bool):
+            return number
+    raise _BadEntryError(f"has {what} that is not a number: {value!r:.100}.")
 
 
 def _duration(value: Any) -> float:
@@ -315,17 +308,17 @@ def fingerprint(annotations: Sequence[Annotation]) -> str:
 def protocol_of(path: Path, annotations: Sequence[Annotation]) -> str:
     """Name the protocol of annotations, which belongs beside every number made with them.
 
-    A published split is recognised by its content, whatever its name or format. Any other file is
-    named with whether it keeps queries that end past their video, by which the two protocols of
-    Charades-STA differ.
+    A published split is recognised by its content. Any other file is named with whether it keeps
+    queries that end past their video, by which the two protocols of Charades-STA differ.
     """
     if known := PUBLISHED.get(fingerprint(annotations)):
         return known
     if any(a.duration_seconds is None for a in annotations):
         late = "durations unknown"
+    elif count := sum(a.ends_late for a in annotations):
+        late = f"official: {count} late ends kept"
     else:
-        count = sum(a.ends_late for a in annotations)
-        late = f"official: {count} late ends kept" if count else "cpl: no late ends"
+        late = "cpl: no late ends"
     return f"{path.name} ({len(annotations)} queries, {late})"
 
 

@@ -1,6 +1,6 @@
 """What is wrong with annotations and features, found in seconds instead of during training.
 
-Shape suffixes: Q queries, T moments of a query, S rows of one video, F feature channels.
+Shape suffixes: S rows of one video, F feature channels.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,7 @@ from mmdist_e2e.grounding.data.annotations import (
     with_durations,
 )
 from mmdist_e2e.grounding.data.features import FeatureSource, open_features
-from mmdist_e2e.grounding.data.text import MAX_WORDS, has_known_word, is_word, tokenize
-from mmdist_e2e.grounding.evaluate import best_constant_span, recall_metrics
+from mmdist_e2e.grounding.data.text import has_known_word, is_word, tokenize
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.words import WordVectors
 
@@ -125,7 +124,7 @@ def check_data(
         }
         if not unknown:
             _check_moments(report, name, splits[name])
-    _check_words(report, splits, word_vectors)
+        _check_words(report, name, splits[name], word_vectors)
     for one, other in combinations(splits, 2):
         shared = {a.video for a in splits[one]} & {a.video for a in splits[other]}
         sentences = {tuple(tokenize(a.sentence)) for a in splits[one]}
@@ -170,7 +169,6 @@ def _check_features(
         "videos_unused": len(source.names.keys() - said.keys()),
         "videos_unreadable": len(unreadable),
         "channels": sorted(channels),
-        "rows": _spread([facts.rows for facts in each.values()] or [0]),
     }
     report.errors += unreadable[:NAMED_AT_MOST]
     if (rest := len(unreadable) - NAMED_AT_MOST) > 0:
@@ -213,7 +211,6 @@ class _VideoFacts(NamedTuple):
     fault: str | None
     duration: float | None
     matters: Mapping[str, Any]
-    rows: int
     channels: int
 
 
@@ -235,80 +232,46 @@ def _facts_of(source: FeatureSource, video: str) -> _VideoFacts:
         fault = "only zeros as features (NAMES)"
     elif (data_SF == data_SF[0]).all():
         fault = "the same features in every row, so no moment can be found (NAMES)"
-    return _VideoFacts(fault, duration, matters, *raw_SF.shape)
+    return _VideoFacts(fault, duration, matters, raw_SF.shape[1])
 
 
 def _check_moments(report: Report, name: str, queries: Sequence[Annotation]) -> None:
-    durations_Q = np.array([a.duration_seconds for a in queries], dtype=np.float64)
-    # Moments [Q, T, 2]: the first is repeated where a query has fewer.
-    most = max(len(a.moments) for a in queries)
-    moments = [a.moments + a.moments[:1] * (most - len(a.moments)) for a in queries]
-    truth_QT2 = np.array(moments, dtype=np.float64)
-    late_Q = truth_QT2[:, :, 1].max(axis=1) - durations_Q
-    outside = np.flatnonzero(truth_QT2[:, :, 0].max(axis=1) >= durations_Q)
-    late = int((late_Q > 0).sum())
-    facts = report.splits[name]
-    facts |= {
-        "duration_seconds": _spread(durations_Q),
-        "moment_share_of_video": _spread((truth_QT2[:, 0, 1] - truth_QT2[:, 0, 0]) / durations_Q),
-        "queries_of_several_moments": sum(bool(a.more) for a in queries),
-        "ends_past_duration": late,
-    }
-    if name != "train":
-        span, iou_Q = best_constant_span(truth_QT2, durations_Q)
-        facts["best_constant_span"] = {"span": list(span), **recall_metrics(iou_Q[:, None])}
-    if len(outside):
-        first = queries[outside[0]]
+    starts = {a: max(start for start, _ in a.moments) for a in queries}
+    outside = [a for a in queries if starts[a] >= (a.duration_seconds or 0)]
+    late = [
+        max(e for _, e in a.moments) - (a.duration_seconds or 0) for a in queries if a.ends_late
+    ]
+    report.splits[name]["ends_past_duration"] = len(late)
+    if outside:
+        first = outside[0]
         report.errors.append(
             f"{len(outside)} moments of {name} start after their video has ended, the first in "
-            f"'{first.video}' ({max(first.moments)[0]:g} s of {first.duration_seconds:g} s); "
+            f"'{first.video}' ({starts[first]:g} s of {first.duration_seconds:g} s); "
             f"check that times and durations are in seconds, and of the same video."
         )
     elif late:
         report.warnings.append(
-            f"{late} queries of {name} end past their video, by {late_Q.max():.2f} s at most; the "
-            f"protocol official keeps them and cpl drops them, so name the protocol beside every "
-            f"number."
+            f"{len(late)} queries of {name} end past their video, by {max(late):.2f} s at most; "
+            f"the protocol official keeps them and cpl drops them, so name the protocol beside "
+            f"every number."
         )
-
-
-def _spread(values: NDArray[Any] | Sequence[float]) -> dict[str, float]:
-    low, median, high = (float(v) for v in np.quantile(values, (0.0, 0.5, 1.0)))
-    return {"min": low, "median": median, "mean": float(np.mean(values)), "max": high}
 
 
 def _check_words(
-    report: Report, splits: Mapping[str, Sequence[Annotation]], vectors: WordVectors
+    report: Report, name: str, queries: Sequence[Annotation], vectors: WordVectors
 ) -> None:
-    trained: Counter[str] | None = None
-    for name, queries in splits.items():
-        tokens = [tokenize(a.sentence) for a in queries]
-        words = Counter(filter(is_word, chain.from_iterable(tokens)))
-        unknown = Counter({w: n for w, n in words.items() if w not in vectors})
-        total = max(1, words.total())
-        share = unknown.total() / total
-        facts = report.splits[name]
-        facts |= {
-            "words_per_query": _spread([sum(map(is_word, each)) for each in tokens]),
-            "queries_cut_at_20_words": sum(
-                sum(t in vectors for t in each) > MAX_WORDS for each in tokens
-            ),
-            "distinct_words": len(words),
-            "share_of_words_without_vector": share,
-        }
-        if trained is not None:
-            unseen = sum(n for w, n in words.items() if w in vectors and w not in trained)
-            facts["share_of_words_unseen_in_training"] = unseen / total
-        elif name == "train":
-            trained = words
-        report.tell(
-            [a.sentence for a in queries if not has_known_word(a.sentence, vectors)],
-            f"sentences of {name} have no word with a vector in '{vectors.name}' (NAMES); leave "
-            f"them out, or give more word vectors with --glove",
+    words = Counter(token for a in queries for token in tokenize(a.sentence) if is_word(token))
+    unknown = Counter({word: n for word, n in words.items() if word not in vectors})
+    share = unknown.total() / max(1, words.total())
+    report.splits[name]["share_of_words_without_vector"] = share
+    report.tell(
+        [a.sentence for a in queries if not has_known_word(a.sentence, vectors)],
+        f"sentences of {name} have no word with a vector in '{vectors.name}' (NAMES); leave "
+        f"them out, or give more word vectors with --glove",
+    )
+    if share > MANY_UNKNOWN:
+        frequent = ", ".join(word for word, _ in unknown.most_common(NAMED_AT_MOST))
+        report.warnings.append(
+            f"{share:.1%} of the words of {name} have no vector in '{vectors.name}' and are "
+            f"not read ({frequent} most often); --glove takes larger ones."
         )
-        if share > MANY_UNKNOWN:
-            frequent = ", ".join(w for w, _ in unknown.most_common(NAMED_AT_MOST))
-            report.warnings.append(
-                f"{share:.1%} of the words of {name} have no vector in '{vectors.name}' and are "
-                f"not read ({frequent} most often); --glove takes larger ones."
-            )
