@@ -126,9 +126,8 @@ def choose_extractors(
 ) -> list[ExtractorSpec]:
     """The extractor of each modality: a given one, else the one that ships.
 
-    modalities: None means those of the given extractors, or RGB. sampling: settings of `describe`
-    for every extractor. Raises MmdistError as `describe` does, and where a modality has two
-    extractors or none.
+    modalities: None means those of the given extractors, or RGB. sampling: settings of `describe`.
+    Raises MmdistError as `describe` does, and where a modality has two extractors or none.
     """
     from mmdist_e2e.extractors.profiles import describe
     from mmdist_e2e.pipeline import default_extractors

@@ -125,10 +125,8 @@ class _Search:
             else:
                 self.fail(path, f"{path} {reason}; give a video file or a folder of videos.")
             return None
-        if stat.S_ISDIR(mode):
-            return "folder"
-        if stat.S_ISREG(mode):
-            return "file"
+        if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
+            return "folder" if stat.S_ISDIR(mode) else "file"
         kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket or a device"
         self.fail(path, f"{path} is {kind}, not a regular file; save the video as a file first.")
         return None

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdist_e2e.extractors.flow import tvl1
-from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS, TVL1Settings
+from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,14 +128,10 @@ class FlowFrames:
     frames, and `finish` gives the rest. Both are generators that must be run to their end. Memory
     does not grow with length, and the fields do not depend on the size of the chunks.
 
-    Args:
-        preprocessing: sizes and range.
-        backend, settings, device: of the solver, see `tvl1`.
-        repeats: a sample that is byte for byte the one before repeats its frame (as fps_policy
-            "exact" makes them): flow is then taken between distinct frames, and every sample of a
-            frame has the flow to the next distinct one.
-
-    Raises MmdistError where `tvl1` does.
+    backend, device: of `tvl1`, whose errors are raised.
+    repeats: a sample that is byte for byte the one before repeats its frame (as fps_policy "exact"
+    makes them): flow is then taken between distinct frames, and every sample of a frame has the
+    flow to the next distinct one.
     """
 
     def __init__(
@@ -143,12 +139,11 @@ class FlowFrames:
         preprocessing: FlowPreprocessing,
         *,
         backend: str = "auto",
-        settings: TVL1Settings | None = None,
         device: str = "cpu",
         repeats: bool = False,
     ) -> None:
         self.preprocessing, self.repeats = preprocessing, repeats
-        self._tvl1 = partial(tvl1, backend=backend, settings=settings, device=device)
+        self._tvl1 = partial(tvl1, backend=backend, device=device)
         self._greys: list[Grey] = []  # distinct frames without a field yet
         self._shown: list[int] = []  # the number of samples of each of them
         self._frame_HWC: NDArray[np.uint8] | None = None  # the last sample, if repeats count

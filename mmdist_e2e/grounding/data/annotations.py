@@ -350,13 +350,13 @@ def carve_validation(
         videos, key=lambda v: hashlib.sha256(f"{seed} {v}".encode(errors="surrogatepass")).digest()
     )
     chosen = set(ranked[: min(max(1, round(fraction * len(videos))), len(videos) - 1)])
-    train = [a for a in annotations if a.video not in chosen]
     val = [a for a in annotations if a.video in chosen]
-    report = (
+    return Carved(
+        [a for a in annotations if a.video not in chosen],
+        val,
         f"validation carved from the training videos: {len(chosen)} of {len(videos)} videos, "
-        f"{len(val)} of {len(annotations)} queries (seed {seed})"
+        f"{len(val)} of {len(annotations)} queries (seed {seed})",
     )
-    return Carved(train, val, report)
 
 
 LONGEST_SECONDS = 10_000.0  # without a duration, a moment that ends later is not in seconds
@@ -373,10 +373,9 @@ SUSPICIONS = {
 def suspicions(annotations: Sequence[Annotation], left_out: int) -> dict[str, int]:
     """How many annotations are probably wrong, by the kinds of SUSPICIONS that occur."""
     distinct = {(a.video, a.moments, a.sentence.lower()) for a in annotations}
+    latest = [min(LONGEST_SECONDS, 10 * (a.duration_seconds or math.inf)) for a in annotations]
     counts = {
-        "not_in_seconds": sum(
-            a.end > min(LONGEST_SECONDS, 10 * (a.duration_seconds or math.inf)) for a in annotations
-        ),
+        "not_in_seconds": sum(a.end > t for a, t in zip(annotations, latest, strict=True)),
         "zero_length": sum(any(start == end for start, end in a.moments) for a in annotations),
         "duplicates": len(annotations) - len(distinct),
         "left_out": left_out,
@@ -438,19 +437,20 @@ def load_durations(path: Path) -> dict[str, float]:
 
 def _duration_pairs(path: Path, text: str) -> Iterator[tuple[str, str | None, Any]]:
     """The place, the video and its duration of every entry of a JSON or CSV file."""
+    none = MmdistError(
+        f"'{path}' holds no durations: it must map every video to its seconds in JSON, or have "
+        f"the columns id and length as Charades' CSV."
+    )
     if text.lstrip()[:1] in ("{", "["):
         raw = _read_json(path, text)
         if not isinstance(raw, dict):
-            raise MmdistError(f"'{path}' must map every video to its duration in seconds.")
+            raise none
         yield from ((f"The video '{video}'", video, value) for video, value in raw.items())
         return
     rows = csv.DictReader(io.StringIO(text, newline=""))
     try:
         if not {"id", "length"} <= set(rows.fieldnames or ()):
-            raise MmdistError(
-                f"'{path}' holds no durations: give JSON that maps videos to seconds, or Charades' "
-                f"CSV with the columns id and length."
-            )
+            raise none
         for row in rows:
             yield f"Line {rows.line_num}", row["id"], row["length"]
     except csv.Error as error:
