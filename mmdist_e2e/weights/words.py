@@ -59,6 +59,10 @@ def load_restricted(path: Path) -> Any:
             f"The pickle '{path}' asks for {error}, but mmdist loads only numpy arrays, dicts and "
             f"counters from a pickle; it may be malicious, so ask for the data in another format."
         ) from error
+    except OSError as error:
+        raise MmdistError(
+            f"'{path}' cannot be read ({error.strerror}); give a GloVe text file or CPL's glove.pkl."
+        ) from error
     except Exception as error:  # a damaged pickle can raise anything
         raise MmdistError(
             f"'{path}' is not a readable pickle ({type(error).__name__}); give a GloVe text file "
