@@ -210,7 +210,7 @@ def test_other_files_are_refused(files, tmp_path):
         assert "is not a CPL checkpoint" in message
     model.write_bytes(real)
     assert "needs --vocabulary" in files.refused(files.run(model))
-    assert "FileNotFound" in files.refused(files.run(model, "--vocabulary", tmp_path / "none"))
+    assert "cannot be read" in files.refused(files.run(model, "--vocabulary", tmp_path / "none"))
     assert "not a readable pickle" in files.refused(files.run(model, "--vocabulary", text))
 
 
