@@ -65,10 +65,6 @@ class Row:
     taught: bool = False
     beside: str | None = None
 
-    @property
-    def folder(self) -> str:
-        return self.name.replace(" ", "-")
-
 
 ROWS = (
     Row("cpl", "cpl", (1,), (66.40, 49.24, 22.39), headline=True),
@@ -148,11 +144,10 @@ def table(done: Done, jobs: Sequence[Job], source: str) -> str:
     if not done:
         return "No run is finished yet.\n"
     some = next(iter(done.values()))["result"]
-    commits = ", ".join(sorted({str(each["commit"]) for each in done.values()}))
     lines = [
         f"Trained and scored on {source}: {some['videos']} videos, {some['protocol']}; checkpoints "
         f"chosen by {some['selected_by']}. Percent, mean ± standard deviation over seeds; in "
-        f"brackets the paper's on Charades-STA. mmdist {commits}.\n",
+        f"brackets the paper's on Charades-STA.\n",
         "| row | tables | seeds | " + " | ".join(SHOWN) + " |",
         "|---" * (3 + len(SHOWN)) + "|",
     ]
@@ -197,7 +192,7 @@ def _comparison(row: Row, seeds: Sequence[int], done: Done) -> str:
     )
 
 
-DONE = "reproduced.json"  # a row's result, seconds, commit and inputs, written when it is finished
+DONE = "reproduced.json"  # a row's result, seconds and inputs, written when it is finished
 
 LOCKS = ".locks"
 
@@ -220,7 +215,7 @@ class Material:
 
 
 def run_of(out: Path, row: Row, seed: int) -> Path:
-    return out / f"{row.folder}-{seed}"
+    return out / f"{row.name.replace(' ', '-')}-{seed}"
 
 
 def inputs_of(
@@ -279,7 +274,7 @@ def _settings(
 def finished(
     out: Path, inputs: Mapping[Job, Mapping[str, Any]]
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """{"result", "seconds", "commit", "inputs"} of the finished runs, by row and seed.
+    """{"result", "seconds", "inputs"} of the finished runs, by row and seed.
 
     Raises MmdistError when a run was made from other inputs.
     """
@@ -289,9 +284,8 @@ def finished(
         if not path.is_file():
             continue
         done = json.loads(path.read_text(encoding="utf-8"))
-        unlike = input_differences(done.get("inputs", {}), wanted)
-        if unlike:
-            others.append(f"{path.parent.name} ({'; '.join(unlike)})")
+        if unlike := input_differences(done.get("inputs", {}), wanted):
+            others.append(f"{path.parent.name} ({unlike})")
         found[row.name, seed] = done
     if others:
         raise MmdistError(
@@ -307,13 +301,12 @@ def reproduce(
     out: Path,
     *,
     settings: Mapping[str, Any],
-    commit: str,
-    progress: Progress | None = None,
-    told: Callable[[str], None] = lambda line: None,
+    progress: Progress | None,
+    told: Callable[[str], None],
 ) -> tuple[str, dict[str, str]]:
     """Train and score what is not finished; rewrites out/table.md after each row.
 
-    settings: of every row whose recipe has them. commit: of the code, stored with the result.
+    settings: of every row whose recipe has them. told: is called with a line about each row.
     Returns the table and, by row and seed, why it failed; the others are done all the same. What
     another call is training is skipped. Raises MmdistError as `inputs_of` and `finished`.
     """
@@ -343,8 +336,8 @@ def reproduce(
                 own = {name: value for name, value in settings.items() if name in names}
                 result = _train_and_score(material, row, seed, out, own, progress)
                 seconds = round(time.monotonic() - start, 1)
-                done = {"result": result, "seconds": seconds, "commit": commit}
-                write_json(run / DONE, done | {"inputs": inputs[row, seed]})
+                done = {"result": result, "seconds": seconds, "inputs": inputs[row, seed]}
+                write_json(run / DONE, done)
         except Timeout:
             told(f"{label}: another call is training it")
             continue
