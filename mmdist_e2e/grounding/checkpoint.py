@@ -1,7 +1,6 @@
 """A checkpoint is a folder: config.json, model.safetensors, vocabulary.json and a model card.
 
-Word vectors other than the shipped ones are stored with it in words.safetensors, so that a folder
-works on any machine. Never a pickle.
+Word vectors other than the shipped ones are stored with it in words.safetensors. Never a pickle.
 
 Results are identified by their inputs, never by a file's name: {"settings": {name: value},
 "digests": {what: SHA-256}}.

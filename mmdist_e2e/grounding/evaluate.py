@@ -138,11 +138,6 @@ def answer_items(
     """
     starts_Q = [windows.starts.get(i.annotation.video, ()) if windows else () for i in items]
     whole = [q for q, starts in enumerate(starts_Q) if not starts]
-    pieces = [
-        replace(item, row=row)
-        for item, starts in zip(items, starts_Q, strict=True)
-        for row, _ in starts
-    ]
 
     def read(asked: Sequence[Item], where: FeatureTable) -> list[Array]:
         """[4, K] of each item: starts, ends, scores, losses."""
@@ -154,6 +149,8 @@ def answer_items(
     seconds_Q = [video_seconds(item, table) for item in items]
     answers = dict(zip(whole, read([items[q] for q in whole], table), strict=True))
     if windows:
+        asked = zip(items, starts_Q, strict=True)
+        pieces = [replace(item, row=row) for item, starts in asked for row, _ in starts]
         parts = iter(read(pieces, windows.table))
         for q, starts in enumerate(starts_Q):
             if starts:
@@ -262,12 +259,6 @@ def shuffled_order(videos: Sequence[str], *, seed: int = 0) -> list[int]:
     return [int(given[i]) for i in range(len(videos))]
 
 
-def with_shuffled_queries(items: Sequence[Item]) -> list[Item]:
-    """The same videos and annotations, each with a sentence of another video."""
-    order = shuffled_order([item.annotation.video for item in items])
-    return [replace(item, sentence=items[j].sentence) for item, j in zip(items, order, strict=True)]
-
-
 def evaluate_items(
     model: GroundingNetwork,
     recipe: Recipe,
@@ -281,7 +272,11 @@ def evaluate_items(
     predictions = answer_items(model, items, table, windows, progress=progress)
     iou_QK = prediction_iou(predictions, items)
     span, constant_iou_Q = best_constant_span(*truth_of(items))
-    shuffled = answer_items(model, with_shuffled_queries(items), table, windows, progress=progress)
+    order = shuffled_order([item.annotation.video for item in items])
+    asked = [
+        replace(item, sentence=items[j].sentence) for item, j in zip(items, order, strict=True)
+    ]
+    shuffled = answer_items(model, asked, table, windows, progress=progress)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         untrained_model = build_network(recipe).to(table.data_VLF.device)

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,11 @@ def table(done: Done, jobs: Sequence[Job], source: str) -> str:
         if not seeds:
             continue
         spread = dict(spread_over_runs([done[row.name, seed]["result"] for seed in seeds]))["model"]
-        cells = [f"{spread[c][0]:.2f} ± {spread[c][1]:.2f}" for c in SHOWN]
-        for i, figure in enumerate(row.paper):
-            cells[i] += f" ({figure:.2f})"
-        tables = ", ".join(map(str, row.tables))
-        lines.append(
-            f"| {row.name} | {tables} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |"
-        )
+        cells = [row.name, ", ".join(map(str, row.tables)), ", ".join(map(str, seeds))]
+        for name, paper in zip_longest(SHOWN, row.paper):
+            told = "" if paper is None else f" ({paper:.2f})"
+            cells.append("{:.2f} ± {:.2f}".format(*spread[name]) + told)
+        lines.append(f"| {' | '.join(cells)} |")
         shared = [seed for seed in seeds if (row.beside, seed) in done]
         if shared:
             compared.append(_comparison(row, shared, done))
@@ -178,18 +177,15 @@ def table(done: Done, jobs: Sequence[Job], source: str) -> str:
 
 
 def _comparison(row: Row, seeds: Sequence[int], done: Done) -> str:
-    def score(name: str | None, seed: int) -> float:
-        return float(done[str(name), seed]["result"]["metrics"][JUDGED])
-
-    differences = [score(row.name, seed) - score(row.beside, seed) for seed in seeds]
-    error = "–"
-    if len(seeds) > 1:
-        error = f"{np.std(differences, ddof=1) / math.sqrt(len(seeds)):.2f}"
-    each = " ".join(f"{difference:+.2f}" for difference in differences)
-    return (
-        f"| {row.name} − {row.beside} | {len(seeds)} | {np.mean(differences):+.2f} | {error} | "
-        f"{each} |"
+    """A line of the table of differences."""
+    ours, theirs = (
+        np.array([done[name, seed]["result"]["metrics"][JUDGED] for seed in seeds])
+        for name in (row.name, str(row.beside))
     )
+    apart = ours - theirs
+    error = f"{apart.std(ddof=1) / math.sqrt(len(seeds)):.2f}" if len(seeds) > 1 else "–"
+    each = " ".join(f"{difference:+.2f}" for difference in apart)
+    return f"| {row.name} − {row.beside} | {len(seeds)} | {apart.mean():+.2f} | {error} | {each} |"
 
 
 DONE = "reproduced.json"  # a row's result, seconds and inputs, written when it is finished
@@ -340,13 +336,12 @@ def reproduce(
                 write_json(run / DONE, done)
         except Timeout:
             told(f"{label}: another call is training it")
-            continue
         except MmdistError as error:
             failed[label] = str(error)
             told(f"{label} failed: {error}")
-            continue
-        told(f"{label}: R@1 at IoU 0.5 {result['metrics'][JUDGED]:.2f} ({seconds:.0f} s)")
-        write_table()
+        else:
+            told(f"{label}: R@1 at IoU 0.5 {result['metrics'][JUDGED]:.2f} ({seconds:.0f} s)")
+            write_table()
     # Again at the end: another call may have finished some of these rows.
     return write_table(), failed
 

@@ -89,7 +89,8 @@ def cached_answers(
     teacher: GroundingModel,
     annotations: Sequence[Annotation],
     table: FeatureTable,
-    progress: Progress | None,
+    *,
+    progress: Progress | None = None,
 ) -> TeacherAnswers:
     """`teach`, stored in `path` and read from there for the same teacher, pairs and features."""
     pairs = [[a.video, a.sentence] for a in annotations]

@@ -360,13 +360,13 @@ def train_run(
         "selected_by": SELECTED_BY[recipe.training.select_by].format(where),
         "continued": inputs["continued"],
     }
-    if found is not None and found.epoch == recipe.training.epochs:
+    if found.epoch == recipe.training.epochs:
         return summary | found.summary() | {"how": "finished before"}
 
     answers = None
     if recipe.distill is not None:
-        asked = taught_table.to(device)
-        answers = cached_answers(out / TEACHER, trained, train_annotations, asked, progress)
+        asked = train_annotations, taught_table.to(device)
+        answers = cached_answers(out / TEACHER, trained, *asked, progress=progress)
     trainer = Trainer(recipe, items, table, seed, answers)
     longest = max(video_seconds(item, table) for item in items)
     windows = cut_long_videos(val_items, table, places, longest_seconds=longest)
@@ -384,7 +384,7 @@ def train_run(
         "inputs": digests,
         **({"continued": inputs["continued"]} if inputs["continued"] else {}),
     }
-    if found is not None:
+    if found.epoch:
         trainer.load_state(state_path)
     elif rank() == 0:  # from now on, `out` is a run of these inputs
         trainer.save_state(state_path, inputs)
@@ -392,8 +392,9 @@ def train_run(
         save_checkpoint, model=trainer.model, recipe=recipe, vocabulary=vocabulary, table=table
     )
     select_by = recipe.training.select_by
-    for epoch, validation in _epochs(trainer, val_items, windows, progress):
-        state = trainer.state
+    while (state := trainer.state).epoch < recipe.training.epochs:
+        validation = _epoch(trainer, val_items, windows, progress)
+        epoch = state.epoch
         score = float(epoch)
         if select_by != "last":
             score = validation["R@1,IoU=0.5"] if select_by == "val_recall" else -validation["loss"]
@@ -409,12 +410,12 @@ def train_run(
         write_json(out / HISTORY, state.history)
         # Last, so that a run killed before it repeats the whole epoch.
         trainer.save_state(state_path, inputs)
-    how = f"resumed after epoch {found.epoch}" if found is not None and found.epoch else "trained"
+    how = f"resumed after epoch {found.epoch}" if found.epoch else "trained"
     return summary | trainer.state.summary() | {"how": how}
 
 
-def _found(out: Path, inputs: dict[str, Any], *, more_epochs: bool) -> TrainingState | None:
-    """The progress of the run in `out`; None where there is none.
+def _found(out: Path, inputs: dict[str, Any], *, more_epochs: bool) -> TrainingState:
+    """The progress of the run in `out`; epoch 0 where there is none.
 
     A run that shall have more epochs than it was started with is continued, and
     `inputs["continued"]` records it. Raises MmdistError when `out` holds a run of other inputs or
@@ -424,10 +425,10 @@ def _found(out: Path, inputs: dict[str, Any], *, more_epochs: bool) -> TrainingS
     if not (out / STATE).is_file():
         if (out / CONFIG).is_file():
             raise MmdistError(f"'{out}' holds a checkpoint without its training state. {another}")
-        return None
+        return TrainingState()
     known, state, _ = read_state(out / STATE)
     if not state.epoch and not (out / CONFIG).is_file():
-        return None  # killed before anything was made
+        return state  # killed before anything was made
     epochs = planned = inputs["settings"]["epochs"]
     if "digests" in known and more_epochs:
         inputs["continued"] = known["continued"]
@@ -451,31 +452,30 @@ def _found(out: Path, inputs: dict[str, Any], *, more_epochs: bool) -> TrainingS
     return state
 
 
-def _epochs(
+def _epoch(
     trainer: Trainer,
     val_items: Sequence[Item],
     windows: Windows | None,
     progress: Progress | None,
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """Train the remaining epochs; after each, its number and validation.
+) -> dict[str, float]:
+    """Train an epoch, add it to the history, and return its validation.
 
-    Raises MmdistError, before anything of the epoch is saved, when a loss or weight is not finite.
+    Raises MmdistError, before anything is saved, when a loss or weight is not finite.
     """
-    epochs = trainer.recipe.training.epochs
-    while trainer.state.epoch < epochs:
-        losses = trainer.run_epoch(progress)
-        epoch = trainer.state.epoch
-        weights = all(bool(p.isfinite().all()) for p in trainer.model.parameters())
-        validation = validate(trainer, val_items, windows) if val_items and weights else {}
-        if not weights or not all(map(math.isfinite, (*losses.values(), *validation.values()))):
-            raise MmdistError(
-                f"The loss is no longer finite in epoch {epoch}; lower the learning rate, or look "
-                f"for extreme values in the features."
-            )
-        trainer.state.history.append({"epoch": epoch, "losses": losses, "validation": validation})
-        if progress:
-            figures = {"loss": losses["loss"]}
-            figures |= {short: validation[k] for k, short in WATCHED.items() if k in validation}
-            told = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
-            progress(f"epoch {epoch} of {epochs}: {told}", len(trainer.items), len(trainer.items))
-        yield epoch, validation
+    losses = trainer.run_epoch(progress)
+    epoch = trainer.state.epoch
+    weights = all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+    validation = validate(trainer, val_items, windows) if val_items and weights else {}
+    if not weights or not all(map(math.isfinite, (*losses.values(), *validation.values()))):
+        raise MmdistError(
+            f"The loss is no longer finite in epoch {epoch}; lower the learning rate, or look "
+            f"for extreme values in the features."
+        )
+    trainer.state.history.append({"epoch": epoch, "losses": losses, "validation": validation})
+    if progress:
+        figures = {"loss": losses["loss"]}
+        figures |= {short: validation[k] for k, short in WATCHED.items() if k in validation}
+        told = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+        what = f"epoch {epoch} of {trainer.recipe.training.epochs}: {told}"
+        progress(what, len(trainer.items), len(trainer.items))
+    return validation
