@@ -61,7 +61,7 @@ def load_restricted(path: Path) -> Any:
         ) from error
     except OSError as error:
         raise MmdistError(
-            f"'{path}' cannot be read ({error.strerror}); give a GloVe text file or CPL's glove.pkl."
+            f"'{path}' cannot be read ({error.strerror}); give GloVe text or CPL's glove.pkl."
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
         raise MmdistError(
