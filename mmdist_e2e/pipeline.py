@@ -29,14 +29,12 @@ from mmdist_e2e.weights.registry import (
 )
 
 if TYPE_CHECKING:
-    from mmdist_e2e.extractors.profiles import ExtractorSpec
     from mmdist_e2e.extractors.runner import SnippetNetwork
     from mmdist_e2e.grounding.answer import GroundingModel
 
-Progress = Callable[[float], None]
+Progress = Callable[[float], None] | None
 Video = str | os.PathLike[str] | Features | Mapping[str, Features]
-
-DEFAULT_TOP_K = 5
+Queries = list[str] | tuple[str, ...]
 
 RECENT_VIDEOS = 8  # whose features a Grounder keeps in memory
 
@@ -91,7 +89,7 @@ class Grounder:
             device = resolve_device(device)
         self.model, self._device, self._precision = model, device, precision
         try:
-            model.model.to(self._device)
+            model.model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise MmdistError(f"The model cannot run on {device!r}: {error}") from error
         self._store = FeatureStore(_path("cache", cache)) if cache is not None else None
@@ -110,10 +108,13 @@ class Grounder:
             self._given[modality] = name
         self._networks: dict[str, SnippetNetwork] = {}
 
-    def _spec(self, modality: str) -> ExtractorSpec:
+    def _network(self, modality: str) -> SnippetNetwork:
         """The extractor of a modality, with the settings that made the model's features."""
         from mmdist_e2e.extractors.profiles import describe
+        from mmdist_e2e.extractors.runner import SnippetNetwork
 
+        if modality in self._networks:
+            return self._networks[modality]
         matters = self.model.matters[modality]
         name = self._given.get(modality, str(matters.get("extractor")))
         if modality not in self._given and name not in ENTRIES:
@@ -126,20 +127,17 @@ class Grounder:
                 f"This model reads {modality} features that a PCA reduced; make them with "
                 f"mmdist extract --pca, and give features instead of a video."
             )
-        spec = describe(
-            name,
-            mode=matters.get("mode", "windows"),
-            fps_policy=matters.get("fps_policy", "ceiling"),
-            layer=matters.get("layer"),
-        )
+        chosen = {key: matters[key] for key in ("mode", "fps_policy", "layer") if key in matters}
+        spec = describe(name, **chosen)
         if unlike := differences(matters, spec.matters):
             raise MmdistError(
                 f"The extractor {name!r} does not make the {modality} features that this model "
                 f"needs: {'; '.join(unlike)}; give the extractor that the model was trained with."
             )
-        return spec
+        network = SnippetNetwork(spec, device=self._device, precision=self._precision)
+        return self._networks.setdefault(modality, network)
 
-    def encode(self, video: str | Path, *, progress: Progress | None = None) -> dict[str, Features]:
+    def encode(self, video: str | Path, *, progress: Progress = None) -> dict[str, Features]:
         """Features of every modality that the model reads, from the cache where it has them.
 
         Missing ones are extracted in one pass. Raises MmdistError when the video cannot be
@@ -148,7 +146,7 @@ class Grounder:
         encoded = self._encode(_path("video", video), progress)
         return {m: replace(each, data=each.data.copy()) for m, each in encoded.items()}
 
-    def _encode(self, path: Path, progress: Progress | None) -> dict[str, Features]:
+    def _encode(self, path: Path, progress: Progress) -> dict[str, Features]:
         """`encode`, whose arrays may be those kept in memory."""
         source: dict[str, Any] = {}
         key: tuple[object, ...] = ()
@@ -163,38 +161,25 @@ class Grounder:
             pass  # the decoder says what is wrong
         store = self._store if source else None
         found = {m: self._cached(store, m, source) for m in self.model.modalities}
-        features = {modality: cached for modality, cached in found.items() if cached is not None}
-        missing = [modality for modality in found if modality not in features]
-        if missing:
-            made = self._extract(path, missing, source, progress)
-            features = {m: features.get(m) or made[m] for m in found}
-            if store is not None:
-                self._keep(store, made, source)
+        missing = [modality for modality, cached in found.items() if cached is None]
+        made = self._extract(path, missing, source, progress) if missing else {}
+        features = {m: cached or made[m] for m, cached in found.items()}
         if store is not None:
+            self._keep(store, made, source)
             self._recent[key] = features
             while len(self._recent) > RECENT_VIDEOS:
                 del self._recent[next(iter(self._recent))]
         return features
 
     def _extract(
-        self,
-        path: Path,
-        modalities: Sequence[str],
-        source: Mapping[str, Any],
-        progress: Progress | None,
+        self, path: Path, modalities: list[str], source: Mapping[str, Any], progress: Progress
     ) -> dict[str, Features]:
         from mmdist_e2e.extractors.extract import extract_video
-        from mmdist_e2e.extractors.runner import SnippetNetwork
         from mmdist_e2e.extractors.video.reader import Decoder
 
         if progress is not None:
             progress(0.0)
-        for modality in modalities:
-            if modality not in self._networks:
-                self._networks[modality] = SnippetNetwork(
-                    self._spec(modality), device=self._device, precision=self._precision
-                )
-        networks = [self._networks[modality] for modality in modalities]
+        networks = [self._network(modality) for modality in modalities]
         with Decoder() as decoder:
             return extract_video(path, networks, decoder, source=source, progress=progress)
 
@@ -236,24 +221,14 @@ class Grounder:
 
     @overload
     def ground(
-        self, video: Video, query: str, *, top_k: int = ..., progress: Progress | None = ...
+        self, video: Video, query: str, *, top_k: int = ..., progress: Progress = ...
     ) -> Answer: ...
     @overload
     def ground(
-        self,
-        video: Video,
-        query: list[str] | tuple[str, ...],
-        *,
-        top_k: int = ...,
-        progress: Progress | None = ...,
+        self, video: Video, query: Queries, *, top_k: int = ..., progress: Progress = ...
     ) -> list[Answer]: ...
     def ground(
-        self,
-        video: Video,
-        query: str | list[str] | tuple[str, ...],
-        *,
-        top_k: int = DEFAULT_TOP_K,
-        progress: Progress | None = None,
+        self, video: Video, query: str | Queries, *, top_k: int = 5, progress: Progress = None
     ) -> Answer | list[Answer]:
         """Answer a query with moments in seconds, best first.
 
@@ -283,23 +258,21 @@ class Grounder:
         else:
             path = _path("video", video)
             name, features = str(os.fspath(video)), self._encode(path, progress)
-        answers = [self._answer(name, features, text, int(top_k)) for text in queries]
-        return answers[0] if isinstance(query, str) else answers
-
-    def _answer(
-        self, video: str, features: Mapping[str, Features], query: str, top_k: int
-    ) -> Answer:
         model = self.model
-        return Answer(
-            video=video,
-            query=query,
-            moments=tuple(model.answer(features, query)[:top_k]),
-            duration_seconds=float(features[model.modalities[0]].duration_seconds),
-            unknown_words=tuple(model.vocabulary.unread(query)),
-            model=model.name,
-            trained_on=model.trained_on,
-            warning=model.warning,
-        )
+        answers = [
+            Answer(
+                video=name,
+                query=text,
+                moments=tuple(model.answer(features, text)[: int(top_k)]),
+                duration_seconds=float(features[model.modalities[0]].duration_seconds),
+                unknown_words=tuple(model.vocabulary.unread(text)),
+                model=model.name,
+                trained_on=model.trained_on,
+                warning=model.warning,
+            )
+            for text in queries
+        ]
+        return answers[0] if isinstance(query, str) else answers
 
     def _queries(self, query: object) -> list[str]:
         """One or several queries as a list. Raises MmdistError, naming a bad one by its number."""
@@ -349,7 +322,7 @@ def extract(
     extractor: str | Path = DEFAULT_RGB_EXTRACTOR,
     device: str = "auto",
     precision: str = "auto",
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Features:
     """Features of one video by one extractor, not cached.
 
@@ -374,12 +347,9 @@ def default_extractors(modalities: Sequence[str]) -> dict[str, str]:
     Raises MmdistError where none ships.
     """
     shipped: dict[str, str] = {}
-    for entry in ENTRIES.values():
-        if entry.kind == "shipped":
-            config = read_config(checkpoint_folder(entry.name))
-            shipped.setdefault(str(config["modality"]), entry.name)
-    missing = [modality for modality in modalities if modality not in shipped]
-    if missing:
+    for name in (entry.name for entry in ENTRIES.values() if entry.kind == "shipped"):
+        shipped.setdefault(str(read_config(checkpoint_folder(name))["modality"]), name)
+    if missing := [modality for modality in modalities if modality not in shipped]:
         raise MmdistError(
             f"No extractor of {', '.join(missing)} ships with this version; name one with "
             f"--extractor, or use one that ships: {', '.join(shipped)}."

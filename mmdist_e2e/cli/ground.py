@@ -88,11 +88,8 @@ def _rounded(answer: Answer) -> dict[str, Any]:
     raw = answer.to_dict()
     raw["duration_seconds"] = round(raw["duration_seconds"], 3)
     for moment in raw["moments"]:
-        moment.update(
-            start=round(moment["start"], 3),
-            end=round(moment["end"], 3),
-            score=round(moment["score"], 4),
-        )
+        places = {"start": 3, "end": 3, "score": 4}
+        moment.update({key: round(moment[key], digits) for key, digits in places.items()})
     return raw
 
 
