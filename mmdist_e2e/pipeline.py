@@ -12,7 +12,6 @@ import os
 import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -36,8 +35,6 @@ Progress = Callable[[float], None] | None
 Video = str | os.PathLike[str] | Features | Mapping[str, Features]
 Queries = list[str] | tuple[str, ...]
 
-RECENT_VIDEOS = 8  # whose features a Grounder keeps in memory
-
 
 def _expect(name: str, value: object, kinds: type | tuple[type, ...], valid: str) -> None:
     """Raises MmdistError for an argument of the wrong type."""
@@ -57,7 +54,7 @@ class Grounder:
         model: a loaded grounding checkpoint, see `load`.
         device: of the model and the extractors: "auto", "cpu", "cuda" or "cuda:N".
         precision: of the extractors; see SnippetNetwork.
-        cache: folder of cached features; None switches caching off, in memory too.
+        cache: folder of cached features; None switches caching off.
         extractor: name or folder of the extractor, or several, one per modality. Needed for a
             model trained on features of an extractor that is not in the registry.
 
@@ -94,7 +91,6 @@ class Grounder:
             raise MmdistError(f"The model cannot run on {device!r}: {error}") from error
         self._store = FeatureStore(_path("cache", cache)) if cache is not None else None
         self._warned = False
-        self._recent: dict[tuple[object, ...], dict[str, Features]] = {}
         self._given: dict[str, str] = {}
         given = [extractor] if isinstance(extractor, str | os.PathLike) else extractor or ()
         _expect("extractor", given, (list, tuple), "a name or folder, or a list of them")
@@ -143,78 +139,58 @@ class Grounder:
         Missing ones are extracted in one pass. Raises MmdistError when the video cannot be
         decoded or an extractor is not available.
         """
-        encoded = self._encode(_path("video", video), progress)
-        return {m: replace(each, data=each.data.copy()) for m, each in encoded.items()}
-
-    def _encode(self, path: Path, progress: Progress) -> dict[str, Features]:
-        """`encode`, whose arrays may be those kept in memory."""
+        path = _path("video", video)
         source: dict[str, Any] = {}
-        key: tuple[object, ...] = ()
         try:
             if path.is_file():
-                s = path.stat()
-                key = s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
-                if key in self._recent:
-                    return self._recent[key]
                 source = fast_digest(path)
         except OSError:
             pass  # the decoder says what is wrong
-        store = self._store if source else None
-        found = {m: self._cached(store, m, source) for m in self.model.modalities}
+        found = {m: self._cached(m, source) for m in self.model.modalities}
         missing = [modality for modality, cached in found.items() if cached is None]
-        made = self._extract(path, missing, source, progress) if missing else {}
-        features = {m: cached or made[m] for m, cached in found.items()}
-        if store is not None:
-            self._keep(store, made, source)
-            self._recent[key] = features
-            while len(self._recent) > RECENT_VIDEOS:
-                del self._recent[next(iter(self._recent))]
-        return features
+        made: dict[str, Features] = {}
+        if missing:
+            from mmdist_e2e.extractors.extract import extract_video
+            from mmdist_e2e.extractors.video.reader import Decoder
 
-    def _extract(
-        self, path: Path, modalities: list[str], source: Mapping[str, Any], progress: Progress
-    ) -> dict[str, Features]:
-        from mmdist_e2e.extractors.extract import extract_video
-        from mmdist_e2e.extractors.video.reader import Decoder
-
-        if progress is not None:
-            progress(0.0)
-        networks = [self._network(modality) for modality in modalities]
-        with Decoder() as decoder:
-            return extract_video(path, networks, decoder, source=source, progress=progress)
+            if progress is not None:
+                progress(0.0)
+            networks = [self._network(modality) for modality in missing]
+            with Decoder() as decoder:
+                made = extract_video(path, networks, decoder, source=source, progress=progress)
+            self._keep(made, source)
+        return {m: cached or made[m] for m, cached in found.items()}
 
     def _cache_id(self, modality: str, source: Mapping[str, Any]) -> str:
         """Digests of the video and of how features are made, so that models share a cache."""
         matters = json.dumps(self.model.matters[modality], sort_keys=True)
         return f"{source['digest']}-{hashlib.sha256(matters.encode()).hexdigest()[:16]}"
 
-    def _cached(
-        self, store: FeatureStore | None, modality: str, source: Mapping[str, Any]
-    ) -> Features | None:
+    def _cached(self, modality: str, source: Mapping[str, Any]) -> Features | None:
         """Features that were made in this way from this video; None where they must be made."""
-        if store is None:
+        if self._store is None or not source:
             return None
         try:
-            features = store.load(self._cache_id(modality, source), modality)
+            features = self._store.load(self._cache_id(modality, source), modality)
         except Exception:
             return None  # missing, or damaged: a damaged file may raise anything
         provenance = features.provenance
         same = provenance.matters == self.model.matters[modality] and provenance.source == source
         return features if same and features.modality == modality else None
 
-    def _keep(
-        self, store: FeatureStore, made: Mapping[str, Features], source: Mapping[str, Any]
-    ) -> None:
+    def _keep(self, made: Mapping[str, Features], source: Mapping[str, Any]) -> None:
         """Write features to the cache; where that fails, warn once."""
+        if self._store is None or not source:
+            return
         try:
             for modality, features in made.items():
-                store.save(self._cache_id(modality, source), features)
+                self._store.save(self._cache_id(modality, source), features)
         except (MmdistError, OSError) as error:
             if not self._warned:
                 reason = getattr(error.__cause__ or error, "strerror", None) or error
                 warnings.warn(
-                    f"The cache folder {store.root} cannot be written ({reason}), so the next "
-                    f"query extracts these features again; choose a writable cache folder.",
+                    f"The cache folder {self._store.root} cannot be written ({reason}), so the "
+                    f"next query extracts these features again; choose a writable cache folder.",
                     stacklevel=2,
                 )
             self._warned = True
@@ -256,8 +232,8 @@ class Grounder:
                 if value.modality != key:
                     raise MmdistError(f"The features given as {key!r} are {value.modality}.")
         else:
-            path = _path("video", video)
-            name, features = str(os.fspath(video)), self._encode(path, progress)
+            features = self.encode(_path("video", video), progress=progress)
+            name = os.fspath(video)
         model = self.model
         answers = [
             Answer(

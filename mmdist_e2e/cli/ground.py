@@ -6,15 +6,12 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mmdist_e2e.cli import common as options
-from mmdist_e2e.structures import MmdistError
-
-if TYPE_CHECKING:
-    from mmdist_e2e.structures import Answer
+from mmdist_e2e.structures import Answer, MmdistError
 
 
 @click.command("ground")
