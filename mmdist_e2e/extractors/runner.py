@@ -1,11 +1,9 @@
 """A network on a device: precision, batches, and how frames become rows.
 
-`SnippetNetwork` loads a checkpoint, prepares it for a device in fp32 or bf16, and computes rows
-from preprocessed frames. Two cutters feed it from a stream, with bounded memory: `Windows` cuts
-overlapping windows of one row each; `DenseChunks` cuts long chunks with context, so that I3D runs
-convolutionally over the whole video (dense mode).
+`SnippetNetwork` computes rows from preprocessed frames. Two cutters feed it from a stream, with
+bounded memory: `Windows` cuts overlapping windows of one row each; `DenseChunks` cuts long chunks
+with context, so that I3D runs convolutionally over the whole video (dense mode).
 
-Every network has `in_channels`, `feature_channels` and `features(frames_BCTHW) -> [B, T', D]`.
 Torch is imported only where it runs: a rerun with nothing to do never loads it.
 
 Shapes: B windows, T frames of a window, N frames, H height, W width, C channels, D features.
@@ -13,7 +11,6 @@ Shapes: B windows, T frames of a window, N frames, H height, W width, C channels
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -59,18 +56,16 @@ def to_network(windows_BTHWC: Tensor, preprocessing: Preprocessing | None = None
     return rows.view(windows_BTHWC.shape).permute(0, 4, 1, 2, 3)
 
 
+@dataclass(frozen=True)
 class RgbFrames:
     """What `FlowFrames` is for flow: here every frame is an input of its own."""
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self.preprocessing = preprocessing
+    preprocessing: Preprocessing
 
     def push(self, frames_NHWC: NDArray[np.uint8]) -> Iterator[NDArray[np.generic]]:
-        """Resize and crop frames."""
         yield self.preprocessing(frames_NHWC)
 
     def finish(self) -> Iterator[NDArray[np.generic]]:
-        """Nothing is left."""
         yield from ()
 
 
@@ -98,10 +93,12 @@ class SnippetNetwork:
     ) -> None:
         import torch
 
+        from mmdist_e2e.extractors.networks.fold import prepare_for_inference
+
         check_choice("The precision", precision, PRECISIONS)
         self.spec, self.flow_backend = spec, flow_backend
         self.device = torch.device(resolve_device(device))
-        self.windows_per_call = WINDOWS_PER_CALL.get(self.device.type, WINDOWS_PER_CALL["cuda"])
+        self.windows_per_call = WINDOWS_PER_CALL[self.device.type]
         self.preprocessing = spec.preprocessing
         network = load_network(spec)
         if spec.pca is not None and len(spec.pca.mean_D) != network.feature_channels:
@@ -109,7 +106,11 @@ class SnippetNetwork:
                 f"The PCA reduces rows of {len(spec.pca.mean_D)} channels, and {spec.name!r} gives "
                 f"{network.feature_channels}; give the PCA of that network's features."
             )
-        self.network, self.use_bf16 = self._prepared(network, precision)
+        self.use_bf16 = precision == "bf16" or (precision == "auto" and fast_bf16(self.device))
+        self.network = prepare_for_inference(network, self.device, self.use_bf16)
+        if self.use_bf16 and precision == "auto" and not self._agrees(network.to(self.device)):
+            self.use_bf16 = False
+            self.network = prepare_for_inference(network, self.device, False)
 
     def rows(self, windows_BTHWC: NDArray[np.generic]) -> NDArray[np.float32]:
         """Features [B, D] of windows of preprocessed frames, averaged over T'."""
@@ -153,51 +154,37 @@ class SnippetNetwork:
         rows_BTD: Tensor = network.features(frames, **chosen)  # type: ignore[operator]
         return rows_BTD.float()
 
-    def _prepared(self, network: nn.Module, precision: str) -> tuple[nn.Module, bool]:
-        """The network as it will run, and whether in bf16."""
-        from mmdist_e2e.extractors.networks.fold import prepare_for_inference
-
-        bf16 = precision == "bf16" or (precision == "auto" and fast_bf16(self.device))
-        ready = prepare_for_inference(network, self.device, bf16)
-        if bf16 and precision == "auto" and not self._agree(network.to(self.device), ready):
-            return prepare_for_inference(network, self.device, False), False
-        return ready, bf16
-
-    def _agree(self, plain: nn.Module, half: nn.Module) -> bool:
+    def _agrees(self, plain: nn.Module) -> bool:
         """Compare bf16 with the unprepared network in fp32, on one input.
 
         Some releases of cuDNN and oneDNN compute wrong values in bf16 without an error.
         """
         import torch
+        from torch.nn.functional import cosine_similarity, interpolate
 
-        generator = torch.Generator().manual_seed(0)
-        batch, channels, *volume = self._check_shape()
-        # Smooth noise: white noise is too far from the images that a network was trained on.
-        coarse = torch.rand((batch, channels, 4, 8, 8), generator=generator)
-        clip = torch.nn.functional.interpolate(coarse, tuple(volume), mode="trilinear") * 2 - 1
-        clip = clip.to(self.device, memory_format=torch.channels_last_3d)
-        with torch.inference_mode():
-            rows, rough = (self._features(network, clip).flatten(0, 1) for network in (plain, half))
-        cosine = torch.nn.functional.cosine_similarity(rows, rough).min().item()
-        if not math.isfinite(cosine) or cosine < MINIMUM_COSINE:
-            warnings.warn(
-                f"bf16 differs from fp32 on {self.device} (cosine {cosine:.4f}); using fp32.",
-                stacklevel=4,
-            )
-            return False
-        return True
-
-    def _check_shape(self) -> tuple[int, ...]:
-        """[B, C, T, H, W] of the input on which bf16 is checked."""
-        size, channels = self.preprocessing.size, 2 if self.spec.modality == "flow" else 3
-        batch, frames = 1, self.spec.window
+        batch, frames, size = 1, self.spec.window, self.preprocessing.size
         if self.device.type == "cuda":  # cuDNN's errors depend on the shape
             if self.spec.mode == "dense":
-                chunks = DenseChunks()
-                frames = chunks.core_frames + 2 * chunks.context_frames
+                frames = CORE_FRAMES + 2 * CONTEXT_FRAMES
             else:
                 batch = self.windows_per_call
-        return batch, channels, frames, size, size
+        # Smooth noise: white noise is too far from the images that a network was trained on.
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand((batch, channels_of(self.spec), 4, 8, 8), generator=generator)
+        clip = interpolate(coarse, (frames, size, size), mode="trilinear") * 2 - 1
+        clip = clip.to(self.device, memory_format=torch.channels_last_3d)
+        with torch.inference_mode():
+            rows, rough = (
+                self._features(network, clip).flatten(0, 1) for network in (plain, self.network)
+            )
+        cosine = cosine_similarity(rows, rough).min().item()
+        if cosine >= MINIMUM_COSINE:  # not so for NaN
+            return True
+        warnings.warn(
+            f"bf16 differs from fp32 on {self.device} (cosine {cosine:.4f}); using fp32.",
+            stacklevel=3,
+        )
+        return False
 
     @property
     def info(self) -> dict[str, str]:
@@ -263,6 +250,11 @@ def build(config: Mapping[str, Any]) -> Any:
     return HubBackbone(config["backbone"])
 
 
+def channels_of(spec: ExtractorSpec) -> int:
+    """Channels that the network reads: 2 of flow, or 3 of RGB."""
+    return 2 if spec.modality == "flow" else 3
+
+
 def load_network(spec: ExtractorSpec) -> Any:
     """The network of a checkpoint with its weights, on the CPU, in eval mode.
 
@@ -284,7 +276,7 @@ def load_network(spec: ExtractorSpec) -> Any:
             f"The checkpoint {spec.folder} cannot be loaded ({type(error).__name__}: {error}); "
             f"restore its config.json and model.safetensors."
         ) from error
-    channels = 2 if spec.modality == "flow" else 3
+    channels = channels_of(spec)
     if network.in_channels != channels:
         raise MmdistError(
             f"The config.json in {spec.folder} is wrong: {spec.modality} has {channels} channels, "
@@ -314,7 +306,40 @@ def row_times(
     return times
 
 
-class Windows:
+class _Cutter:
+    """Holds the frames [N, ...] of a stream that are still needed. They are pushed in order.
+
+    frames: pushed so far. rows: given so far.
+    """
+
+    def __init__(self) -> None:
+        self.frames = self.rows = 0
+        self._pieces: list[NDArray[np.generic]] = []  # frames held
+        self._start = 0  # the first frame held
+
+    def _hold(self, frames: NDArray[np.generic]) -> None:
+        self.frames += len(frames)
+        self._pieces.append(frames.copy())  # a reader may reuse its buffer
+
+    def _take(self, first: int, end: int) -> NDArray[np.generic]:
+        """Frames `first` … `end` − 1; the last frame pushed is repeated beyond the stream's end."""
+        if len(self._pieces) > 1:
+            self._pieces = [np.concatenate(self._pieces)]
+        (held,) = self._pieces
+        taken = held[first - self._start : end - self._start]
+        missing = end - first - len(taken)
+        return np.concatenate([taken, np.repeat(held[-1:], missing, axis=0)]) if missing else taken
+
+    def _forget(self, end: int) -> None:
+        """Drop the frames before `end`, but not the last one: the stream's end may repeat it."""
+        start = min(end, self.frames - 1)
+        if start > self._start:
+            held = np.concatenate(self._pieces)
+            self._pieces = [held[start - self._start :].copy()]
+            self._start = start
+
+
+class Windows(_Cutter):
     """Cuts a stream of frames into windows with bounded memory.
 
     A video of N frames has ⌈N / stride⌉ windows; the last ones repeat the last frame. Push chunks
@@ -323,43 +348,32 @@ class Windows:
     """
 
     def __init__(self, *, window: int, stride: int) -> None:
-        if window < 1 or stride < 1:
-            raise ValueError(f"window and stride must be at least 1; got {window} and {stride}.")
+        super().__init__()
         self.window, self.stride = window, stride
-        self.frames = 0  # pushed so far
-        self.rows = 0  # windows given so far
-        self._held: NDArray[np.generic] | None = None
-        self._held_start = 0  # the first frame held
 
-    def push(self, chunk: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
+    def push(self, frames: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
         """Take frames [N, ...] and give every window that is now whole."""
-        self.frames += len(chunk)
-        held = chunk if self._held is None else np.concatenate([self._held, chunk])
+        self._hold(frames)
         while self.rows * self.stride + self.window <= self.frames:
-            first = self.rows * self.stride - self._held_start
-            self.rows += 1
-            yield held[first : first + self.window]
-        # If the stride exceeds the window, the next window may start beyond the frames pushed so
-        # far; the last frame is kept even so, because `finish` may repeat it.
-        keep_from = max(min(self.rows * self.stride - self._held_start, len(held) - 1), 0)
-        self._held = held[keep_from:].copy()
-        self._held_start += keep_from
+            yield self._next()
+        self._forget(self.rows * self.stride)
 
     def finish(self) -> Iterator[NDArray[np.generic]]:
         """Give the remaining windows, filled with the last frame."""
         while self.rows * self.stride < self.frames:
-            assert self._held is not None
-            indices = self.rows * self.stride + np.arange(self.window)
-            self.rows += 1
-            yield self._held[np.minimum(indices, self.frames - 1) - self._held_start]
+            yield self._next()
+
+    def _next(self) -> NDArray[np.generic]:
+        first = self.rows * self.stride
+        self.rows += 1
+        return self._take(first, first + self.window)
 
 
 # Why chunks of dense mode give exactly the rows of one run over the whole video:
 #
-# A video's frames are padded to a multiple of eight by repeating the last one. SAME padding depends
-# on the size that it pads, so the frames that the network's strides fall on depend on the length
-# of its input. If every length and every chunk's start is a multiple of eight, they are the same
-# frames in a chunk as in the whole video.
+# SAME padding depends on the size that it pads. A video's frames are padded to a multiple of eight
+# by repeating the last one. If every length and every chunk's start is a multiple of eight, the
+# network's strides fall on the same frames in a chunk as in the whole video.
 #
 # Frames seen by one row, traced back from map j (one map every eight frames), first and last:
 #
@@ -373,14 +387,13 @@ class Windows:
 # Row j is the average of maps j and j + 1, so it sees the 107 frames 8j − 44 … 8j + 62. Rows
 # a … b − 1 need the frames 8a − 44 … 8b + 54: a context of 56, the next multiple of eight, on
 # either side of the frames 8a … 8b − 1.
-#
-# n frames give ⌈n / 8⌉ maps and ⌈n / 8⌉ − 1 rows, but at least one row. Nominally row j covers the
-# frames 8j … 8j + 15: `row_times` with window 16 and stride 8 gives its times.
-MINIMUM_CONTEXT = 56
+CONTEXT_FRAMES = 56
+
+CORE_FRAMES = 512
 
 
 def dense_row_count(frames: int) -> int:
-    """How many rows `frames` sampled frames give; 0 only for no frame."""
+    """How many rows `frames` sampled frames give: ⌈frames / 8⌉ − 1, at least 1; 0 for no frame."""
     return max(-(-frames // DENSE_STRIDE) - 1, 1) if frames > 0 else 0
 
 
@@ -397,62 +410,38 @@ class Chunk:
     last_row: int
 
 
-class DenseChunks:
+class DenseChunks(_Cutter):
     """Cuts a stream of frames into chunks whose kept rows, joined, are those of one whole run.
 
     Push frames [N, ...] in order and take the chunks that are complete; `finish` gives the last.
-    At most core_frames + 2 · context_frames frames and those of one push are held.
+    At most core_frames + 2 · CONTEXT_FRAMES frames and those of one push are held.
 
-    Args:
-        core_frames: frames that each chunk adds, eight per row.
-        context_frames: frames on either side of them, whose rows are dropped.
-
-    Raises ValueError when either is not a multiple of eight, or too small to be exact.
+    core_frames: frames that each chunk adds between its contexts, a multiple of eight.
     """
 
-    def __init__(self, *, core_frames: int = 512, context_frames: int = MINIMUM_CONTEXT) -> None:
-        for name, value, least in (
-            ("core_frames", core_frames, DENSE_STRIDE),
-            ("context_frames", context_frames, MINIMUM_CONTEXT),
-        ):
-            if value < least or value % DENSE_STRIDE:
-                raise ValueError(
-                    f"{name} must be a multiple of {DENSE_STRIDE} and at least "
-                    f"{least}; got {value}."
-                )
-        self.core_frames, self.context_frames = core_frames, context_frames
-        self.frames = 0  # pushed so far
-        self.rows = 0  # given so far
-        self._pieces: list[NDArray[np.generic]] = []  # frames held
-        self._start = 0  # the first frame held
+    def __init__(self, *, core_frames: int = CORE_FRAMES) -> None:
+        super().__init__()
+        assert core_frames > 0
+        assert core_frames % DENSE_STRIDE == 0
+        self.core_frames = core_frames
 
     def push(self, frames: NDArray[np.generic]) -> Iterator[Chunk]:
         """Take frames [N, ...] and give every chunk that now has its context."""
-        self.frames += len(frames)
-        self._pieces.append(frames.copy())  # a reader may reuse its buffer
+        self._hold(frames)
         core_end = self.rows * DENSE_STRIDE + self.core_frames
-        while self.frames >= core_end + self.context_frames:
-            held = np.concatenate(self._pieces)
-            chunk = self._chunk(held[: core_end + self.context_frames - self._start], core_end)
-            next_start = max(core_end - self.context_frames, 0)
-            self._pieces = [held[next_start - self._start :].copy()]
-            self._start = next_start
+        while self.frames >= core_end + CONTEXT_FRAMES:
+            yield self._chunk(core_end + CONTEXT_FRAMES, core_end // DENSE_STRIDE)
+            self._forget(core_end - CONTEXT_FRAMES)
             core_end += self.core_frames
-            yield chunk
 
     def finish(self) -> Iterator[Chunk]:
         """Give the rows left over: one chunk, unless no frame was pushed."""
-        if self.frames == 0:
-            return
-        held = np.concatenate(self._pieces)
-        self._pieces = []
-        filling = np.repeat(held[-1:], -self.frames % DENSE_STRIDE, axis=0)
-        yield self._chunk(
-            np.concatenate([held, filling]), dense_row_count(self.frames) * DENSE_STRIDE
-        )
+        if self.frames > 0:
+            end = -(-self.frames // DENSE_STRIDE) * DENSE_STRIDE
+            yield self._chunk(end, dense_row_count(self.frames))
 
-    def _chunk(self, frames: NDArray[np.generic], rows_end: int) -> Chunk:
-        """Keep the rows from the first not yet given up to that of the video's frame `rows_end`."""
+    def _chunk(self, frames_end: int, rows_end: int) -> Chunk:
+        """All frames held up to `frames_end`, for the rows not yet given up to `rows_end`."""
         before = self._start // DENSE_STRIDE
-        first_row, self.rows = self.rows - before, rows_end // DENSE_STRIDE
-        return Chunk(frames, first_row, self.rows - before)
+        first_row, self.rows = self.rows - before, rows_end
+        return Chunk(self._take(self._start, frames_end), first_row, rows_end - before)
