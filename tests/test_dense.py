@@ -10,6 +10,24 @@ from mmdist_e2e.extractors.networks.i3d import InceptionI3d
 from mmdist_e2e.extractors.profiles import DENSE_STRIDE
 from mmdist_e2e.extractors.runner import CONTEXT_FRAMES, DenseChunks, dense_row_count
 
+# Why chunks of dense mode give exactly the rows of one run over the whole video:
+#
+# SAME padding depends on the size that it pads. A video's frames are padded to a multiple of eight
+# by repeating the last one. If every length and every chunk's start is a multiple of eight, the
+# network's strides fall on the same frames in a chunk as in the whole video.
+#
+# Frames seen by one row, traced back from map j (one map every eight frames), first and last:
+#
+#     Mixed_5b, 5c      each ±1                        j − 2 … j + 2
+#     MaxPool3d_5a      2i … 2i + 1                    2j − 4 … 2j + 5
+#     Mixed_4b … 4f     each ±1                        2j − 9 … 2j + 10
+#     MaxPool3d_4a      2i … 2i + 2                    4j − 18 … 4j + 22
+#     2c, Mixed_3b, 3c  each ±1                        4j − 21 … 4j + 25
+#     Conv3d_1a         2i − 2 … 2i + 4                8j − 44 … 8j + 54
+#
+# Row j is the average of maps j and j + 1, so it sees the 107 frames 8j − 44 … 8j + 62. Rows
+# a … b − 1 need the frames 8a − 44 … 8b + 54: a context of 56, the next multiple of eight, on
+# either side of the frames 8a … 8b − 1.
 LENGTHS = (1, 7, 8, 9, 16, 17, 63, 64, 65, 119, 120, 121, 127, 128, 129, 200, 287, 288, 289, 301)
 
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 # A GPU is fastest with many windows per call; on a CPU more than two of 16 × 224² leave its caches.
 WINDOWS_PER_CALL = {"cpu": 2, "cuda": 8}
 
-PRECISIONS = ("auto", "fp32", "bf16")
-
 MINIMUM_COSINE = 0.999  # of bf16 rows to fp32 rows; below it, "auto" uses fp32
 
 
@@ -95,7 +93,7 @@ class SnippetNetwork:
 
         from mmdist_e2e.extractors.networks.fold import prepare_for_inference
 
-        check_choice("The precision", precision, PRECISIONS)
+        check_choice("The precision", precision, ("auto", "fp32", "bf16"))
         self.spec, self.flow_backend = spec, flow_backend
         self.device = torch.device(resolve_device(device))
         self.windows_per_call = WINDOWS_PER_CALL[self.device.type]
@@ -154,7 +152,7 @@ class SnippetNetwork:
         rows_BTD: Tensor = network.features(frames, **chosen)  # type: ignore[operator]
         return rows_BTD.float()
 
-    def _agrees(self, plain: nn.Module) -> bool:
+    def _agrees(self, plain: Any) -> bool:
         """Compare bf16 with the unprepared network in fp32, on one input.
 
         Some releases of cuDNN and oneDNN compute wrong values in bf16 without an error.
@@ -170,14 +168,12 @@ class SnippetNetwork:
                 batch = self.windows_per_call
         # Smooth noise: white noise is too far from the images that a network was trained on.
         generator = torch.Generator().manual_seed(0)
-        coarse = torch.rand((batch, channels_of(self.spec), 4, 8, 8), generator=generator)
+        coarse = torch.rand((batch, plain.in_channels, 4, 8, 8), generator=generator)
         clip = interpolate(coarse, (frames, size, size), mode="trilinear") * 2 - 1
         clip = clip.to(self.device, memory_format=torch.channels_last_3d)
         with torch.inference_mode():
-            rows, rough = (
-                self._features(network, clip).flatten(0, 1) for network in (plain, self.network)
-            )
-        cosine = cosine_similarity(rows, rough).min().item()
+            rows_BTD, rough_BTD = (self._features(n, clip) for n in (plain, self.network))
+        cosine = cosine_similarity(rows_BTD, rough_BTD, dim=2).min().item()
         if cosine >= MINIMUM_COSINE:  # not so for NaN
             return True
         warnings.warn(
@@ -250,11 +246,6 @@ def build(config: Mapping[str, Any]) -> Any:
     return HubBackbone(config["backbone"])
 
 
-def channels_of(spec: ExtractorSpec) -> int:
-    """Channels that the network reads: 2 of flow, or 3 of RGB."""
-    return 2 if spec.modality == "flow" else 3
-
-
 def load_network(spec: ExtractorSpec) -> Any:
     """The network of a checkpoint with its weights, on the CPU, in eval mode.
 
@@ -276,7 +267,7 @@ def load_network(spec: ExtractorSpec) -> Any:
             f"The checkpoint {spec.folder} cannot be loaded ({type(error).__name__}: {error}); "
             f"restore its config.json and model.safetensors."
         ) from error
-    channels = channels_of(spec)
+    channels = 2 if spec.modality == "flow" else 3
     if network.in_channels != channels:
         raise MmdistError(
             f"The config.json in {spec.folder} is wrong: {spec.modality} has {channels} channels, "
@@ -300,8 +291,7 @@ def row_times(
     with the video.
     """
     starts = np.arange(rows, dtype=np.float64) * stride / fps
-    times = np.stack([starts, starts + window / fps], axis=1)
-    times = np.minimum(times, duration_seconds)
+    times = np.minimum(np.stack([starts, starts + window / fps], axis=1), duration_seconds)
     times[-1, 1] = duration_seconds
     return times
 
@@ -369,24 +359,10 @@ class Windows(_Cutter):
         return self._take(first, first + self.window)
 
 
-# Why chunks of dense mode give exactly the rows of one run over the whole video:
-#
-# SAME padding depends on the size that it pads. A video's frames are padded to a multiple of eight
-# by repeating the last one. If every length and every chunk's start is a multiple of eight, the
-# network's strides fall on the same frames in a chunk as in the whole video.
-#
-# Frames seen by one row, traced back from map j (one map every eight frames), first and last:
-#
-#     Mixed_5b, 5c      each ±1                        j − 2 … j + 2
-#     MaxPool3d_5a      2i … 2i + 1                    2j − 4 … 2j + 5
-#     Mixed_4b … 4f     each ±1                        2j − 9 … 2j + 10
-#     MaxPool3d_4a      2i … 2i + 2                    4j − 18 … 4j + 22
-#     2c, Mixed_3b, 3c  each ±1                        4j − 21 … 4j + 25
-#     Conv3d_1a         2i − 2 … 2i + 4                8j − 44 … 8j + 54
-#
-# Row j is the average of maps j and j + 1, so it sees the 107 frames 8j − 44 … 8j + 62. Rows
-# a … b − 1 need the frames 8a − 44 … 8b + 54: a context of 56, the next multiple of eight, on
-# either side of the frames 8a … 8b − 1.
+# SAME padding depends on the size that it pads, so a video's frames are padded to a multiple of
+# eight by repeating the last one. Row j averages maps j and j + 1 and sees the frames 8j − 44 …
+# 8j + 62 (derived in tests/test_dense.py). So rows a … b − 1 are exact with 56 frames of context,
+# the next multiple of eight, on either side of the frames 8a … 8b − 1.
 CONTEXT_FRAMES = 56
 
 CORE_FRAMES = 512

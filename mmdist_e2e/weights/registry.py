@@ -262,24 +262,18 @@ def write_checkpoint(folder: Path, entry: Entry, state: Mapping[str, Tensor], or
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises MmdistError when it is missing or not JSON."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MmdistError(
-            f"{folder} is not a checkpoint folder: config.json is missing or damaged."
-        ) from error
-    if not isinstance(config, dict):
-        raise MmdistError(f"{path} is not a checkpoint's configuration: it holds no settings.")
-    return config
+    """A checkpoint's config.json. Raises MmdistError when it is missing or holds no settings."""
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if isinstance(config, dict):
+            return config
+    raise MmdistError(f"{folder} is not a checkpoint folder: config.json is missing or damaged.")
 
 
 def weights_digest(folder: Path) -> str:
     """First 16 hexadecimal digits of the SHA-256 of model.safetensors."""
-    path = folder / "model.safetensors"
     try:
-        return file_sha256(path)[:16]
+        return file_sha256(folder / "model.safetensors")[:16]
     except OSError as error:
         raise MmdistError(
             f"{folder} is not a checkpoint folder: model.safetensors is missing."

@@ -126,7 +126,7 @@ class InceptionI3d(nn.Module):
     """I3D with `width` scaling every branch; width 1 has 12.29 M parameters without logits.
 
     Args:
-        num_classes: outputs of the logits layer.
+        num_classes: outputs of the logits layer, which `features` does not run.
         in_channels: 3 for RGB, 2 for flow.
         width: factor on every channel count; D = 1024 · width. Raises ValueError unless all stay
             whole numbers.
@@ -161,11 +161,12 @@ class InceptionI3d(nn.Module):
         self.logits = nn.Module()
         self.logits.conv3d = nn.Conv3d(channels, num_classes, 1)
 
-    def pooled(self, frames_BCTHW: Tensor) -> Tensor:
-        """Average over 2 × the whole final map [⌈T/8⌉, ⌈H/32⌉, ⌈W/32⌉], with stride 1: [B, D, T'].
+    def features(self, frames_BCTHW: Tensor) -> Tensor:
+        """Features [B, T', D] of frames in [−1, 1]; T' = max(⌈T/8⌉ − 1, 1); at least float32.
 
-        T' = ⌈T/8⌉ − 1. Fewer than nine frames leave one final map; it is pooled alone, so T' is at
-        least 1. Raises MmdistError when the channels are not the network's.
+        They average 2 × the whole final map [⌈T/8⌉, ⌈H/32⌉, ⌈W/32⌉], with stride 1; fewer than nine
+        frames leave one final map, which is pooled alone. Raises MmdistError when the channels are
+        not the network's.
         """
         if frames_BCTHW.ndim != 5 or frames_BCTHW.shape[1] != self.in_channels:
             raise MmdistError(
@@ -178,14 +179,4 @@ class InceptionI3d(nn.Module):
         # A network in bf16 averages in float32: bf16 rows would be less precise than the maps.
         wide = torch.promote_types(volume.dtype, torch.float32)
         maps_BDT = volume.mean(dim=(3, 4), dtype=wide)
-        return F.avg_pool1d(maps_BDT, min(2, maps_BDT.shape[2]), stride=1)
-
-    def features(self, frames_BCTHW: Tensor) -> Tensor:
-        """Features [B, T', D] of frames in [−1, 1]; T' = max(⌈T/8⌉ − 1, 1); at least float32."""
-        return self.pooled(frames_BCTHW).transpose(1, 2)
-
-    def forward(self, frames_BCTHW: Tensor) -> Tensor:
-        """Class scores [B, num_classes], averaged over time."""
-        pooled_BDT = self.dropout(self.pooled(frames_BCTHW)).to(frames_BCTHW.dtype)
-        logits: Tensor = self.logits.conv3d(pooled_BDT[..., None, None])  # type: ignore[operator]
-        return logits.mean(dim=(2, 3, 4))
+        return F.avg_pool1d(maps_BDT, min(2, maps_BDT.shape[2]), stride=1).transpose(1, 2)

@@ -65,29 +65,21 @@ class Pca:
                 f"{BASIS}."
             ) from error
         mean_D = mean.reshape(-1)  # also of one row or one column
+        problem = ""
         if basis.ndim != 2 or mean.size not in mean.shape or len(basis) != len(mean_D):
-            raise MmdistError(
-                f"The PCA file '{path}' needs {MEAN} of D numbers and {BASIS} of the shape "
-                f"[D, K]; got {list(mean.shape)} and {list(basis.shape)}."
-            )
-        if components > basis.shape[1]:
-            raise MmdistError(
-                f"The PCA file '{path}' has {basis.shape[1]} components; {components} are needed."
-            )
+            shapes = f"{list(mean.shape)} and {list(basis.shape)}"
+            problem = f"needs {MEAN} of D numbers and {BASIS} of the shape [D, K]; got {shapes}"
+        elif components > basis.shape[1]:
+            problem = f"has {basis.shape[1]} components; {components} are needed"
+        elif not (np.isfinite(mean_D).all() and np.isfinite(basis[:, :components]).all()):
+            problem = "holds values that are not finite; download it again"
+        if problem:
+            raise MmdistError(f"The PCA file '{path}' {problem}.")
         basis_DK = np.ascontiguousarray(basis[:, :components])
-        if not (np.isfinite(mean_D).all() and np.isfinite(basis_DK).all()):
-            raise MmdistError(
-                f"The PCA file '{path}' holds values that are not finite; download it again."
-            )
         return cls(mean_D, basis_DK, digest)
 
     def apply(self, rows_SD: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(x − mean) · U of each row: [S, K] float32. Raises MmdistError for another D."""
-        if rows_SD.ndim != 2 or rows_SD.shape[1] != len(self.mean_D):
-            raise MmdistError(
-                f"This PCA reduces rows of {len(self.mean_D)} channels; the features have the "
-                f"shape {list(rows_SD.shape)}: use the extractor that the PCA was made for."
-            )
+        """(x − mean) · U of each row: [S, K] float32."""
         out: NDArray[np.float32] = np.matmul(rows_SD - self.mean_D, self.basis_DK, dtype=np.float32)
         return out
 
