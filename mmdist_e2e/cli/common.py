@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 # A file or a pipe has no width: lines of tables are not wrapped there.
 PIPE_WIDTH = 200
-
 results = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-
 notes = Console(stderr=True, highlight=False)
 
 

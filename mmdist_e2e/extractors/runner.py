@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 # A GPU is fastest with many windows per call; on a CPU more than two of 16 × 224² leave its caches.
 WINDOWS_PER_CALL = {"cpu": 2, "cuda": 8}
-
 MINIMUM_COSINE = 0.999  # of bf16 rows to fp32 rows; below it, "auto" uses fp32
 
 
@@ -364,7 +363,6 @@ class Windows(_Cutter):
 # 8j + 62 (derived in tests/test_dense.py). So rows a … b − 1 are exact with 56 frames of context,
 # the next multiple of eight, on either side of the frames 8a … 8b − 1.
 CONTEXT_FRAMES = 56
-
 CORE_FRAMES = 512
 
 

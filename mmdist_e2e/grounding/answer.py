@@ -32,7 +32,6 @@ from mmdist_e2e.grounding.network import (
 from mmdist_e2e.structures import Features, MmdistError, Moment, differences
 
 SYNTHETIC_WARNING = "trained on a drawn world: on real video this is a guess."
-
 FEW = 8  # windows that one thread reads at least as fast as several
 
 
@@ -168,7 +167,6 @@ def one_thread() -> Iterator[None]:
 
 
 LONG_RATIO = 1.25  # a video is long when it lasts this many times the longest training video
-
 MERGE_IOU = 0.5  # moments of neighbouring windows that overlap more are one
 
 
@@ -216,7 +214,6 @@ def _iou(a: Moment, b: Moment) -> float:
 
 
 INFERENCE_BATCH = 32
-
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 

@@ -33,9 +33,7 @@ from mmdist_e2e.weights.words import (
 )
 
 FORMAT = 1
-
 CONFIG, MODEL, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
-
 WORDS = "words.safetensors"
 
 

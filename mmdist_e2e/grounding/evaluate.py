@@ -46,13 +46,9 @@ from mmdist_e2e.store import check_out, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError, Moment
 
 Array = NDArray[np.float64]
-
 METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
-
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
-
 GRID_STEPS = 20  # the best constant span lies on a grid of 1/20 = 0.05
-
 R_AT_5 = 5
 
 

@@ -37,11 +37,8 @@ from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
 
 SHOWN = ("R@1,IoU=0.3", "R@1,IoU=0.5", "R@1,IoU=0.7", "mIoU")
-
 JUDGED = "R@1,IoU=0.5"
-
 BOTH, RGB = ("rgb", "flow"), ("rgb",)
-
 Job = tuple["Row", int]
 
 # What a finished run recorded, by row and seed: see `reproduce`.
@@ -106,7 +103,6 @@ ROWS = (
 )  # fmt: skip
 
 TABLES = (1, 3, 4, 5)
-
 TEACHER = next(row for row in ROWS if row.name == "teacher")
 
 
@@ -189,7 +185,6 @@ def _comparison(row: Row, seeds: Sequence[int], done: Done) -> str:
 
 
 DONE = "reproduced.json"  # a row's result, seconds and inputs, written when it is finished
-
 LOCKS = ".locks"
 
 

@@ -67,13 +67,9 @@ from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
 
 INITIAL_LEARNING_RATE = 1e-7
-
 MAXIMUM_WARMUP = 400
-
 SEEDS_APART = 100_003  # a prime above any number of epochs: epochs of two seeds never coincide
-
 RANKS_APART = 2**49  # above every seed of one process
-
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of a parameter
 
 
@@ -241,7 +237,6 @@ def read_state(path: Path) -> tuple[dict[str, Any], TrainingState, dict[str, Ten
 
 
 STATE, HISTORY, LOG, LAST = "state.safetensors", "history.json", "log.csv", "last"
-
 CARVED_FRACTION = 0.1
 
 SELECTED_BY = {

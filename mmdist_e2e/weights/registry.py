@@ -84,7 +84,6 @@ def _backbone(name: str, file: str, frames: int, rate: int, side: int, crop: int
 
 
 KINETICS, THEN_CHARADES = "ImageNet inflated, Kinetics-400", "the same, then Charades"
-
 FLOW_KINETICS = "ImageNet inflated, flow of Kinetics-400"
 
 PUBLIC: tuple[Entry, ...] = (
@@ -136,7 +135,6 @@ ENTRIES: dict[str, Entry] = {
 }
 
 DEFAULT_RGB_EXTRACTOR = "world2-rgb"
-
 SHIPPED_MODEL = SHIPPED_ROOT / "student-world2"
 
 

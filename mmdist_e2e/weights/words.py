@@ -76,7 +76,6 @@ SHIPPED_PATH = Path(__file__).parent / "data" / f"{SHIPPED_NAME}.safetensors"
 # A checkpoint that does not use the shipped vectors holds those of this many most frequent words
 # and of the words of its training sentences.
 FREQUENT_WORDS = 20_000
-
 LINES_LOOKED_AT = 100  # the first lines of a text file tell how many numbers a word has
 
 

@@ -38,7 +38,6 @@ PAD = 4  # the bicubic's reach outside the image, after clamping to two pixels o
 # Pixels below this squared gradient say nothing about motion (OpenCV's own threshold is the
 # smallest float; flat patches of 8-bit images have exactly zero).
 FLAT = np.float32(1e-6)
-
 _compiled = njit(fastmath=True, nogil=True, error_model="numpy")
 
 
@@ -131,7 +130,6 @@ def _with_gradients(image, height, width, out):
 # up. a = −3/4 as in OpenCV's CPU class: on known motions it is nearer the truth than the −1/2 of
 # its CUDA class (docs/flow.md).
 A = -0.75
-
 CUBIC = ((0, 1, 0, 0), (A, 0, -A, 0), (-2 * A, -A - 3, 2 * A + 3, A), (A, A + 2, -A - 2, -A))
 
 

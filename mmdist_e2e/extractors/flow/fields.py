@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PAIRS_PER_CALL = 32  # enough to use every core and to hide a GPU's launch times
-
 Grey = NDArray[np.uint8]
 Fields = NDArray[np.generic]
 

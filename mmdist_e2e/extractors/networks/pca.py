@@ -19,7 +19,6 @@ from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.download import file_sha256
 
 COMPONENTS = 500
-
 MEAN, BASIS = "x_mean", "U"
 
 

@@ -22,7 +22,6 @@ from mmdist_e2e.grounding.data.text import Sentence, Vocabulary, has_known_word
 from mmdist_e2e.structures import MmdistError
 
 CONTENT_WEIGHT = 2.0  # a word's logit when masks are drawn
-
 OTHER_WEIGHT = 1.0
 
 
