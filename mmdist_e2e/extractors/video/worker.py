@@ -31,12 +31,12 @@ import json
 import math
 import mmap
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdist_e2e.extractors.video.timeline import (
-    Damaged,
     Frame,
     Index,
     Unreadable,
@@ -176,11 +175,7 @@ def decode_decord(path: Path, index: Index) -> Iterator[Picture]:
     import decord
 
     # One thread: as fast as more on the videos measured, and the other cores are the parent's.
-    # decord takes names in UTF-8 alone; on Linux an open file has a second name.
-    with path.open("rb") as file:
-        utf8 = re.search("[\ud800-\udfff]", str(path)) is None
-        name = str(path) if utf8 else f"/proc/self/fd/{file.fileno()}"
-        reader = decord.VideoReader(name, num_threads=1, fault_tol=FAULT_TOLERANCE)
+    reader = decord.VideoReader(str(path), num_threads=1, fault_tol=FAULT_TOLERANCE)
     for at in index.times_N.tolist():
         raw_HWC = unpad(reader.next().asnumpy())
         if raw_HWC.shape != index.shape:
@@ -196,25 +191,21 @@ def unpad(raw_HWC: Frame) -> Frame:
     return raw_HWC.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
-def decode_av(path: Path, name: str, index: Index) -> Iterator[Picture]:
+def decode_av(path: Path, index: Index) -> Iterator[Picture]:
     """All pictures from PyAV; Unreadable where a part is missing."""
     upright, count = None, 0
-    try:
-        for moment, frame in decode(path, name):
-            upright = upright or Upright(frame)
-            at = moment - index.zero
-            if not index.exact:  # then the index was made by decoding these same pictures
-                at = float(index.times_N[count])
-            count += 1
-            yield at, partial(upright, frame)
-    except Damaged as damaged:
-        raise damage(name, index, damaged.good) from None
+    for at, frame in decode(path, index):
+        upright = upright or Upright(frame)
+        if not index.exact:  # then the index was made by decoding these same pictures
+            at = float(index.times_N[count])
+        count += 1
+        yield at, partial(upright, frame)
     if count < len(index.times_N):
-        raise damage(name, index, count)
+        raise damage(index, count)
 
 
 def pictures(
-    path: Path, name: str, index: Index, shown_M: NDArray[np.float64], channel: Channel
+    path: Path, index: Index, shown_M: NDArray[np.float64], channel: Channel
 ) -> Iterator[Picture]:
     """The pictures to be sampled at least, in order; PyAV continues where decord stops early."""
     last = -math.inf
@@ -227,7 +218,7 @@ def pictures(
             channel.alive()
         else:
             return
-    for at, convert in decode_av(path, name, index):
+    for at, convert in decode_av(path, index):
         channel.alive()
         if at > last:
             yield at, convert
@@ -235,8 +226,8 @@ def pictures(
 
 def serve(request: dict[str, Any], channel: Channel) -> None:
     """Answer one `probe` or `frames` request."""
-    path, name = Path(request["file"]), request["name"]
-    index = scan(path, name, channel.alive)
+    path = Path(request["file"])
+    index = scan(path, channel.alive)
     fps, shown_M, times_M = plan(index, request.get("fps"), request.get("policy", "ceiling"))
     info = {
         "width": index.shape[1],
@@ -259,7 +250,7 @@ def serve(request: dict[str, Any], channel: Channel) -> None:
             )
             for slot in range(SLOTS)
         ]
-        frames = sample(pictures(path, name, index, shown_M, channel), shown_M, channel)
+        frames = sample(pictures(path, index, shown_M, channel), shown_M, channel)
         fill(slots_MHWC, frames, times_M, channel)
 
 
@@ -272,24 +263,17 @@ def sample(
         channel.alive()
         until = int(np.searchsorted(shown_M, at))  # these samples come before this picture
         if current is not None and until > done:
-            frame_HWC = current()
-            for _ in range(until - done):
-                yield frame_HWC
+            yield from repeat(current(), until - done)
             done = until
         if done == len(shown_M):
             return
         current = convert
     assert current is not None, "a file without pictures is Unreadable"
-    frame_HWC = current()
-    for _ in range(len(shown_M) - done):
-        yield frame_HWC
+    yield from repeat(current(), len(shown_M) - done)
 
 
 def fill(
-    slots_MHWC: list[Frame],
-    frames: Iterator[Frame],
-    times_M: NDArray[np.float64],
-    channel: Channel,
+    slots_MHWC: list[Frame], frames: Iterator[Frame], times_M: NDArray[np.float64], channel: Channel
 ) -> None:
     """Write the sampled frames into the slots in turn, waiting for the parent to free them."""
     capacity, total = len(slots_MHWC[0]), len(times_M)
@@ -324,7 +308,7 @@ def main() -> None:
         except Unreadable as error:
             channel.send(error=str(error))
         except Exception as error:  # reported to the parent, which raises it
-            channel.send(error=f"{request['name']} cannot be decoded: {error!r}.")
+            channel.send(error=f"cannot be decoded: {error!r}.")
 
 
 if __name__ == "__main__":
