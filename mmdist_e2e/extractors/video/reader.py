@@ -29,7 +29,7 @@ import weakref
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -271,7 +271,7 @@ class Decoder:
         return failure(path, f"made its decoder crash ({how}); the file may be damaged.")
 
 
-SLOTS = 2  # as in worker.py: one chunk is decoded while the parent works on the other
+SLOTS = 2  # one chunk is decoded while the parent works on the other
 PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 GRACE_SECONDS = 0.2
 Messages = queue.Queue[dict[str, Any] | None]
@@ -293,16 +293,16 @@ class Child:
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
         )
-        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
-        assert stdin is not None
-        assert stdout is not None
-        assert stderr is not None
-        self._stdin = stdin
+        self._stdin = cast(IO[bytes], self._process.stdin)
         self.messages: Messages = queue.Queue()
         self._noise: collections.deque[bytes] = collections.deque(maxlen=20)
         self._readers = [
-            threading.Thread(target=_read_messages, args=(stdout, self.messages), daemon=True),
-            threading.Thread(target=_read_noise, args=(stderr, self._noise), daemon=True),
+            threading.Thread(
+                target=_read_messages, args=(self._process.stdout, self.messages), daemon=True
+            ),
+            threading.Thread(
+                target=_read_noise, args=(self._process.stderr, self._noise), daemon=True
+            ),
         ]
         for reader in self._readers:
             reader.start()

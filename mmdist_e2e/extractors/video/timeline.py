@@ -453,10 +453,9 @@ def is_cut(path: Path) -> bool:
             if start < 0 or start + 12 > len(head) or head[start + 4] == 0:
                 return False
             length = 9 - head[start + 4].bit_length()
-            number = int.from_bytes(head[start + 4 : start + 4 + length], "big")
-            number &= (1 << 7 * length) - 1
-            unknown = number == (1 << 7 * length) - 1  # a live recording
-            return not unknown and start + 4 + length + number > size
+            unknown = (1 << 7 * length) - 1  # the size that a live recording gives
+            number = int.from_bytes(head[start + 4 : start + 4 + length], "big") & unknown
+            return number != unknown and start + 4 + length + number > size
         if head[4:8] not in MP4_STARTS:
             return False
         at = 0

@@ -1,26 +1,19 @@
 """The decoder process, `python -m mmdist_e2e.extractors.video.worker`: frames out of one file.
 
-decord can loop forever holding the GIL, can segfault, and clashes with CUDA torch, so it lives
-here, in a child process that reader.py may kill. Never imports torch. JSON lines on stdin and
-stdout for control; frames through a memory-mapped ring of SLOTS slots that the parent made: the
-parent hands out the slots, so this process decodes one chunk while the parent works on the other.
+decord can loop forever holding the GIL, can segfault, and clashes with CUDA torch: it runs in this
+child process, which reader.py may kill and which never imports torch. JSON lines on stdin and
+stdout control it. Frames go through the parent's ring of SLOTS slots: one fills while the parent
+works on the other.
 
 decord2 (3.4) as measured, and what is done about it:
-- It gives pictures without times and counts packets. So it reads files of which timeline.py knows
-  that the n-th picture belongs to the n-th time, and PyAV all others.
-- It converts every picture to RGB; `skip_frames` skips others than asked for in fragmented MP4 and
-  behind edit lists. So where not all pictures are sampled, PyAV reads: the same pixels.
-- At the end of what decodes, `next()` repeats frames silently. With FAULT_TOLERANCE the first
-  repeat raises DECORDLimitReachedError instead.
-- A packet that does not decode raises from another thread and loses frames already decoded. PyAV
-  then decides what is damaged.
+- It gives pictures without times: it reads only files whose n-th picture has the n-th time.
+- It converts every picture, and `skip_frames` may skip wrong ones: PyAV reads where some are left.
+- At the end of what decodes, `next()` repeats frames silently: FAULT_TOLERANCE makes it raise.
+- A bad packet raises from another thread and loses good frames: PyAV then decides what is damaged.
 - Where the padded row is a multiple of the width (16, 32, 48, 96 … pixels), the padding is taken
   for channels and `get_batch` fails; `next()` is as fast: see `unpad`.
-- In MPEG-TS and its like the rewind to the start lands on a later key frame and the beginning is
-  lost: PyAV decodes those containers (REWINDABLE names the others).
-- `next()` pushes a packet each time it polls, and the thread behind it decodes all that was
-  pushed: while the parent computes, frames pile up, at worst the whole video. So decord decodes
-  what fits DECORD_BYTES, and PyAV the rest: on demand, and as fast once its scaler is reused.
+- The rewind to the start of MPEG-TS and its like loses the beginning: see REWINDABLE.
+- Its thread decodes ahead of the parent: it reads what fits DECORD_BYTES, and PyAV the rest.
 
 Shape suffixes: N displayed frames of the file, M sampled frames, H height, W width, C channels.
 """
@@ -43,6 +36,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdist_e2e.extractors.video.reader import SLOTS
 from mmdist_e2e.extractors.video.timeline import (
     Frame,
     Index,
@@ -53,7 +47,6 @@ from mmdist_e2e.extractors.video.timeline import (
     scan,
 )
 
-SLOTS = 2
 FAULT_TOLERANCE = 1e-9  # share of repeated frames above which decord raises: any
 REWINDABLE = ("mov", "matroska", "webm", "avi")
 DECORD_BYTES = 2**30  # frames of a video that decord may pile up
@@ -245,10 +238,8 @@ def serve(request: dict[str, Any], channel: Channel) -> None:
         capacity = go["slot_bytes"] // size
         ring = channel.ring(go["ring"], SLOTS * go["slot_bytes"])
         slots_MHWC = [
-            np.frombuffer(ring, np.uint8, capacity * size, slot * go["slot_bytes"]).reshape(
-                capacity, *index.shape
-            )
-            for slot in range(SLOTS)
+            slot_B[: capacity * size].reshape(capacity, *index.shape)
+            for slot_B in np.frombuffer(ring, np.uint8).reshape(SLOTS, -1)
         ]
         frames = sample(pictures(path, index, shown_M, channel), shown_M, channel)
         fill(slots_MHWC, frames, times_M, channel)
