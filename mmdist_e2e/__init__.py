@@ -24,17 +24,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Answer": "structures",
-    "FeatureStore": "store",
-    "Features": "structures",
-    "Grounder": "pipeline",
-    "MmdistError": "structures",
-    "Moment": "structures",
-    "Provenance": "structures",
-    "extract": "pipeline",
-    "load": "pipeline",
+_NAMES = {
+    "structures": ("Answer", "Features", "MmdistError", "Moment", "Provenance"),
+    "store": ("FeatureStore",),
+    "pipeline": ("Grounder", "extract", "load"),
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 __all__ = ["__version__", *_HOMES]
 
 

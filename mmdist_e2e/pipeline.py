@@ -12,7 +12,6 @@ import os
 import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -29,16 +28,12 @@ from mmdist_e2e.weights.registry import (
 )
 
 if TYPE_CHECKING:
-    from mmdist_e2e.extractors.profiles import ExtractorSpec
     from mmdist_e2e.extractors.runner import SnippetNetwork
     from mmdist_e2e.grounding.answer import GroundingModel
 
-Progress = Callable[[float], None]
+Progress = Callable[[float], None] | None
 Video = str | os.PathLike[str] | Features | Mapping[str, Features]
-
-DEFAULT_TOP_K = 5
-
-RECENT_VIDEOS = 8  # whose features a Grounder keeps in memory
+Queries = list[str] | tuple[str, ...]
 
 
 def _expect(name: str, value: object, kinds: type | tuple[type, ...], valid: str) -> None:
@@ -59,7 +54,7 @@ class Grounder:
         model: a loaded grounding checkpoint, see `load`.
         device: of the model and the extractors: "auto", "cpu", "cuda" or "cuda:N".
         precision: of the extractors; see SnippetNetwork.
-        cache: folder of cached features; None switches caching off, in memory too.
+        cache: folder of cached features; None switches caching off.
         extractor: name or folder of the extractor, or several, one per modality. Needed for a
             model trained on features of an extractor that is not in the registry.
 
@@ -91,12 +86,11 @@ class Grounder:
             device = resolve_device(device)
         self.model, self._device, self._precision = model, device, precision
         try:
-            model.model.to(self._device)
+            model.model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise MmdistError(f"The model cannot run on {device!r}: {error}") from error
         self._store = FeatureStore(_path("cache", cache)) if cache is not None else None
         self._warned = False
-        self._recent: dict[tuple[object, ...], dict[str, Features]] = {}
         self._given: dict[str, str] = {}
         given = [extractor] if isinstance(extractor, str | os.PathLike) else extractor or ()
         _expect("extractor", given, (list, tuple), "a name or folder, or a list of them")
@@ -110,10 +104,13 @@ class Grounder:
             self._given[modality] = name
         self._networks: dict[str, SnippetNetwork] = {}
 
-    def _spec(self, modality: str) -> ExtractorSpec:
+    def _network(self, modality: str) -> SnippetNetwork:
         """The extractor of a modality, with the settings that made the model's features."""
         from mmdist_e2e.extractors.profiles import describe
+        from mmdist_e2e.extractors.runner import SnippetNetwork
 
+        if modality in self._networks:
+            return self._networks[modality]
         matters = self.model.matters[modality]
         name = self._given.get(modality, str(matters.get("extractor")))
         if modality not in self._given and name not in ENTRIES:
@@ -126,134 +123,88 @@ class Grounder:
                 f"This model reads {modality} features that a PCA reduced; make them with "
                 f"mmdist extract --pca, and give features instead of a video."
             )
-        spec = describe(
-            name,
-            mode=matters.get("mode", "windows"),
-            fps_policy=matters.get("fps_policy", "ceiling"),
-            layer=matters.get("layer"),
-        )
+        chosen = {key: matters[key] for key in ("mode", "fps_policy", "layer") if key in matters}
+        spec = describe(name, **chosen)
         if unlike := differences(matters, spec.matters):
             raise MmdistError(
                 f"The extractor {name!r} does not make the {modality} features that this model "
                 f"needs: {'; '.join(unlike)}; give the extractor that the model was trained with."
             )
-        return spec
+        network = SnippetNetwork(spec, device=self._device, precision=self._precision)
+        return self._networks.setdefault(modality, network)
 
-    def encode(self, video: str | Path, *, progress: Progress | None = None) -> dict[str, Features]:
+    def encode(self, video: str | Path, *, progress: Progress = None) -> dict[str, Features]:
         """Features of every modality that the model reads, from the cache where it has them.
 
         Missing ones are extracted in one pass. Raises MmdistError when the video cannot be
         decoded or an extractor is not available.
         """
-        encoded = self._encode(_path("video", video), progress)
-        return {m: replace(each, data=each.data.copy()) for m, each in encoded.items()}
-
-    def _encode(self, path: Path, progress: Progress | None) -> dict[str, Features]:
-        """`encode`, whose arrays may be those kept in memory."""
+        path = _path("video", video)
         source: dict[str, Any] = {}
-        key: tuple[object, ...] = ()
         try:
             if path.is_file():
-                s = path.stat()
-                key = s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
-                if key in self._recent:
-                    return self._recent[key]
                 source = fast_digest(path)
         except OSError:
             pass  # the decoder says what is wrong
-        store = self._store if source else None
-        found = {m: self._cached(store, m, source) for m in self.model.modalities}
-        features = {modality: cached for modality, cached in found.items() if cached is not None}
-        missing = [modality for modality in found if modality not in features]
+        found = {m: self._cached(m, source) for m in self.model.modalities}
+        missing = [modality for modality, cached in found.items() if cached is None]
+        made: dict[str, Features] = {}
         if missing:
-            made = self._extract(path, missing, source, progress)
-            features = {m: features.get(m) or made[m] for m in found}
-            if store is not None:
-                self._keep(store, made, source)
-        if store is not None:
-            self._recent[key] = features
-            while len(self._recent) > RECENT_VIDEOS:
-                del self._recent[next(iter(self._recent))]
-        return features
+            from mmdist_e2e.extractors.extract import extract_video
+            from mmdist_e2e.extractors.video.reader import Decoder
 
-    def _extract(
-        self,
-        path: Path,
-        modalities: Sequence[str],
-        source: Mapping[str, Any],
-        progress: Progress | None,
-    ) -> dict[str, Features]:
-        from mmdist_e2e.extractors.extract import extract_video
-        from mmdist_e2e.extractors.runner import SnippetNetwork
-        from mmdist_e2e.extractors.video.reader import Decoder
-
-        if progress is not None:
-            progress(0.0)
-        for modality in modalities:
-            if modality not in self._networks:
-                self._networks[modality] = SnippetNetwork(
-                    self._spec(modality), device=self._device, precision=self._precision
-                )
-        networks = [self._networks[modality] for modality in modalities]
-        with Decoder() as decoder:
-            return extract_video(path, networks, decoder, source=source, progress=progress)
+            if progress is not None:
+                progress(0.0)
+            networks = [self._network(modality) for modality in missing]
+            with Decoder() as decoder:
+                made = extract_video(path, networks, decoder, source=source, progress=progress)
+            self._keep(made, source)
+        return {m: cached or made[m] for m, cached in found.items()}
 
     def _cache_id(self, modality: str, source: Mapping[str, Any]) -> str:
         """Digests of the video and of how features are made, so that models share a cache."""
         matters = json.dumps(self.model.matters[modality], sort_keys=True)
         return f"{source['digest']}-{hashlib.sha256(matters.encode()).hexdigest()[:16]}"
 
-    def _cached(
-        self, store: FeatureStore | None, modality: str, source: Mapping[str, Any]
-    ) -> Features | None:
+    def _cached(self, modality: str, source: Mapping[str, Any]) -> Features | None:
         """Features that were made in this way from this video; None where they must be made."""
-        if store is None:
+        if self._store is None or not source:
             return None
         try:
-            features = store.load(self._cache_id(modality, source), modality)
+            features = self._store.load(self._cache_id(modality, source), modality)
         except Exception:
             return None  # missing, or damaged: a damaged file may raise anything
         provenance = features.provenance
         same = provenance.matters == self.model.matters[modality] and provenance.source == source
         return features if same and features.modality == modality else None
 
-    def _keep(
-        self, store: FeatureStore, made: Mapping[str, Features], source: Mapping[str, Any]
-    ) -> None:
+    def _keep(self, made: Mapping[str, Features], source: Mapping[str, Any]) -> None:
         """Write features to the cache; where that fails, warn once."""
+        if self._store is None or not source:
+            return
         try:
             for modality, features in made.items():
-                store.save(self._cache_id(modality, source), features)
+                self._store.save(self._cache_id(modality, source), features)
         except (MmdistError, OSError) as error:
             if not self._warned:
                 reason = getattr(error.__cause__ or error, "strerror", None) or error
                 warnings.warn(
-                    f"The cache folder {store.root} cannot be written ({reason}), so the next "
-                    f"query extracts these features again; choose a writable cache folder.",
+                    f"The cache folder {self._store.root} cannot be written ({reason}), so the "
+                    f"next query extracts these features again; choose a writable cache folder.",
                     stacklevel=2,
                 )
             self._warned = True
 
     @overload
     def ground(
-        self, video: Video, query: str, *, top_k: int = ..., progress: Progress | None = ...
+        self, video: Video, query: str, *, top_k: int = ..., progress: Progress = ...
     ) -> Answer: ...
     @overload
     def ground(
-        self,
-        video: Video,
-        query: list[str] | tuple[str, ...],
-        *,
-        top_k: int = ...,
-        progress: Progress | None = ...,
+        self, video: Video, query: Queries, *, top_k: int = ..., progress: Progress = ...
     ) -> list[Answer]: ...
     def ground(
-        self,
-        video: Video,
-        query: str | list[str] | tuple[str, ...],
-        *,
-        top_k: int = DEFAULT_TOP_K,
-        progress: Progress | None = None,
+        self, video: Video, query: str | Queries, *, top_k: int = 5, progress: Progress = None
     ) -> Answer | list[Answer]:
         """Answer a query with moments in seconds, best first.
 
@@ -281,25 +232,23 @@ class Grounder:
                 if value.modality != key:
                     raise MmdistError(f"The features given as {key!r} are {value.modality}.")
         else:
-            path = _path("video", video)
-            name, features = str(os.fspath(video)), self._encode(path, progress)
-        answers = [self._answer(name, features, text, int(top_k)) for text in queries]
-        return answers[0] if isinstance(query, str) else answers
-
-    def _answer(
-        self, video: str, features: Mapping[str, Features], query: str, top_k: int
-    ) -> Answer:
+            features = self.encode(_path("video", video), progress=progress)
+            name = os.fspath(video)
         model = self.model
-        return Answer(
-            video=video,
-            query=query,
-            moments=tuple(model.answer(features, query)[:top_k]),
-            duration_seconds=float(features[model.modalities[0]].duration_seconds),
-            unknown_words=tuple(model.vocabulary.unread(query)),
-            model=model.name,
-            trained_on=model.trained_on,
-            warning=model.warning,
-        )
+        answers = [
+            Answer(
+                video=name,
+                query=text,
+                moments=tuple(model.answer(features, text)[: int(top_k)]),
+                duration_seconds=float(features[model.modalities[0]].duration_seconds),
+                unknown_words=tuple(model.vocabulary.unread(text)),
+                model=model.name,
+                trained_on=model.trained_on,
+                warning=model.warning,
+            )
+            for text in queries
+        ]
+        return answers[0] if isinstance(query, str) else answers
 
     def _queries(self, query: object) -> list[str]:
         """One or several queries as a list. Raises MmdistError, naming a bad one by its number."""
@@ -349,7 +298,7 @@ def extract(
     extractor: str | Path = DEFAULT_RGB_EXTRACTOR,
     device: str = "auto",
     precision: str = "auto",
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Features:
     """Features of one video by one extractor, not cached.
 
@@ -374,12 +323,9 @@ def default_extractors(modalities: Sequence[str]) -> dict[str, str]:
     Raises MmdistError where none ships.
     """
     shipped: dict[str, str] = {}
-    for entry in ENTRIES.values():
-        if entry.kind == "shipped":
-            config = read_config(checkpoint_folder(entry.name))
-            shipped.setdefault(str(config["modality"]), entry.name)
-    missing = [modality for modality in modalities if modality not in shipped]
-    if missing:
+    for name in (entry.name for entry in ENTRIES.values() if entry.kind == "shipped"):
+        shipped.setdefault(str(read_config(checkpoint_folder(name))["modality"]), name)
+    if missing := [modality for modality in modalities if modality not in shipped]:
         raise MmdistError(
             f"No extractor of {', '.join(missing)} ships with this version; name one with "
             f"--extractor, or use one that ships: {', '.join(shipped)}."

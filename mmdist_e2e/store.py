@@ -4,7 +4,6 @@ A video's id is its path relative to the folder that was searched, without the s
 forward slashes and in Unicode's NFC form. Its features are stored in `ROOT/<id>.<modality>.npz`.
 A part of that path that would be longer than 255 bytes is shortened: it ends in `~` and a digest.
 A file holds `data` [S, D] float32, `times` [S, 2] float64 and `meta` (JSON, with the whole id).
-Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -28,10 +27,13 @@ import numpy as np
 
 from mmdist_e2e.structures import Features, MmdistError, Provenance
 
+VIDEO_SUFFIXES = (
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
+    ".ogv", ".ts", ".webm", ".wmv",
+)  # fmt: skip
+
 DIGEST_BLOCK_BYTES = 1 << 20
-
 NAME_MAX_BYTES = 255  # of one file name, on every file system in common use
-
 TEMPORARY = ".tmp-"  # short, so that a temporary name fits wherever the final one does
 
 # What numpy, zipfile and json raise for files that are damaged or something else.
@@ -54,10 +56,10 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as stream:
-            if isinstance(content, bytes):
-                stream.write(content)
-            else:
+            if callable(content):
                 content(stream)
+            else:
+                stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -164,15 +166,11 @@ class FeatureStore:
             "provenance": features.provenance.to_json(),
         }
         encoded = np.frombuffer(json.dumps(meta, sort_keys=True).encode(), dtype=np.uint8)
+        data = features.data.astype(np.float32, copy=False)
+        times = features.times.astype(np.float64, copy=False)
         path = self.path(video_id, features.modality)
         write_atomically(
-            path,
-            lambda stream: np.savez(
-                stream,
-                data=features.data.astype(np.float32, copy=False),
-                times=features.times.astype(np.float64, copy=False),
-                meta=encoded,
-            ),
+            path, lambda stream: np.savez(stream, data=data, times=times, meta=encoded)
         )
         return path
 
@@ -190,29 +188,22 @@ class FeatureStore:
         return read_features(path)
 
     def up_to_date(
-        self,
-        video_id: str,
-        modality: str,
-        *,
-        matters: Mapping[str, Any],
-        source: Mapping[str, Any],
+        self, video_id: str, modality: str, *, matters: Mapping[str, Any], source: Mapping[str, Any]
     ) -> bool:
         """Whether the stored features were made in this way from this very file.
 
         Never by name alone: without a digest of the source the answer is no.
         """
-        if not source:
-            return False
         try:
-            provenance = self.load(video_id, modality).provenance
+            made = self.load(video_id, modality).provenance
         except MmdistError:
             return False  # missing, or damaged and to be made again
-        return dict(provenance.matters) == dict(matters) and dict(provenance.source) == dict(source)
+        return bool(source) and (dict(made.matters), made.source) == (dict(matters), source)
 
     def videos(self, modality: str) -> list[str]:
         """Ids of all videos with features of a modality, sorted."""
-        found = self.root.rglob(f"*.{modality}.npz")
-        return sorted({name for path in found if (name := self._id(path, modality)) is not None})
+        found = (self._id(path, modality) for path in self.root.rglob(f"*.{modality}.npz"))
+        return sorted({name for name in found if name is not None})
 
     def _id(self, path: Path, modality: str) -> str | None:
         """The id of a feature file; None for a hidden file that is none (macOS `._NAME`)."""

@@ -7,7 +7,7 @@ Shape suffixes: S snippets, D channels, L resampled positions.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import Any, overload
@@ -54,17 +54,14 @@ class Answer(Sequence[Moment]):
     video: str
     query: str
     duration_seconds: float
-    moments: tuple[Moment, ...]
-    unknown_words: tuple[str, ...]
     model: str
     trained_on: str
-    warning: str | None = None
+    warning: str | None
+    unknown_words: tuple[str, ...]
+    moments: tuple[Moment, ...]
 
     def __len__(self) -> int:
         return len(self.moments)
-
-    def __iter__(self) -> Iterator[Moment]:
-        return iter(self.moments)
 
     @overload
     def __getitem__(self, index: int) -> Moment: ...
@@ -75,16 +72,8 @@ class Answer(Sequence[Moment]):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types."""
-        return {
-            "video": self.video,
-            "query": self.query,
-            "duration_seconds": self.duration_seconds,
-            "model": self.model,
-            "trained_on": self.trained_on,
-            "warning": self.warning,
-            "unknown_words": list(self.unknown_words),
-            "moments": [asdict(moment) for moment in self.moments],
-        }
+        raw = asdict(self)
+        return raw | {name: list(raw[name]) for name in ("unknown_words", "moments")}
 
     @property
     def table(self) -> str:
@@ -145,11 +134,7 @@ class Provenance:
         return cls(matters={"extractor": f"external:{name}"})
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "matters": dict(self.matters),
-            "info": dict(self.info),
-            "source": dict(self.source),
-        }
+        return {name: dict(part) for name, part in vars(self).items()}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Provenance:
@@ -203,12 +188,9 @@ class Features:
         if not np.isfinite(self.data).all():
             rows = int((~np.isfinite(self.data).all(axis=1)).sum())
             raise MmdistError(f"Features must be finite; {rows} of {len(self.data)} rows are not.")
-        if not isinstance(self.duration_seconds, int | float | np.number) or not (
-            np.isfinite(self.duration_seconds) and self.duration_seconds > 0
-        ):
-            raise MmdistError(
-                f"A duration must be a positive number of seconds; got {self.duration_seconds!r}."
-            )
+        seconds = self.duration_seconds
+        if not isinstance(seconds, int | float | np.number) or not 0 < seconds < np.inf:
+            raise MmdistError(f"A duration must be a positive number of seconds; got {seconds!r}.")
 
     def resample(self, length: int) -> Features:
         """Resample the S rows to `length` positions that divide the video evenly.

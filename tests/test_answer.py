@@ -345,13 +345,6 @@ def test_a_replaced_clip_of_equal_size_and_time_is_noticed(load, clip, extracted
     assert len(extracted) == 2
 
 
-def test_what_encode_returns_may_be_changed(load, clip):
-    grounder = load()
-    expected = grounder.ground(clip, QUERY)
-    grounder.encode(clip)["rgb"].data[:] = 0
-    assert grounder.ground(clip, QUERY) == expected
-
-
 def test_an_extractor_of_other_weights_is_refused_before_extraction(
     load, clip, tiny_extractor, extracted, tmp_path
 ):

@@ -79,9 +79,9 @@ def test_a_student_answers_without_flow(both: Path, tmp_path: Path) -> None:
     run = learn(both, tmp_path / "student")
     assert run.exit_code == 0, run.output
     assert "--teacher TEACHER" in (tmp_path / "student" / "README.md").read_text()
-    log = (tmp_path / "student" / "log.csv").read_text()
-    assert "distill_global" in log
-    assert "distill_local" in log
+    history = (tmp_path / "student" / "history.json").read_text()
+    assert "distill_global" in history
+    assert "distill_local" in history
     moved = tmp_path / "alone"
     moved.mkdir()
     shutil.copytree(tmp_path / "student", moved / "student")

@@ -276,7 +276,7 @@ def test_released_files_belong_together(files, monkeypatch, tmp_path):
 def test_the_real_vocabulary():
     root = Path(os.environ["MMDIST_DATA"]) / "charades_sta"
     assert git_blob_sha1(root / "glove.pkl") == convert.DATASETS["CharadesSTA"].vocabulary_id
-    vocabulary = convert.read_vocabulary(root / "glove.pkl", 1111)
+    vocabulary = convert.read_vocabulary(root / "glove.pkl", 1111, 300)
     assert len(vocabulary) == len(vocabulary.vectors.words) == 1111
     assert vocabulary.words[:4] == (".", "person", "a", "the")
     assert vocabulary.vectors.dim == 300

@@ -174,8 +174,8 @@ def test_names_of_any_bytes_and_length(tmp_path, tiny_extractor):
     assert b"Traceback" not in run.stderr
     assert b"\x1b" not in run.stdout + run.stderr
     (line,) = [line for line in run.stderr.decode().splitlines() if line.startswith("failed: ")]
-    assert "/bad\ufffd.mp4 is not a video" in line
-    assert "/bad\ufffd.mp4 is not a video" in run.stdout.decode()
+    assert "/bad\\udcff.mp4 is not a video" in line
+    assert "/bad\\udcff.mp4 is not a video" in run.stdout.decode()
     assert FeatureStore(tmp_path / "f").videos("rgb") == sorted(map(video_key, ids))
 
 

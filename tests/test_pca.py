@@ -101,9 +101,3 @@ def test_files_that_are_no_pca_are_named(tmp_path):
         with pytest.raises(MmdistError, match=match) as caught:
             Pca.load(path)
         assert str(path) in str(caught.value)
-
-
-def test_rows_of_another_network_are_refused(tmp_path):
-    pca = Pca.load(write_npz(tmp_path / "pca.npz", arrays()), components=5)
-    with pytest.raises(MmdistError, match=r"rows of 24 channels.*\[3, 32\]"):
-        pca.apply(np.zeros((3, 32), np.float32))

@@ -91,7 +91,7 @@ def test_differences_are_paired_by_seed() -> None:
         metrics = dict.fromkeys(SHOWN, score)
         result = {"metrics": metrics, "controls": {}, "recipe": recipe, "videos": 3}
         result |= {"protocol": "p", "selected_by": "s"}
-        return {"result": result, "seconds": 1.0, "commit": "c"}
+        return {"result": result, "seconds": 1.0}
 
     scores = {"cpl": (10.0, 12.0, 14.0), "baseline": (11.0, 15.0, 19.0)}
     done = {(n, i): one(n, score) for n, each in scores.items() for i, score in enumerate(each)}

@@ -190,14 +190,12 @@ def test_resumed_equals_uninterrupted(
         with pytest.raises(Killed):
             run(world, tmp_path / "parts", **settings)
     assert len(json.loads((tmp_path / "parts" / "history.json").read_text())) == 2
-    assert len((tmp_path / "parts" / "log.csv").read_text().splitlines()) == 3
     parts = run(world, tmp_path / "parts", **settings)
     assert bits(tmp_path / "parts" / "last") == bits(tmp_path / "whole" / "last")
     assert bits(tmp_path / "parts") == bits(tmp_path / "whole")
     assert parts["history"] == whole["history"]
-    logs = [(tmp_path / name / "log.csv").read_text() for name in ("parts", "whole")]
+    logs = [(tmp_path / name / "history.json").read_text() for name in ("parts", "whole")]
     assert logs[0] == logs[1]
-
     assert (whole["how"], parts["how"]) == ("trained", "resumed after epoch 2")
 
 
@@ -220,7 +218,7 @@ def test_without_validation_the_last_epoch_is_the_checkpoint(world: Path, tmp_pa
     assert bits(tmp_path / "run") == bits(tmp_path / "run" / "last")
 
 
-def test_the_log_holds_every_term_and_figure(world: Path, tmp_path: Path) -> None:
+def test_the_history_holds_every_term_and_figure(world: Path, tmp_path: Path) -> None:
     told: list[str] = []
     train.train_run(
         recipe_name="baseline", features_path=world / "features", train_path=world / "train.txt",

@@ -41,22 +41,24 @@ def say(line: str) -> None:
     notes.print(line, markup=False, soft_wrap=True)
 
 
-def _bars(*columns: ProgressColumn) -> Progress:
+class _Bars(Progress):
     """Bars with a description, then `columns`; drawn only in a terminal."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        *columns,
-        console=notes,
-        transient=True,
-        disable=not notes.is_terminal,
-    )
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            *columns,
+            console=notes,
+            transient=True,
+            disable=not notes.is_terminal,
+        )
 
 
 @contextmanager
 def bar(description: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
     """A progress bar from 0 to `total`; yields a function that sets it."""
-    with _bars(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+    with _Bars(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task(description, total=total)
         yield lambda done: progress.update(task, completed=done)
 
@@ -65,7 +67,7 @@ class ExtractionProgress:
     """Two bars: finished videos, and the progress of the current one."""
 
     def __init__(self, total: int) -> None:
-        self._progress = _bars(MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = _Bars(MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._all = self._progress.add_task("videos", total=total)
         self._one = self._progress.add_task("", total=100)
 
@@ -88,23 +90,16 @@ class ExtractionProgress:
             say(f"failed: {outcome.cause}")
 
 
-class StepDisplay:
+class StepDisplay(_Bars):
     """A bar that restarts with each step; called with (step, done, total)."""
 
     def __init__(self) -> None:
-        self._progress = _bars(MofNCompleteColumn(), TimeElapsedColumn())
-        self._task = self._progress.add_task("loading")
+        super().__init__(MofNCompleteColumn(), TimeElapsedColumn())
+        self._step = self.add_task("loading")
         self._said = ""
 
-    def __enter__(self) -> StepDisplay:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
     def __call__(self, what: str, done: int, total: int) -> None:
-        self._progress.update(self._task, description=what, completed=done, total=total)
+        self.update(self._step, description=what, completed=done, total=total)
         if what != self._said and not notes.is_terminal:
             say(what)  # a log file has no bar
         self._said = what

@@ -72,8 +72,8 @@ def evaluate_command(
     for column in columns:
         table.add_column(column, justify="right")
     for name, metrics in lines:
-        cells = [_cell(metrics.get(column), len(runs)) for column in columns]
-        table.add_row(name.replace("_", " "), *cells)
+        cells = ["{:.2f} ± {:.2f}".format(*metrics[c]) if c in metrics else "–" for c in columns]
+        table.add_row(name, *(cell if len(runs) > 1 else cell.split(" ±")[0] for cell in cells))
     results.print(table)
     for result in evaluated:
         say(f"Written to {result['out']}.")
@@ -82,9 +82,3 @@ def evaluate_command(
         f"Protocol {result['protocol']}, recipe {result['recipe']}, seeds {seeds}, checkpoints "
         f"chosen by {result['selected_by']}."
     )
-
-
-def _cell(spread: tuple[float, float] | None, runs: int) -> str:
-    if spread is None:
-        return "–"
-    return f"{spread[0]:.2f}" + (f" ± {spread[1]:.2f}" if runs > 1 else "")

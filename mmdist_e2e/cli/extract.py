@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mmdist_e2e.cli import common as options
+from mmdist_e2e.cli import common
 from mmdist_e2e.cli.common import ExtractionProgress, extraction_summary, results, say
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
 
@@ -25,13 +25,13 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
 
 
 @click.command("extract")
-@click.argument("paths", nargs=-1, required=True, type=options.PATH)
+@click.argument("paths", nargs=-1, required=True, type=common.PATH)
 @click.option(
     "--modality", help="Comma-separated: rgb, flow. Default: those of --extractor, else rgb."
 )
 @click.option(
     "--out",
-    type=options.PATH,
+    type=common.PATH,
     default=Path("features"),
     show_default=True,
     help="Folder for the feature files; made if missing.",
@@ -46,7 +46,7 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
 @click.option("--layer", type=click.Choice(["fc6", "fc7"]), help="Output layer of a C3D extractor.")
 @click.option(
     "--pca",
-    type=options.PATH,
+    type=common.PATH,
     help="HDF5 or .npz file with x_mean and U that reduces the rows, as ActivityNet's C3D were.",
 )
 @_choice(
@@ -57,7 +57,7 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
 )
 @_choice("--flow", "auto", "native", "opencv", "opencv-cuda", help="Optical flow solver.")
 @click.option("--overwrite", is_flag=True, help="Extract again even if features are up to date.")
-@options.device
+@common.device
 @_choice("--precision", "auto", "fp32", "bf16", help="Number format of the networks.")
 @click.option(
     "--deadline",
@@ -106,12 +106,10 @@ def extract_command(
         )
     report = Report([*found.problems, *report.outcomes])
     results.print(extraction_summary(report, modalities))
-    for count, what in (
-        (found.hidden, "hidden files (names that start with a dot)"),
-        (found.repeated, "further names of the same files"),
-    ):
-        if count:
-            results.print(f"Ignored {count} {what}.")
+    if found.hidden:
+        results.print(f"Ignored {found.hidden} hidden files (names that start with a dot).")
+    if found.repeated:
+        results.print(f"Ignored {found.repeated} further names of the same files.")
     sys.exit(1 if report.failed else 0)
 
 
@@ -128,9 +126,8 @@ def choose_extractors(
 ) -> list[ExtractorSpec]:
     """The extractor of each modality: a given one, else the one that ships.
 
-    modalities: None means those of the given extractors, or RGB. sampling: settings of `describe`
-    for every extractor. Raises MmdistError as `describe` does, and where a modality has two
-    extractors or none.
+    modalities: None means those of the given extractors, or RGB. sampling: settings of `describe`.
+    Raises MmdistError as `describe` does, and where a modality has two extractors or none.
     """
     from mmdist_e2e.extractors.profiles import describe
     from mmdist_e2e.pipeline import default_extractors

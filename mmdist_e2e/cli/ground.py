@@ -6,15 +6,12 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mmdist_e2e.cli import common as options
-from mmdist_e2e.structures import MmdistError
-
-if TYPE_CHECKING:
-    from mmdist_e2e.structures import Answer
+from mmdist_e2e.structures import Answer, MmdistError
 
 
 @click.command("ground")
@@ -88,11 +85,8 @@ def _rounded(answer: Answer) -> dict[str, Any]:
     raw = answer.to_dict()
     raw["duration_seconds"] = round(raw["duration_seconds"], 3)
     for moment in raw["moments"]:
-        moment.update(
-            start=round(moment["start"], 3),
-            end=round(moment["end"], 3),
-            score=round(moment["score"], 4),
-        )
+        places = {"start": 3, "end": 3, "score": 4}
+        moment.update({key: round(moment[key], digits) for key, digits in places.items()})
     return raw
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,32 +84,15 @@ def reproduce_command(
             state = "finished" if (row.name, seed) in done else "to train"
             say(f"{row.name}, seed {seed}: {state} ({paper.run_of(out, row, seed)})")
         left = len(jobs) - len(done)
-        spent = [one["seconds"] for one in done.values()]
-        cost = "the time is not known before one is finished"
-        if spent:
-            cost = f"about {sum(spent) / len(spent) * left / 60:.0f} minutes at the pace so far"
-        results.print(f"{left} of {len(jobs)} trainings are left; {cost}.", soft_wrap=True)
+        results.print(f"{left} of {len(jobs)} trainings are left.", soft_wrap=True)
         return
     with StepDisplay() as display:
         lines, failed = paper.reproduce(
-            material, jobs, out, settings=chosen, commit=_commit(), progress=display, told=say
+            material, jobs, out, settings=chosen, progress=display, told=say
         )
     results.print(lines, markup=False, soft_wrap=True, highlight=False)
     if failed:
         sys.exit(1)
-
-
-def _commit() -> str:
-    """The version and, in a git checkout, the commit."""
-    from mmdist_e2e import __version__
-
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return __version__
-    return f"{__version__} ({found.stdout.strip()})"
 
 
 def _numbers(text: str) -> list[int]:

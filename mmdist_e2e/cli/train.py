@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,14 +177,8 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         name, equals, value = setting.partition("=")
         if not equals or not name:
             raise MmdistError(f"--set takes NAME=VALUE, like --set dropout=0.2; got {setting!r}.")
-        parsed[name] = _value(value)
+        parsed[name] = value
+        for kind in (float, int):
+            with suppress(ValueError):
+                parsed[name] = kind(value)
     return parsed
-
-
-def _value(text: str) -> float | int | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

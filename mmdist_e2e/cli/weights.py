@@ -14,6 +14,7 @@ from rich.table import Table
 from mmdist_e2e.cli.common import PATH, results
 from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError, Provenance
+from mmdist_e2e.weights.download import Entry, check_digest, file_sha256
 
 CPL = "cpl"
 
@@ -34,13 +35,9 @@ def list_command() -> None:
     table.add_column("facts", overflow="fold")
     for entry in ENTRIES.values():
         config = entry.config or read_config(checkpoint_folder(entry.name))
-        if entry.kind == "shipped":
-            available = "ships"
-        elif is_available(entry):
-            available = "yes"
-        else:
-            available = "no" if entry.has_digest else "no, supply it"
-        row = entry.name, entry.kind, config["modality"], config["network"], available, entry.facts
+        missing = "no" if entry.has_digest else "no, supply it"
+        held = "ships" if entry.kind == "shipped" else "yes" if is_available(entry) else missing
+        row = entry.name, entry.kind, config["modality"], config["network"], held, entry.facts
         table.add_row(*map(escape, row))
     results.print(table)
 
@@ -70,57 +67,65 @@ def convert_command(
     CPL's code (its folder is for evaluate and ground). FILE is verified if its digest is known,
     and opened without running any code in it.
     """
-    if name == CPL:
-        convert_grounding(file, vocabulary, out, digest, extractor)
-    elif vocabulary is None and extractor is None:
-        convert_network(name, file, out, digest)
-    else:
+    from mmdist_e2e.weights.registry import ENTRIES
+
+    grounding = Entry(CPL, "public", "", config={}, url="https://github.com/minghangz/cpl")
+    entry = grounding if name == CPL else ENTRIES.get(name)
+    if entry is None or entry.config is None:
+        valid = ", ".join([CPL, *(e.name for e in ENTRIES.values() if e.kind == "public")])
+        problem = "are unknown" if entry is None else "ship with mmdist and need no conversion"
+        raise MmdistError(f"The weights {name!r} {problem}; valid names: {valid}.")
+    if name != CPL and (vocabulary is not None or extractor is not None):
         raise MmdistError(
             f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
         )
-
-
-def convert_grounding(
-    file: Path, vocabulary: Path | None, out: Path, digest: str | None, extractor: str | None
-) -> None:
-    """Convert a checkpoint of CPL. Raises MmdistError for files that do not fit."""
-    from mmdist_e2e.weights.cpl import PUBLISHED_FEATURES, convert_cpl, read_cpl
-    from mmdist_e2e.weights.download import Entry, check_digest
-
-    if vocabulary is None:
+    if not file.is_file():
+        raise MmdistError(f"There is no file '{file}'; download it from {entry.url}.")
+    check_out(out)
+    check_digest(entry, file)
+    if digest is not None:
+        digest = digest.strip().lower()
+        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise MmdistError(f"--digest needs a SHA-256 of 64 hexadecimal digits; got {digest!r}.")
+        check_digest(replace(entry, git_sha1=None, sha256=digest), file)
+    if name != CPL:
+        convert_network(entry, file, out)
+    elif vocabulary is None:
         raise MmdistError(
             f"{CPL!r} needs --vocabulary: the glove.pkl that the checkpoint was trained with."
         )
-    if digest is not None:
-        url = "https://github.com/minghangz/cpl"
-        check_digest(Entry(CPL, "public", "", url=url, sha256=parse_digest(digest)), file)
+    else:
+        convert_grounding(file, vocabulary, out, extractor)
+
+
+def convert_grounding(file: Path, vocabulary: Path, out: Path, extractor: str | None) -> None:
+    """Convert a checkpoint of CPL. Raises MmdistError for files that do not fit."""
+    from mmdist_e2e.weights.cpl import convert_cpl, read_cpl
+
     released = read_cpl(file)
-    modality, matters = "rgb", PUBLISHED_FEATURES
-    if extractor is not None:
-        modality, matters = extracted_features(extractor, released.recipe.model.feature_dim)
+    extractor = "external:hdf5" if extractor is None else extractor
+    modality, matters = extracted_features(extractor, released.recipe.model.feature_dim)
     facts = convert_cpl(released, vocabulary, out, modality=modality, matters=matters)
     known = "CPL's released file" if facts["released"] else "not a file known to be released"
-    results.print(
+    click.echo(
         f"{out}: {CPL}, {facts['dataset']}, {facts['vocabulary']} words, reads features of "
-        f"{matters['extractor']}; SHA-256 of the file {facts['sha256']}, {known}",
-        markup=False,
-        soft_wrap=True,
+        f"{matters['extractor']}; SHA-256 of the file {facts['sha256']}, {known}"
     )
 
 
 def extracted_features(extractor: str, channels: int) -> tuple[str, Mapping[str, Any]]:
-    """Modality and provenance of an extractor's features, with its default settings.
+    """Modality and provenance of an extractor's features, or of imported ones (external:NAME).
 
-    external:NAME is for imported features. Raises MmdistError for an unknown extractor, or one
-    whose rows do not have `channels` channels.
+    Raises MmdistError for an unknown extractor, or one that does not give so many channels.
     """
+    if extractor.startswith("external:"):
+        return "rgb", Provenance.external(extractor.removeprefix("external:")).matters
+
     import torch
 
     from mmdist_e2e.extractors.profiles import describe
     from mmdist_e2e.extractors.runner import build
 
-    if extractor.startswith("external:"):
-        return "rgb", Provenance.external(extractor.removeprefix("external:")).matters
     spec = describe(extractor)
     with torch.device("meta"):
         own = build(spec.config).feature_channels
@@ -133,41 +138,18 @@ def extracted_features(extractor: str, channels: int) -> tuple[str, Mapping[str,
     return spec.modality, spec.matters
 
 
-def convert_network(name: str, file: Path, out: Path, digest: str | None) -> None:
-    """Convert the public weights of a video network.
-
-    Raises MmdistError for a name without public weights, a file that cannot be read, has another
-    digest or does not fit the network, and a folder that cannot be written.
-    """
+def convert_network(entry: Entry, file: Path, out: Path) -> None:
+    """Convert a video network's public weights. Raises MmdistError when they do not fit it."""
     from mmdist_e2e.extractors.runner import build
-    from mmdist_e2e.weights.download import check_digest, file_sha256
-    from mmdist_e2e.weights.registry import ENTRIES, misfits, read_state, write_checkpoint
+    from mmdist_e2e.weights.registry import misfits, read_state, write_checkpoint
 
-    entry = ENTRIES.get(name)
-    if entry is None or entry.config is None:
-        valid = ", ".join([CPL, *(e.name for e in ENTRIES.values() if e.kind == "public")])
-        problem = "are unknown" if entry is None else "ship with mmdist and need no conversion"
-        raise MmdistError(f"The weights {name!r} {problem}; valid names: {valid}.")
-    if not file.is_file():
-        raise MmdistError(f"There is no file '{file}'; download it from {entry.url}.")
-    check_out(out)
-    check_digest(entry, file)
-    if digest is not None:
-        check_digest(replace(entry, git_sha1=None, sha256=parse_digest(digest)), file)
+    assert entry.config is not None
     state = read_state(entry, file)
     if problems := misfits(build(entry.config).state_dict(), state):
         raise MmdistError(
-            f"The file does not hold the weights {name!r} ({problems}); give the file of "
+            f"The file does not hold the weights {entry.name!r} ({problems}); give the file of "
             f"{entry.url}."
         )
     sha256 = file_sha256(file)
     write_checkpoint(out, entry, state, f"from a file of SHA-256 {sha256[:16]}…")
-    results.print(f"{out}: {name}, SHA-256 of the file {sha256}", markup=False, soft_wrap=True)
-
-
-def parse_digest(text: str) -> str:
-    """A SHA-256 in lower case. Raises MmdistError for anything else."""
-    digest = text.strip().lower()
-    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-        raise MmdistError(f"--digest needs a SHA-256 of 64 hexadecimal digits; got {text!r}.")
-    return digest
+    click.echo(f"{out}: {entry.name}, SHA-256 of the file {sha256}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import stat
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -13,12 +14,8 @@ from mmdist_e2e.extractors.extract import ExtractionError, cause_of, extract_vid
 from mmdist_e2e.extractors.profiles import ExtractorSpec
 from mmdist_e2e.extractors.runner import SnippetNetwork
 from mmdist_e2e.extractors.video.reader import Decoder
-from mmdist_e2e.store import FeatureStore, fast_digest, video_key
-from mmdist_e2e.structures import MmdistError
-
-VIDEO_SUFFIXES = frozenset(
-    [".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"]
-).union([".ts", ".webm", ".wmv", ".3gp"])
+from mmdist_e2e.store import VIDEO_SUFFIXES, FeatureStore, fast_digest, video_key
+from mmdist_e2e.structures import Features, MmdistError
 
 
 def printable(text: str) -> str:
@@ -74,9 +71,8 @@ class BatchProgress(Protocol):
 class Found(NamedTuple):
     """The result of a search.
 
-    problems: paths that cannot be extracted, as failed outcomes. hidden: how many files and
-    folders were ignored because their names start with a dot. repeated: how many further names
-    of a file that is already among the videos were ignored.
+    problems: paths that cannot be extracted, as failed outcomes. hidden: how many names that start
+    with a dot were ignored. repeated: how many further names of the videos' files were ignored.
     """
 
     videos: list[Video]
@@ -164,7 +160,7 @@ class _Search:
                     self.add(name, path, linked or link)
         self.names[begin:] = sorted(self.names[begin:], key=lambda name: name[0].path)
         if len(self.names) == begin and len(self.problems) == problems:
-            valid = " ".join(sorted(VIDEO_SUFFIXES))
+            valid = " ".join(VIDEO_SUFFIXES)
             self.fail(given, f"The folder {given} has no videos (files ending in {valid}).")
 
     def result(self) -> Found:
@@ -201,80 +197,78 @@ def extract_many(
     store: FeatureStore,
     *,
     overwrite: bool = False,
-    device: str = "auto",
-    precision: str = "auto",
-    flow_backend: str = "auto",
     stall_seconds: float = 60.0,
     progress: BatchProgress | None = None,
+    **options: str,
 ) -> Report:
     """Extract every modality of every video that is not up to date, in one pass per video.
 
-    specs: one per modality. Stored features are kept when they were made in the same way from
-    the same file. Whatever goes wrong in one video (damage, a full disk, too little memory) fails
-    that video with its cause, and the run continues; modalities that were finished are saved.
+    specs: one per modality. options: device, precision and flow_backend of `SnippetNetwork`.
+    Stored features are kept when they were made in the same way from the same file. Whatever goes
+    wrong in one video (damage, a full disk, too little memory) fails that video with its cause,
+    and the run continues; modalities that were finished are saved.
     Networks are loaded only when needed.
     Raises MmdistError when a network cannot be loaded, since every video would fail.
     """
     report = Report()
     networks: dict[str, SnippetNetwork] = {}
-
-    def network_of(spec: ExtractorSpec) -> SnippetNetwork:
-        if spec.modality not in networks:
-            try:
-                networks[spec.modality] = SnippetNetwork(
-                    spec, device=device, precision=precision, flow_backend=flow_backend
-                )
-            except MmdistError as error:
-                raise _LoadError(str(error)) from error
-            except (MemoryError, OSError, RuntimeError) as error:
-                raise _LoadError(
-                    f"The extractor {spec.name!r} cannot be loaded ({cause_of(error)})."
-                ) from error
-        return networks[spec.modality]
-
-    def extract(video: Video, decoder: Decoder) -> Outcome:
-        rows: dict[str, int] = {}
-        cause = ""
-        try:
-            source = fast_digest(video.path)
-            stale = [
-                spec
-                for spec in specs
-                if overwrite
-                or not store.up_to_date(
-                    video.id, spec.modality, matters=spec.matters, source=source
-                )
-            ]
-            if not stale:
-                return Outcome(video, "skipped")
-            advanced = progress.advanced if progress is not None else None
-            needed = [network_of(spec) for spec in stale]
-            try:
-                made = extract_video(video.path, needed, decoder, source=source, progress=advanced)
-            except ExtractionError as error:
-                made, cause = dict(error.finished), str(error)
-            for modality, features in made.items():
-                store.save(video.id, features)
-                rows[modality] = len(features.data)
-        except _LoadError:
-            raise
-        except MmdistError as error:
-            cause = str(error)
-        except OSError as error:
-            cause = f"{video.path}: {error.strerror or error}."
-        except Exception as error:
-            cause = f"{video.path}: {cause_of(error)}"
-        return Outcome(video, "failed" if cause else "done", rows, printable(cause))
-
     with Decoder(stall_seconds=stall_seconds) as decoder:
         for index, video in enumerate(videos):
             if progress is not None:
                 progress.started(video, index, len(videos))
-            report.outcomes.append(extract(video, decoder))
+            stale: list[ExtractorSpec] = []
+            rows: dict[str, int] = {}
+            causes: list[str] = []
+            with _collecting(video, causes):
+                source = fast_digest(video.path)
+                for spec in specs:
+                    how = {"matters": spec.matters, "source": source}
+                    if overwrite or not store.up_to_date(video.id, spec.modality, **how):
+                        stale.append(spec)
+            for spec in stale:
+                if spec.modality not in networks:
+                    networks[spec.modality] = _load(spec, options)
+            with _collecting(video, causes):
+                made: Mapping[str, Features] = {}
+                try:
+                    if stale:
+                        needed = [networks[spec.modality] for spec in stale]
+                        advanced = progress.advanced if progress is not None else None
+                        made = extract_video(
+                            video.path, needed, decoder, source=source, progress=advanced
+                        )
+                except ExtractionError as error:
+                    made = error.finished
+                    causes.append(str(error))
+                for modality, features in made.items():
+                    store.save(video.id, features)
+                    rows[modality] = len(features.data)
+            cause = printable(" ".join(causes))
+            outcome = Outcome(
+                video, "failed" if cause else "done" if stale else "skipped", rows, cause
+            )
+            report.outcomes.append(outcome)
             if progress is not None:
-                progress.finished(report.outcomes[-1])
+                progress.finished(outcome)
     return report
 
 
-class _LoadError(MmdistError):
-    """A network cannot be loaded; it ends the run."""
+@contextmanager
+def _collecting(video: Video, causes: list[str]) -> Iterator[None]:
+    """Whatever is raised inside becomes a cause of the video's failure."""
+    try:
+        yield
+    except Exception as error:
+        place = "" if isinstance(error, MmdistError) else f"{video.path}: "
+        causes.append(f"{place}{cause_of(error)}")
+
+
+def _load(spec: ExtractorSpec, options: Mapping[str, str]) -> SnippetNetwork:
+    try:
+        return SnippetNetwork(spec, **options)
+    except MmdistError:
+        raise
+    except (MemoryError, OSError, RuntimeError) as error:
+        raise MmdistError(
+            f"The extractor {spec.name!r} cannot be loaded ({cause_of(error)})."
+        ) from error

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS
 from mmdist_e2e.extractors.runner import Chunk, DenseChunks, SnippetNetwork, Windows, row_times
 from mmdist_e2e.extractors.video.reader import VideoError
 from mmdist_e2e.store import fast_digest
@@ -21,9 +23,7 @@ from mmdist_e2e.structures import Features, MmdistError, Provenance
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.video.reader import Decoder, FrameStream
 
-MINIMUM_SIDE_PIXELS = 16
 Progress = Callable[[float], None]
-T = TypeVar("T")
 
 
 class ExtractionError(MmdistError):
@@ -57,11 +57,10 @@ def extract_video(
         source: the file's `fast_digest`, if the caller has computed it.
         progress: called with the fraction done, 0 to 1.
 
-    Returns Features by modality, with times from 0 to the duration: in windows ⌈frames / stride⌉
-    rows, and at least one row in every mode.
+    Returns Features by modality, with times from 0 to the duration and at least one row.
     Raises VideoError when the file cannot be decoded whole or is smaller than 16 pixels per side,
-    MmdistError when the rows of a modality cannot be computed, whatever the cause; ExtractionError
-    for either if other modalities are complete.
+    MmdistError when the rows of a modality cannot be computed; ExtractionError for either if other
+    modalities are complete.
     """
     assert len({network.spec.modality for network in networks}) == len(networks) > 0
     if source is None:
@@ -84,11 +83,9 @@ def extract_video(
             failures.append(error)
             break  # another pass would meet the same file
         for track in tracks:
-            features = track.finish(stream, source)
-            if features is not None:
-                finished[track.modality] = features
-            elif track.failure is not None:
-                failures.append(track.failure)
+            track.finish(stream, source)
+            finished |= track.features
+            failures += track.failures
     if failures and finished:
         raise ExtractionError(str(failures[0]), finished) from failures[0]
     if failures:
@@ -112,7 +109,7 @@ def _decode(
     for chunk in stream:
         for track in tracks:
             track.push(chunk.frames_NHWC)
-        if all(track.failure is not None for track in tracks):
+        if all(track.failures for track in tracks):
             stream.close()
             break
         advanced(min(float(chunk.times_N[-1]) / info.duration_seconds, 1.0))
@@ -125,7 +122,8 @@ class _Track:
     def __init__(self, path: Path, network: SnippetNetwork) -> None:
         spec = network.spec
         self.path, self.network, self.modality = path, network, spec.modality
-        self.failure: MmdistError | None = None
+        self.failures: list[MmdistError] = []  # at most one
+        self.features: dict[str, Features] = {}  # by modality, when finished
         self._inputs = network.input_stream()
         self._cutter: Windows | DenseChunks = (
             DenseChunks()
@@ -135,25 +133,30 @@ class _Track:
         self._pending: list[NDArray[np.generic]] = []
         self._rows: list[NDArray[np.float32]] = []
 
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold frames and tensors
+            failure = MmdistError(f"{self.path}: no {self.modality} features. {cause_of(error)}")
+            failure.__cause__ = error
+            self.failures.append(failure)
+
     def push(self, frames_NHWC: NDArray[np.uint8]) -> None:
         """Take frames, and run the network on complete windows or chunks."""
-        self._attempt(lambda: self._feed(self._inputs.push(frames_NHWC)))
+        if not self.failures:
+            with self._attempt():
+                self._feed(self._inputs.push(frames_NHWC))
 
-    def finish(self, stream: FrameStream, source: Mapping[str, Any]) -> Features | None:
-        """The features of the whole video; None if the track failed."""
-        return self._attempt(lambda: self._finish(stream, source))
-
-    def _attempt(self, do: Callable[[], T]) -> T | None:
-        if self.failure is None:
-            try:
-                return do()
-            except Exception as error:
-                traceback.clear_frames(error.__traceback__)  # they hold frames and tensors
-                self.failure = MmdistError(
-                    f"{self.path}: no {self.modality} features. {cause_of(error)}"
-                )
-                self.failure.__cause__ = error
-        return None
+    def finish(self, stream: FrameStream, source: Mapping[str, Any]) -> None:
+        """Make the features of the whole video."""
+        if not self.failures:
+            with self._attempt():
+                self._feed(self._inputs.finish())
+                self._run(self._cutter.finish())
+                self._flush()
+                self.features[self.modality] = self._result(stream, source)
 
     def _feed(self, inputs: Iterator[NDArray[np.generic]]) -> None:
         for piece_NHWC in inputs:
@@ -173,11 +176,7 @@ class _Track:
             self._rows.append(self.network.rows(np.stack(self._pending)))
             self._pending.clear()
 
-    def _finish(self, stream: FrameStream, source: Mapping[str, Any]) -> Features:
-        self._feed(self._inputs.finish())
-        self._run(self._cutter.finish())
-        self._flush()
-        assert self._rows, "the decoder raises for a video without frames"
+    def _result(self, stream: FrameStream, source: Mapping[str, Any]) -> Features:
         spec, data_SD = self.network.spec, np.concatenate(self._rows)
         info = {
             **self.network.info,
@@ -185,13 +184,10 @@ class _Track:
             "effective_fps": stream.fps,
             "trained_on": spec.trained_on,
         }
-        duration_seconds = stream.info.duration_seconds
+        seconds = stream.info.duration_seconds
         times_S2 = row_times(
-            len(data_SD),
-            window=spec.window,
-            stride=spec.stride,
-            fps=stream.fps,
-            duration_seconds=duration_seconds,
-        )
+            len(data_SD), window=spec.window, stride=spec.stride, fps=stream.fps,
+            duration_seconds=seconds,
+        )  # fmt: skip
         provenance = Provenance(spec.matters, info, source)
-        return Features(data_SD, times_S2, duration_seconds, spec.modality, provenance)
+        return Features(data_SD, times_S2, seconds, spec.modality, provenance)

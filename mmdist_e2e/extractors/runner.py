@@ -1,11 +1,9 @@
 """A network on a device: precision, batches, and how frames become rows.
 
-`SnippetNetwork` loads a checkpoint, prepares it for a device in fp32 or bf16, and computes rows
-from preprocessed frames. Two cutters feed it from a stream, with bounded memory: `Windows` cuts
-overlapping windows of one row each; `DenseChunks` cuts long chunks with context, so that I3D runs
-convolutionally over the whole video (dense mode).
+`SnippetNetwork` computes rows from preprocessed frames. Two cutters feed it from a stream, with
+bounded memory: `Windows` cuts overlapping windows of one row each; `DenseChunks` cuts long chunks
+with context, so that I3D runs convolutionally over the whole video (dense mode).
 
-Every network has `in_channels`, `feature_channels` and `features(frames_BCTHW) -> [B, T', D]`.
 Torch is imported only where it runs: a rerun with nothing to do never loads it.
 
 Shapes: B windows, T frames of a window, N frames, H height, W width, C channels, D features.
@@ -13,7 +11,6 @@ Shapes: B windows, T frames of a window, N frames, H height, W width, C channels
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
 
 # A GPU is fastest with many windows per call; on a CPU more than two of 16 × 224² leave its caches.
 WINDOWS_PER_CALL = {"cpu": 2, "cuda": 8}
-
-PRECISIONS = ("auto", "fp32", "bf16")
 
 MINIMUM_COSINE = 0.999  # of bf16 rows to fp32 rows; below it, "auto" uses fp32
 
@@ -59,18 +54,16 @@ def to_network(windows_BTHWC: Tensor, preprocessing: Preprocessing | None = None
     return rows.view(windows_BTHWC.shape).permute(0, 4, 1, 2, 3)
 
 
+@dataclass(frozen=True)
 class RgbFrames:
     """What `FlowFrames` is for flow: here every frame is an input of its own."""
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self.preprocessing = preprocessing
+    preprocessing: Preprocessing
 
     def push(self, frames_NHWC: NDArray[np.uint8]) -> Iterator[NDArray[np.generic]]:
-        """Resize and crop frames."""
         yield self.preprocessing(frames_NHWC)
 
     def finish(self) -> Iterator[NDArray[np.generic]]:
-        """Nothing is left."""
         yield from ()
 
 
@@ -98,10 +91,12 @@ class SnippetNetwork:
     ) -> None:
         import torch
 
-        check_choice("The precision", precision, PRECISIONS)
+        from mmdist_e2e.extractors.networks.fold import prepare_for_inference
+
+        check_choice("The precision", precision, ("auto", "fp32", "bf16"))
         self.spec, self.flow_backend = spec, flow_backend
         self.device = torch.device(resolve_device(device))
-        self.windows_per_call = WINDOWS_PER_CALL.get(self.device.type, WINDOWS_PER_CALL["cuda"])
+        self.windows_per_call = WINDOWS_PER_CALL[self.device.type]
         self.preprocessing = spec.preprocessing
         network = load_network(spec)
         if spec.pca is not None and len(spec.pca.mean_D) != network.feature_channels:
@@ -109,7 +104,11 @@ class SnippetNetwork:
                 f"The PCA reduces rows of {len(spec.pca.mean_D)} channels, and {spec.name!r} gives "
                 f"{network.feature_channels}; give the PCA of that network's features."
             )
-        self.network, self.use_bf16 = self._prepared(network, precision)
+        self.use_bf16 = precision == "bf16" or (precision == "auto" and fast_bf16(self.device))
+        self.network = prepare_for_inference(network, self.device, self.use_bf16)
+        if self.use_bf16 and precision == "auto" and not self._agrees(network.to(self.device)):
+            self.use_bf16 = False
+            self.network = prepare_for_inference(network, self.device, False)
 
     def rows(self, windows_BTHWC: NDArray[np.generic]) -> NDArray[np.float32]:
         """Features [B, D] of windows of preprocessed frames, averaged over T'."""
@@ -153,51 +152,35 @@ class SnippetNetwork:
         rows_BTD: Tensor = network.features(frames, **chosen)  # type: ignore[operator]
         return rows_BTD.float()
 
-    def _prepared(self, network: nn.Module, precision: str) -> tuple[nn.Module, bool]:
-        """The network as it will run, and whether in bf16."""
-        from mmdist_e2e.extractors.networks.fold import prepare_for_inference
-
-        bf16 = precision == "bf16" or (precision == "auto" and fast_bf16(self.device))
-        ready = prepare_for_inference(network, self.device, bf16)
-        if bf16 and precision == "auto" and not self._agree(network.to(self.device), ready):
-            return prepare_for_inference(network, self.device, False), False
-        return ready, bf16
-
-    def _agree(self, plain: nn.Module, half: nn.Module) -> bool:
+    def _agrees(self, plain: Any) -> bool:
         """Compare bf16 with the unprepared network in fp32, on one input.
 
         Some releases of cuDNN and oneDNN compute wrong values in bf16 without an error.
         """
         import torch
+        from torch.nn.functional import cosine_similarity, interpolate
 
-        generator = torch.Generator().manual_seed(0)
-        batch, channels, *volume = self._check_shape()
-        # Smooth noise: white noise is too far from the images that a network was trained on.
-        coarse = torch.rand((batch, channels, 4, 8, 8), generator=generator)
-        clip = torch.nn.functional.interpolate(coarse, tuple(volume), mode="trilinear") * 2 - 1
-        clip = clip.to(self.device, memory_format=torch.channels_last_3d)
-        with torch.inference_mode():
-            rows, rough = (self._features(network, clip).flatten(0, 1) for network in (plain, half))
-        cosine = torch.nn.functional.cosine_similarity(rows, rough).min().item()
-        if not math.isfinite(cosine) or cosine < MINIMUM_COSINE:
-            warnings.warn(
-                f"bf16 differs from fp32 on {self.device} (cosine {cosine:.4f}); using fp32.",
-                stacklevel=4,
-            )
-            return False
-        return True
-
-    def _check_shape(self) -> tuple[int, ...]:
-        """[B, C, T, H, W] of the input on which bf16 is checked."""
-        size, channels = self.preprocessing.size, 2 if self.spec.modality == "flow" else 3
-        batch, frames = 1, self.spec.window
+        batch, frames, size = 1, self.spec.window, self.preprocessing.size
         if self.device.type == "cuda":  # cuDNN's errors depend on the shape
             if self.spec.mode == "dense":
-                chunks = DenseChunks()
-                frames = chunks.core_frames + 2 * chunks.context_frames
+                frames = CORE_FRAMES + 2 * CONTEXT_FRAMES
             else:
                 batch = self.windows_per_call
-        return batch, channels, frames, size, size
+        # Smooth noise: white noise is too far from the images that a network was trained on.
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand((batch, plain.in_channels, 4, 8, 8), generator=generator)
+        clip = interpolate(coarse, (frames, size, size), mode="trilinear") * 2 - 1
+        clip = clip.to(self.device, memory_format=torch.channels_last_3d)
+        with torch.inference_mode():
+            rows_BTD, rough_BTD = (self._features(n, clip) for n in (plain, self.network))
+        cosine = cosine_similarity(rows_BTD, rough_BTD, dim=2).min().item()
+        if cosine >= MINIMUM_COSINE:  # not so for NaN
+            return True
+        warnings.warn(
+            f"bf16 differs from fp32 on {self.device} (cosine {cosine:.4f}); using fp32.",
+            stacklevel=3,
+        )
+        return False
 
     @property
     def info(self) -> dict[str, str]:
@@ -308,13 +291,45 @@ def row_times(
     with the video.
     """
     starts = np.arange(rows, dtype=np.float64) * stride / fps
-    times = np.stack([starts, starts + window / fps], axis=1)
-    times = np.minimum(times, duration_seconds)
+    times = np.minimum(np.stack([starts, starts + window / fps], axis=1), duration_seconds)
     times[-1, 1] = duration_seconds
     return times
 
 
-class Windows:
+class _Cutter:
+    """Holds the frames [N, ...] of a stream that are still needed. They are pushed in order.
+
+    frames: pushed so far. rows: given so far.
+    """
+
+    def __init__(self) -> None:
+        self.frames = self.rows = 0
+        self._pieces: list[NDArray[np.generic]] = []  # frames held
+        self._start = 0  # the first frame held
+
+    def _hold(self, frames: NDArray[np.generic]) -> None:
+        self.frames += len(frames)
+        self._pieces.append(frames.copy())  # a reader may reuse its buffer
+
+    def _take(self, first: int, end: int) -> NDArray[np.generic]:
+        """Frames `first` … `end` − 1; the last frame pushed is repeated beyond the stream's end."""
+        if len(self._pieces) > 1:
+            self._pieces = [np.concatenate(self._pieces)]
+        (held,) = self._pieces
+        taken = held[first - self._start : end - self._start]
+        missing = end - first - len(taken)
+        return np.concatenate([taken, np.repeat(held[-1:], missing, axis=0)]) if missing else taken
+
+    def _forget(self, end: int) -> None:
+        """Drop the frames before `end`, but not the last one: the stream's end may repeat it."""
+        start = min(end, self.frames - 1)
+        if start > self._start:
+            held = np.concatenate(self._pieces)
+            self._pieces = [held[start - self._start :].copy()]
+            self._start = start
+
+
+class Windows(_Cutter):
     """Cuts a stream of frames into windows with bounded memory.
 
     A video of N frames has ⌈N / stride⌉ windows; the last ones repeat the last frame. Push chunks
@@ -323,64 +338,38 @@ class Windows:
     """
 
     def __init__(self, *, window: int, stride: int) -> None:
-        if window < 1 or stride < 1:
-            raise ValueError(f"window and stride must be at least 1; got {window} and {stride}.")
+        super().__init__()
         self.window, self.stride = window, stride
-        self.frames = 0  # pushed so far
-        self.rows = 0  # windows given so far
-        self._held: NDArray[np.generic] | None = None
-        self._held_start = 0  # the first frame held
 
-    def push(self, chunk: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
+    def push(self, frames: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
         """Take frames [N, ...] and give every window that is now whole."""
-        self.frames += len(chunk)
-        held = chunk if self._held is None else np.concatenate([self._held, chunk])
+        self._hold(frames)
         while self.rows * self.stride + self.window <= self.frames:
-            first = self.rows * self.stride - self._held_start
-            self.rows += 1
-            yield held[first : first + self.window]
-        # If the stride exceeds the window, the next window may start beyond the frames pushed so
-        # far; the last frame is kept even so, because `finish` may repeat it.
-        keep_from = max(min(self.rows * self.stride - self._held_start, len(held) - 1), 0)
-        self._held = held[keep_from:].copy()
-        self._held_start += keep_from
+            yield self._next()
+        self._forget(self.rows * self.stride)
 
     def finish(self) -> Iterator[NDArray[np.generic]]:
         """Give the remaining windows, filled with the last frame."""
         while self.rows * self.stride < self.frames:
-            assert self._held is not None
-            indices = self.rows * self.stride + np.arange(self.window)
-            self.rows += 1
-            yield self._held[np.minimum(indices, self.frames - 1) - self._held_start]
+            yield self._next()
+
+    def _next(self) -> NDArray[np.generic]:
+        first = self.rows * self.stride
+        self.rows += 1
+        return self._take(first, first + self.window)
 
 
-# Why chunks of dense mode give exactly the rows of one run over the whole video:
-#
-# A video's frames are padded to a multiple of eight by repeating the last one. SAME padding depends
-# on the size that it pads, so the frames that the network's strides fall on depend on the length
-# of its input. If every length and every chunk's start is a multiple of eight, they are the same
-# frames in a chunk as in the whole video.
-#
-# Frames seen by one row, traced back from map j (one map every eight frames), first and last:
-#
-#     Mixed_5b, 5c      each ±1                        j − 2 … j + 2
-#     MaxPool3d_5a      2i … 2i + 1                    2j − 4 … 2j + 5
-#     Mixed_4b … 4f     each ±1                        2j − 9 … 2j + 10
-#     MaxPool3d_4a      2i … 2i + 2                    4j − 18 … 4j + 22
-#     2c, Mixed_3b, 3c  each ±1                        4j − 21 … 4j + 25
-#     Conv3d_1a         2i − 2 … 2i + 4                8j − 44 … 8j + 54
-#
-# Row j is the average of maps j and j + 1, so it sees the 107 frames 8j − 44 … 8j + 62. Rows
-# a … b − 1 need the frames 8a − 44 … 8b + 54: a context of 56, the next multiple of eight, on
-# either side of the frames 8a … 8b − 1.
-#
-# n frames give ⌈n / 8⌉ maps and ⌈n / 8⌉ − 1 rows, but at least one row. Nominally row j covers the
-# frames 8j … 8j + 15: `row_times` with window 16 and stride 8 gives its times.
-MINIMUM_CONTEXT = 56
+# SAME padding depends on the size that it pads, so a video's frames are padded to a multiple of
+# eight by repeating the last one. Row j averages maps j and j + 1 and sees the frames 8j − 44 …
+# 8j + 62 (derived in tests/test_dense.py). So rows a … b − 1 are exact with 56 frames of context,
+# the next multiple of eight, on either side of the frames 8a … 8b − 1.
+CONTEXT_FRAMES = 56
+
+CORE_FRAMES = 512
 
 
 def dense_row_count(frames: int) -> int:
-    """How many rows `frames` sampled frames give; 0 only for no frame."""
+    """How many rows `frames` sampled frames give: ⌈frames / 8⌉ − 1, at least 1; 0 for no frame."""
     return max(-(-frames // DENSE_STRIDE) - 1, 1) if frames > 0 else 0
 
 
@@ -397,62 +386,38 @@ class Chunk:
     last_row: int
 
 
-class DenseChunks:
+class DenseChunks(_Cutter):
     """Cuts a stream of frames into chunks whose kept rows, joined, are those of one whole run.
 
     Push frames [N, ...] in order and take the chunks that are complete; `finish` gives the last.
-    At most core_frames + 2 · context_frames frames and those of one push are held.
+    At most core_frames + 2 · CONTEXT_FRAMES frames and those of one push are held.
 
-    Args:
-        core_frames: frames that each chunk adds, eight per row.
-        context_frames: frames on either side of them, whose rows are dropped.
-
-    Raises ValueError when either is not a multiple of eight, or too small to be exact.
+    core_frames: frames that each chunk adds between its contexts, a multiple of eight.
     """
 
-    def __init__(self, *, core_frames: int = 512, context_frames: int = MINIMUM_CONTEXT) -> None:
-        for name, value, least in (
-            ("core_frames", core_frames, DENSE_STRIDE),
-            ("context_frames", context_frames, MINIMUM_CONTEXT),
-        ):
-            if value < least or value % DENSE_STRIDE:
-                raise ValueError(
-                    f"{name} must be a multiple of {DENSE_STRIDE} and at least "
-                    f"{least}; got {value}."
-                )
-        self.core_frames, self.context_frames = core_frames, context_frames
-        self.frames = 0  # pushed so far
-        self.rows = 0  # given so far
-        self._pieces: list[NDArray[np.generic]] = []  # frames held
-        self._start = 0  # the first frame held
+    def __init__(self, *, core_frames: int = CORE_FRAMES) -> None:
+        super().__init__()
+        assert core_frames > 0
+        assert core_frames % DENSE_STRIDE == 0
+        self.core_frames = core_frames
 
     def push(self, frames: NDArray[np.generic]) -> Iterator[Chunk]:
         """Take frames [N, ...] and give every chunk that now has its context."""
-        self.frames += len(frames)
-        self._pieces.append(frames.copy())  # a reader may reuse its buffer
+        self._hold(frames)
         core_end = self.rows * DENSE_STRIDE + self.core_frames
-        while self.frames >= core_end + self.context_frames:
-            held = np.concatenate(self._pieces)
-            chunk = self._chunk(held[: core_end + self.context_frames - self._start], core_end)
-            next_start = max(core_end - self.context_frames, 0)
-            self._pieces = [held[next_start - self._start :].copy()]
-            self._start = next_start
+        while self.frames >= core_end + CONTEXT_FRAMES:
+            yield self._chunk(core_end + CONTEXT_FRAMES, core_end // DENSE_STRIDE)
+            self._forget(core_end - CONTEXT_FRAMES)
             core_end += self.core_frames
-            yield chunk
 
     def finish(self) -> Iterator[Chunk]:
         """Give the rows left over: one chunk, unless no frame was pushed."""
-        if self.frames == 0:
-            return
-        held = np.concatenate(self._pieces)
-        self._pieces = []
-        filling = np.repeat(held[-1:], -self.frames % DENSE_STRIDE, axis=0)
-        yield self._chunk(
-            np.concatenate([held, filling]), dense_row_count(self.frames) * DENSE_STRIDE
-        )
+        if self.frames > 0:
+            end = -(-self.frames // DENSE_STRIDE) * DENSE_STRIDE
+            yield self._chunk(end, dense_row_count(self.frames))
 
-    def _chunk(self, frames: NDArray[np.generic], rows_end: int) -> Chunk:
-        """Keep the rows from the first not yet given up to that of the video's frame `rows_end`."""
+    def _chunk(self, frames_end: int, rows_end: int) -> Chunk:
+        """All frames held up to `frames_end`, for the rows not yet given up to `rows_end`."""
         before = self._start // DENSE_STRIDE
-        first_row, self.rows = self.rows - before, rows_end // DENSE_STRIDE
-        return Chunk(frames, first_row, self.rows - before)
+        first_row, self.rows = self.rows - before, rows_end
+        return Chunk(self._take(self._start, frames_end), first_row, rows_end - before)

@@ -56,8 +56,7 @@ class GroundingModel:
     @property
     def matters(self) -> Mapping[str, Mapping[str, Any]]:
         """By modality, the provenance that features must have."""
-        matters: Mapping[str, Mapping[str, Any]] = self.config["features"]
-        return matters
+        return dict(self.config["features"])
 
     @property
     def name(self) -> str:
@@ -83,8 +82,7 @@ class GroundingModel:
 
     def check_features(self, modality: str, matters: Mapping[str, Any]) -> None:
         """Raises MmdistError when features were not made like those of training, saying how."""
-        unlike = differences(self.matters[modality], matters)
-        if unlike:
+        if unlike := differences(self.matters[modality], matters):
             raise MmdistError(
                 f"These {modality} features were not made as this model needs them: "
                 f"{'; '.join(unlike)}; extract them again with the model's extractor and settings."
@@ -114,8 +112,7 @@ class GroundingModel:
         for features of another kind and as `check_query`. The answer depends on no seed.
         """
         sentence = self.check_query(query)
-        missing = [modality for modality in self.modalities if modality not in features]
-        if missing:
+        if missing := [m for m in self.modalities if m not in features]:
             raise MmdistError(
                 f"This model needs {' and '.join(missing)} features; these are "
                 f"{', '.join(sorted(features)) or 'none'}."
@@ -128,12 +125,9 @@ class GroundingModel:
         if len(starts) == 1:
             return self._read([given], sentence)[0]
         windows = [[cut(each, start, longest) for each in given] for start in starts]
+        read = zip(starts, self._read(windows, sentence), strict=True)
         return merge(
-            [
-                Moment(moment.start + start, moment.end + start, moment.score)
-                for start, moments in zip(starts, self._read(windows, sentence), strict=True)
-                for moment in moments
-            ]
+            [Moment(m.start + start, m.end + start, m.score) for start, ms in read for m in ms]
         )
 
     def _read(self, videos: Sequence[Sequence[Features]], sentence: Sentence) -> list[list[Moment]]:
@@ -141,7 +135,7 @@ class GroundingModel:
         if self.model.training:  # walking through all layers takes 10 % of a query
             self.model.eval()
         device, length = self.model.mask_vec.device, self.recipe.model.length
-        answers = []
+        answers: list[list[Moment]] = []
         for begin in range(0, len(videos), INFERENCE_BATCH):
             some = videos[begin : begin + INFERENCE_BATCH]
             data_BLF = np.stack(
@@ -150,16 +144,11 @@ class GroundingModel:
             batch = collate([sentence] * len(some), torch.from_numpy(data_BLF).to(device))
             with one_thread() if device.type == "cpu" and len(videos) <= FEW else nullcontext():
                 ranked = rank(predict_batch(self.model, batch))
-            for video, starts, ends, scores in zip(
-                some, ranked.starts, ranked.ends, ranked.scores, strict=True
-            ):
-                seconds = video[0].duration_seconds
-                answers.append(
-                    [
-                        Moment(float(s) * seconds, float(e) * seconds, float(score))
-                        for s, e, score in zip(starts, ends, scores, strict=True)
-                    ]
-                )
+            seconds_Q1 = np.array([[video[0].duration_seconds] for video in some])
+            times = (ranked.starts * seconds_Q1, ranked.ends * seconds_Q1, ranked.scores)
+            answers += [
+                [Moment(*row) for row in rows] for rows in np.stack(times, axis=-1).tolist()
+            ]
         return answers
 
 
@@ -191,8 +180,7 @@ def window_starts(duration_seconds: float, window_seconds: float) -> list[float]
     if duration_seconds <= LONG_RATIO * window_seconds:
         return [0.0]
     last = duration_seconds - window_seconds
-    starts = np.arange(0.0, last, window_seconds / 2).tolist()
-    return [*starts, last]
+    return [*np.arange(0.0, last, window_seconds / 2).tolist(), last]
 
 
 def cut(features: Features, start: float, window_seconds: float) -> Features:

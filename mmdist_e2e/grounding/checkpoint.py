@@ -1,7 +1,6 @@
 """A checkpoint is a folder: config.json, model.safetensors, vocabulary.json and a model card.
 
-Word vectors other than the shipped ones are stored with it in words.safetensors, so that a folder
-works on any machine. Never a pickle.
+Word vectors other than the shipped ones are stored with it in words.safetensors. Never a pickle.
 
 Results are identified by their inputs, never by a file's name: {"settings": {name: value},
 "digests": {what: SHA-256}}.
@@ -29,7 +28,6 @@ from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import (
     SHIPPED_NAME,
-    WordVectors,
     read_safetensors,
     shipped_word_vectors,
 )
@@ -55,11 +53,9 @@ def save_checkpoint(
     facts: seed, trained_on, selected_by, and whatever else config.json shall record.
     """
     vectors = vocabulary.vectors
-    is_shipped = vectors.name == SHIPPED_NAME and vectors.digest == shipped_word_vectors().digest
-    folder.mkdir(parents=True, exist_ok=True)
     weights = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
     write_atomically(folder / MODEL, weights)
-    if not is_shipped:
+    if vectors.name != SHIPPED_NAME or vectors.digest != shipped_word_vectors().digest:
         write_atomically(folder / WORDS, vectors.to_bytes())
     write_json(folder / VOCABULARY, {"words": list(vocabulary.words)})
     config = {
@@ -87,30 +83,25 @@ def load_checkpoint(folder: Path) -> GroundingModel:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         words = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))["words"]
         recipe = Recipe.from_json(config)
-        vectors = _vectors_of(folder, config["word_vectors"])
-        weights = load_file(folder / MODEL)
+        trained_with = config["word_vectors"]
+        own = folder / WORDS
+        vectors = read_safetensors(own) if own.is_file() else shipped_word_vectors()
         model = build_network(recipe)
-        model.load_state_dict(weights, strict=True)
+        model.load_state_dict(load_file(folder / MODEL), strict=True)
+    except MmdistError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, MmdistError):
-            raise
         reason = str(error).splitlines()[0]
         raise MmdistError(
             f"The checkpoint '{folder}' cannot be loaded ({type(error).__name__}: {reason}); "
             f"restore the folder or train it again."
         ) from error
-    return GroundingModel(model.eval(), recipe, Vocabulary(words, vectors), config)
-
-
-def _vectors_of(folder: Path, expected: Mapping[str, Any]) -> WordVectors:
-    own = folder / WORDS
-    vectors = read_safetensors(own) if own.is_file() else shipped_word_vectors()
-    if vectors.digest != expected["digest"]:
+    if vectors.digest != trained_with["digest"]:
         raise MmdistError(
-            f"The checkpoint '{folder}' was trained with the word vectors '{expected['name']}', "
-            f"and '{vectors.name}' is not the same; restore its {WORDS}."
+            f"The checkpoint '{folder}' was trained with the word vectors "
+            f"'{trained_with['name']}', and '{vectors.name}' is not the same; restore its {WORDS}."
         )
-    return vectors
+    return GroundingModel(model.eval(), recipe, Vocabulary(words, vectors), config)
 
 
 def command_of(config: Mapping[str, Any]) -> str:
@@ -152,7 +143,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"{modality} features of {matters.get('extractor', '?')}"
         for modality, matters in config["features"].items()
     )
-    continued = "".join(f" {continuation(**each)}" for each in config.get("continued", ()))
+    continued = "".join(f" {sentence}" for sentence in config.get("continued", ()))
     return f"""# {config["name"]}: moments of a video from a sentence
 
 - **Trained on**: {config["trained_on"]}; sentences and videos only, no timestamps.
@@ -164,15 +155,6 @@ def model_card(config: Mapping[str, Any]) -> str:
 - **Limits**: it knows what its training videos show and {model["vocabulary_size"]} words; its
   moments are about as long as its diversity prior asks for; on other videos it guesses.
 """
-
-
-def continuation(*, epoch: int, planned: int, epochs: int) -> str:
-    """How a run of more epochs than planned differs from one that was planned so."""
-    return (
-        f"Epochs 1 to {epoch} were trained as part of {planned}, the following as part of "
-        f"{epochs}: learning rate warmup and negatives depend on that number, so the weights "
-        f"may differ from those of a run of {epochs} epochs."
-    )
 
 
 def digest_of(value: Any) -> str:
@@ -215,29 +197,24 @@ def recipe_settings(recipe: Recipe) -> dict[str, Any]:
     return {"recipe": recipe.name} | {n: v for n, v in values.items() if n not in derived}
 
 
-def input_differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """How recorded inputs differ from those wanted, one phrase each; none where they agree."""
+def input_differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """How recorded inputs differ from those wanted, in words; empty where they agree."""
     if "digests" not in known:
-        return ["its inputs are not recorded (an older version of mmdist made it)"]
-    there, here = known["digests"], wanted["digests"]
-    phrases = [f"other {n}" for n in sorted({*there, *here}) if there.get(n) != here.get(n)]
-    there, here = known["settings"], wanted["settings"]
-    return phrases + [
-        f"{name} is {_shown(there.get(name))} there and {_shown(here.get(name))} here"
-        for name in sorted({*there, *here})
-        if there.get(name) != here.get(name)
-    ]
+        return "its inputs are not recorded (an older version of mmdist made it)"
+    phrases = []
+    for kind, phrase in (("digests", "other {}"), ("settings", "{} is {} there and {} here")):
+        there, here = known[kind], wanted[kind]
+        phrases += [
+            phrase.format(name, there.get(name, "not set"), here.get(name, "not set"))
+            for name in sorted({*there, *here})
+            if there.get(name) != here.get(name)
+        ]
+    return "; ".join(phrases)
 
 
 def refuse_other(what: str, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises MmdistError when `what`, a folder and its contents, was made from other inputs."""
-    unlike = input_differences(known, wanted)
-    if unlike:
+    if unlike := input_differences(known, wanted):
         raise MmdistError(
-            f"{what} of other inputs: {'; '.join(unlike)}. "
-            f"Give another --out or delete that folder."
+            f"{what} of other inputs: {unlike}. Give another --out or delete that folder."
         )
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else str(value)

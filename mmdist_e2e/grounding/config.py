@@ -1,7 +1,7 @@
 """Every setting of a grounding network and its training, and the recipes that fill them in.
 
-This file is data: it imports no torch. The symbol of the paper (or of CPL) stands beside each
-setting. Each setting carries its valid values as its type, and they are checked when it is set.
+A comment beside a setting gives its symbol in the paper (or CPL). Its type gives its valid values,
+which are checked when it is set. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -17,23 +17,16 @@ from mmdist_e2e.structures import MmdistError, check_choice
 class Range(NamedTuple):
     """The valid range of a number. NaN and infinity are never valid."""
 
-    at_least: float | None = None
-    above: float | None = None
-    below: float | None = None
+    at_least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
 
     def holds(self, value: float) -> bool:
-        return (
-            math.isfinite(value)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+        return self.at_least <= value and self.above < value < self.below
 
     def __str__(self) -> str:
         bounds = {"at least": self.at_least, "above": self.above, "below": self.below}
-        return " and ".join(
-            f"{word} {value}" for word, value in bounds.items() if value is not None
-        )
+        return " and ".join(f"{word} {n}" for word, n in bounds.items() if math.isfinite(n))
 
 
 Count = Annotated[int, Range(at_least=1)]
@@ -42,7 +35,7 @@ Weight = Annotated[float, Range(at_least=0)]
 
 
 class Settings:
-    """The base of all parts of a recipe: refuses values that are not valid, by name."""
+    """The base of all parts of a recipe; raises MmdistError for a value that is not valid."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -50,12 +43,11 @@ class Settings:
 
 
 def check_setting(name: str, value: Any, hint: Any) -> None:
-    """Raises MmdistError when a value is not of the type and in the range that `hint` gives."""
+    """Raises MmdistError for a value that is not of the type and range that `hint` gives."""
     origin, options = get_origin(hint), get_args(hint)
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise MmdistError(f"{name} must be true or false; got {value!r}.")
-    elif origin is Literal:
+    if hint is bool and not isinstance(value, bool):
+        raise MmdistError(f"{name} must be true or false; got {value!r}.")
+    if origin is Literal:
         check_choice(name, value, options)
     elif origin is tuple:
         for each in value:
@@ -66,7 +58,7 @@ def check_setting(name: str, value: Any, hint: Any) -> None:
         if not number or isinstance(value, bool) or not valid.holds(value):
             what = "a whole number" if kind is int else "a finite number"
             raise MmdistError(f"{name} must be {what} {valid}; got {value!r}.")
-    elif value is not None:  # a setting that may be None
+    elif options and value is not None:  # a setting that may be None
         check_setting(name, value, options[0])
 
 
@@ -96,8 +88,7 @@ class GlobalConfig(Settings):
             )
         if self.hidden % (2 * self.heads):
             raise MmdistError(
-                f"hidden must be a multiple of twice the heads; got hidden {self.hidden} and "
-                f"heads {self.heads}."
+                f"hidden must be a multiple of twice the heads ({self.heads}); got {self.hidden}."
             )
 
     @property
@@ -111,8 +102,8 @@ class LocalConfig(Settings):
     """The shape of a local branch, and its weight when proposals are ranked.
 
     query: q is the mean of the "content" words (of all where there is none), or of all words.
-    ranking: γ multiplies the mean of m "inside" a proposal, as Eq. 9 has it, or its "contrast" to
-    the rest of the video (`answer.mean_activation`).
+    ranking: γ multiplies the mean of m "inside" a proposal (Eq. 9), or its "contrast" to the rest
+    of the video (`answer.mean_activation`).
     """
 
     depth: Count = 2  # convolutions over positions, a ReLU between two
@@ -131,20 +122,19 @@ class LocalConfig(Settings):
 class LossConfig(Settings):
     """Weights and margins of the global loss; the defaults are CPL's on Charades-STA.
 
-    A weight of 0 switches its term off. `contrast_weight` multiplies all hinges; `contrast_whole`
-    and `negatives` switch the one to the whole video and the two to CPL's negatives. Eq. 3 has
-    reconstruction_weight = whole_weight = contrast_weight = 1.
+    A weight of 0 switches its term off. Eq. 3 has reconstruction_weight = whole_weight =
+    contrast_weight = 1.
     """
 
     reconstruction_weight: Weight = 0.5  # of L_rec[k*]
     whole_weight: Weight = 0.5  # of L_rec of the whole video
-    contrast_weight: Weight = 1.0  # α₁ of CPL
-    contrast_whole: bool = True
+    contrast_weight: Weight = 1.0  # α₁ of CPL, of all hinges
+    contrast_whole: bool = True  # the hinge to the whole video
     diversity_weight: Weight = 5.0  # α₂ of CPL
     diversity_prior: Weight = 0.146  # λ, at N = 50
     margin_whole: Weight = 0.1  # ξ of Eq. 3
     margin_negatives: Weight = 0.15
-    negatives: bool = True
+    negatives: bool = True  # the two hinges to CPL's negatives
     negative_growth: Weight = 0.5  # γ_neg: ratio = (epoch / epochs) ** γ_neg
 
 
@@ -186,9 +176,9 @@ class DistillConfig(Settings):
 class TrainingConfig(Settings):
     """How a recipe is trained.
 
-    select_by: "val_loss" picks the epoch that rebuilds validation sentences best, which reads no
-    timestamps; "val_recall" picks the one of highest R@1 at IoU 0.5, which reads them and varies
-    much with few queries; "last" uses no validation.
+    select_by: "val_loss" picks the epoch that rebuilds validation sentences best; "val_recall" the
+    one of highest R@1 at IoU 0.5, which reads timestamps and varies much with few queries; "last"
+    uses no validation.
     """
 
     epochs: Count = 30
@@ -214,45 +204,27 @@ SETTLED: dict[str, Any] = {
     "distill_distance": "l1",
 }
 
-
-def without_settled(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of an older checkpoint's config without settings that no longer exist.
-
-    Raises MmdistError when one of them has another value than the supported one.
-    """
-    for name, supported in SETTLED.items():
-        if raw.get(name, supported) != supported:
-            raise MmdistError(
-                f"This model was trained with {name}={raw[name]!r}, and this version supports "
-                f"{supported!r} only; train it again."
-            )
-    return {name: value for name, value in raw.items() if name not in SETTLED}
-
-
 # Part of the configuration, but set by the data.
 GIVEN = ("feature_dim", "word_dim", "vocabulary_size", "channels")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A complete configuration under a name.
-
-    local, matching: None without a local branch. mutual: a teacher's. distill: a student's.
-    """
+    """A complete configuration under a name."""
 
     name: str
     model: GlobalConfig
     loss: LossConfig
     training: TrainingConfig
-    local: LocalConfig | None = None
+    local: LocalConfig | None = None  # None, like `matching`, without a local branch
     matching: MatchingConfig | None = None
-    mutual: MutualConfig | None = None
-    distill: DistillConfig | None = None
+    mutual: MutualConfig | None = None  # a teacher's
+    distill: DistillConfig | None = None  # a student's
 
     def __post_init__(self) -> None:
         assert (self.local is None) == (self.matching is None)
-        untrained = self.matching is not None and self.matching.local_weight == 0
-        if untrained and self.local is not None and self.local.score_weight > 0:
+        untrained = self.matching and not self.matching.local_weight
+        if untrained and self.local and self.local.score_weight:
             raise MmdistError(
                 "local_weight 0 leaves the activation map untrained, so it must not rank either; "
                 "set score_weight to 0 too."
@@ -274,10 +246,20 @@ class Recipe:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Recipe:
-        """The recipe of a checkpoint, of an older version too (see `without_settled`)."""
-        parts = {
-            name: kind(**without_settled(raw[name])) for name, kind in PARTS.items() if name in raw
-        }
+        """The recipe of a checkpoint. An older one may hold the settings in `SETTLED`.
+
+        Raises MmdistError when one of these has another value than the supported one.
+        """
+        parts: dict[str, Any] = {}
+        for part in (part for part in PARTS if part in raw):
+            settings = dict(raw[part])
+            for name, supported in SETTLED.items():
+                if (value := settings.pop(name, supported)) != supported:
+                    raise MmdistError(
+                        f"This model was trained with {name}={value!r}, and this version supports "
+                        f"{supported!r} only; train it again."
+                    )
+            parts[part] = PARTS[part](**settings)
         return cls(raw["name"], **parts)
 
     def overridden(self, values: Mapping[str, Any]) -> Recipe:
@@ -285,7 +267,7 @@ class Recipe:
 
         Raises MmdistError for an unknown name and for a value that is not valid.
         """
-        homes = self.homes
+        homes, parts = self.homes, self.parts
         changes: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             if name not in homes:
@@ -293,14 +275,14 @@ class Recipe:
                     f"The recipe '{self.name}' has no setting {name!r}; valid: "
                     f"{', '.join(sorted(homes))}."
                 )
-            now = vars(self.parts[homes[name]])[name]
+            now = getattr(parts[homes[name]], name)
             if isinstance(now, bool):
                 words = {"true": True, "false": False, "1": True, "0": False}
                 value = words.get(str(value).lower(), value)
             elif isinstance(now, float) and type(value) is int:
                 value = float(value)
             changes.setdefault(homes[name], {})[name] = value
-        return replace(self, **{p: replace(self.parts[p], **new) for p, new in changes.items()})
+        return replace(self, **{p: replace(parts[p], **new) for p, new in changes.items()})
 
 
 PARTS: dict[str, type[Any]] = {
@@ -316,7 +298,6 @@ PARTS: dict[str, type[Any]] = {
 # CPL's diversity term was tuned at N = 50 kept frames. λ·(N - 1) sets the length of moments
 # (widths of σ/(2√π·λ·(N - 1)) = 0.355 of the video on Charades-STA), so it is kept as N changes.
 REFERENCE_STEPS = 49
-
 MINIMUM_KEPT_FRAMES = 40
 
 # Charades-STA has 10,602 queries. With a sixth of them the papers' network overfits within a few
@@ -325,28 +306,17 @@ FEW_QUERIES = 5000
 
 
 def cpl(
-    *,
-    feature_dim: int,
-    word_dim: int,
-    vocabulary_size: int,
-    length: int = 64,
-    queries: int | None = None,
-    channels: Sequence[int] = (),
+    *, length: int = 64, queries: int | None = None, channels: Sequence[int] = (), **sizes: int
 ) -> Recipe:
     """CPL (Zheng et al., CVPR 2022) with the values it uses on Charades-STA.
 
     queries: how many are trained on; below `FEW_QUERIES` the network is smaller than CPL's.
     channels: of each modality; only a teacher tells the modalities apart.
+    sizes: feature_dim, word_dim and vocabulary_size of `GlobalConfig`.
     """
     # CPL's divisor 4 keeps 50 of 200 frames; shorter videos keep more of them, in quarters.
     divisor = min(4.0, max(1.0, int(4 * length / MINIMUM_KEPT_FRAMES) / 4))
-    model = GlobalConfig(
-        feature_dim=feature_dim,
-        word_dim=word_dim,
-        vocabulary_size=vocabulary_size,
-        length=length,
-        frame_divisor=divisor,
-    )
+    model = GlobalConfig(length=length, frame_divisor=divisor, **sizes)
     if queries is not None and queries < FEW_QUERIES:
         model = replace(model, hidden=128, feed_forward=256, dropout=0.3)
     steps = model.kept_frames - 1
@@ -360,14 +330,13 @@ def cpl(
 def baseline(**shape: Any) -> Recipe:
     """The paper's single-modal baseline (Bao et al., AAAI 2024): both branches, Eqs. 1-9.
 
-    shape: as of `cpl`, whose network, negatives and diversity it keeps. L_rec[k*], L_rec of the
-    whole video and the hinge have the weight 1 each (Eq. 3).
+    shape: as of `cpl`, whose network, negatives and diversity it keeps.
     """
     standard = cpl(**shape)
     return replace(
         standard,
         name="baseline",
-        loss=replace(standard.loss, reconstruction_weight=1.0, whole_weight=1.0),
+        loss=replace(standard.loss, reconstruction_weight=1.0, whole_weight=1.0),  # Eq. 3
         training=TrainingConfig(epochs=15),
         local=LocalConfig(),
         matching=MatchingConfig(),
@@ -375,43 +344,24 @@ def baseline(**shape: Any) -> Recipe:
 
 
 def teacher(*, channels: Sequence[int], **shape: Any) -> Recipe:
-    """The paper's teacher of two modalities: the baseline's terms, Eqs. 13 and 14.
-
-    15 epochs, learning rate 3.5e-4.
-    """
-    plain = baseline(**shape)
-    return replace(
-        plain,
-        name="teacher",
-        training=replace(plain.training, learning_rate=3.5e-4),
-        mutual=MutualConfig(tuple(channels)),
-    )
+    """The paper's teacher of two modalities: the baseline's terms, Eqs. 13 and 14."""
+    training = TrainingConfig(epochs=15, learning_rate=3.5e-4)
+    mutual = MutualConfig(tuple(channels))
+    return replace(baseline(**shape), name="teacher", training=training, mutual=mutual)
 
 
 def student(**shape: Any) -> Recipe:
-    """The paper's student: the baseline's network, taught by a teacher (Eqs. 10-12).
-
-    15 epochs, learning rate 5e-4, β 0.9.
-    """
-    plain = baseline(**shape)
-    return replace(
-        plain,
-        name="student",
-        training=replace(plain.training, learning_rate=5e-4),
-        distill=DistillConfig(),
-    )
+    """The paper's student: the baseline's network, taught by a teacher (Eqs. 10-12)."""
+    training = TrainingConfig(epochs=15, learning_rate=5e-4)
+    return replace(baseline(**shape), name="student", training=training, distill=DistillConfig())
 
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
-    "baseline": baseline,
-    "cpl": cpl,
-    "student": student,
-    "teacher": teacher,
+    recipe.__name__: recipe for recipe in (baseline, cpl, student, teacher)
 }
 
 
 def get_recipe(name: str) -> Callable[..., Recipe]:
     """The recipe function of a name. Raises MmdistError for an unknown one."""
-    if name not in RECIPES:
-        raise MmdistError(f"There is no recipe {name!r}; valid: {', '.join(sorted(RECIPES))}.")
+    check_choice("The recipe", name, list(RECIPES))
     return RECIPES[name]

@@ -105,20 +105,16 @@ def cut_long_videos(
     rows: list[Array] = []
     numbered: dict[str, list[tuple[int, float]]] = {}
     for video, modalities in read_features(places, long).items():
-        # Imported arrays have times in units of the video.
-        timed = [
-            replace(
-                one,
-                times=one.times * (seconds[video] / one.duration_seconds),
-                duration_seconds=seconds[video],
-            )
-            for one in modalities
-        ]
-        numbered[video] = [(len(rows) + i, start) for i, start in enumerate(each[video])]
+        numbered[video] = list(enumerate(each[video], start=len(rows)))
         for start in each[video]:
-            parts = [cut(one, start, longest_seconds) for one in timed]
-            resampled = [part.resample(table.data_VLF.shape[1]).data for part in parts]
-            rows.append(np.concatenate(resampled, axis=1))
+            parts = []
+            for one in modalities:
+                # Imported arrays have times in units of the video.
+                times = one.times * (seconds[video] / one.duration_seconds)
+                timed = replace(one, times=times, duration_seconds=seconds[video])
+                part = cut(timed, start, longest_seconds)
+                parts.append(part.resample(table.data_VLF.shape[1]).data)
+            rows.append(np.concatenate(parts, axis=1))
     windows = replace(
         table,
         videos=tuple(str(row) for row in range(len(rows))),
@@ -140,66 +136,44 @@ def answer_items(
     Spans are in units of the items' durations. Merged answers differ in their number of moments:
     shorter ones are padded with empty spans of score -inf and loss inf.
     """
-    seconds_Q = np.array([video_seconds(item, table) for item in items])
-    read = _read(model, items, table, windows, seconds_Q, progress)
-    units_Q1 = (seconds_Q / [item.duration_seconds for item in items])[:, None]
-    return replace(read, starts=read.starts * units_Q1, ends=read.ends * units_Q1)
+    starts_Q = [windows.starts.get(i.annotation.video, ()) if windows else () for i in items]
+    whole = [q for q, starts in enumerate(starts_Q) if not starts]
+
+    def read(asked: Sequence[Item], where: FeatureTable) -> list[Array]:
+        """[4, K] of each item: starts, ends, scores, losses."""
+        if not asked:
+            return []
+        found = predict(model, asked, where, progress=progress)
+        return list(np.stack(list(vars(found).values()), axis=1))
+
+    seconds_Q = [video_seconds(item, table) for item in items]
+    answers = dict(zip(whole, read([items[q] for q in whole], table), strict=True))
+    if windows:
+        asked = zip(items, starts_Q, strict=True)
+        pieces = [replace(item, row=row) for item, starts in asked for row, _ in starts]
+        parts = iter(read(pieces, windows.table))
+        for q, starts in enumerate(starts_Q):
+            if starts:
+                own = [(start, next(parts)) for _, start in starts]
+                answers[q] = _merged(own, windows.seconds, seconds_Q[q])
+    most = max(answer.shape[1] for answer in answers.values())
+    all_4QK = np.full((4, len(items), most), -np.inf)
+    all_4QK[:2], all_4QK[3] = 0.0, np.inf
+    for q, answer_4K in answers.items():
+        all_4QK[:, q, : answer_4K.shape[1]] = answer_4K
+    all_4QK[:2] *= (np.array(seconds_Q) / [item.duration_seconds for item in items])[:, None]
+    return Predictions(*all_4QK)
 
 
-def _read(
-    model: GlobalBranch,
-    items: Sequence[Item],
-    table: FeatureTable,
-    windows: Windows | None,
-    seconds_Q: Array,
-    progress: Progress | None,
-) -> Predictions:
-    """`answer_items`, with spans in units of the videos' lengths, seconds_Q."""
-    if windows is None:
-        return predict(model, items, table, progress=progress)
-    starts_of = [windows.starts.get(item.annotation.video, ()) for item in items]
-    whole = [q for q, starts in enumerate(starts_of) if not starts]
-    pieces = [
-        replace(item, duration_seconds=windows.seconds, row=row)
-        for item, starts in zip(items, starts_of, strict=True)
-        for row, _ in starts
-    ]
-    parts = predict(model, pieces, windows.table, progress=progress)
-    answers: dict[int, Array] = {}  # [4, K] of each query: starts, ends, scores, losses
-    done = 0
-    for q, starts in enumerate(starts_of):
-        if starts:
-            part = [values[done : done + len(starts)] for values in vars(parts).values()]
-            answers[q] = _merged(part, [s for _, s in starts], windows.seconds, seconds_Q[q])
-            done += len(starts)
-    if whole:
-        read = predict(model, [items[q] for q in whole], table, progress=progress)
-        answers |= {q: np.stack([v[i] for v in vars(read).values()]) for i, q in enumerate(whole)}
-    padded = np.full((4, len(items), max(a.shape[1] for a in answers.values())), -np.inf)
-    padded[:2], padded[3] = 0.0, np.inf
-    for q, values in answers.items():
-        padded[:, q, : values.shape[1]] = values
-    return Predictions(*padded)
-
-
-def _merged(
-    parts: Sequence[Array], offsets: Sequence[float], window_seconds: float, seconds: float
-) -> Array:
-    """One answer of the windows' answers: starts, ends, scores and losses, in units of the video.
-
-    parts: the same four of each window, [windows, K] each, in units of a window.
-    """
+def _merged(parts: Sequence[tuple[float, Array]], window_seconds: float, seconds: float) -> Array:
+    """[4, K'] of a video, in units of it, from the start and the [4, K] of each of its windows."""
     losses: dict[int, float] = {}  # by the identity of a moment, which merging keeps
     moments = []
-    for window, offset in enumerate(offsets):
-        for start, end, score, loss in zip(*(values[window] for values in parts), strict=True):
-            moment = Moment(
-                float(start) * window_seconds + offset,
-                float(end) * window_seconds + offset,
-                float(score),
-            )
+    for offset, part_4K in parts:
+        for start, end, score, loss in part_4K.T.tolist():
+            moment = Moment(start * window_seconds + offset, end * window_seconds + offset, score)
             moments.append(moment)
-            losses[id(moment)] = float(loss)
+            losses[id(moment)] = loss
     kept = merge(moments)
     return np.array([[m.start / seconds, m.end / seconds, m.score, losses[id(m)]] for m in kept]).T
 
@@ -221,12 +195,7 @@ def recall_metrics(iou_QK: Array) -> dict[str, float]:
 
 def annotations_of(items: Sequence[Item]) -> list[Annotation]:
     """Their annotations; those without a duration get that of the features."""
-    return [
-        i.annotation
-        if i.annotation.duration_seconds
-        else replace(i.annotation, duration_seconds=i.duration_seconds)
-        for i in items
-    ]
+    return [replace(i.annotation, duration_seconds=i.duration_seconds) for i in items]
 
 
 def truth_of(items: Sequence[Item]) -> tuple[Array, Array]:
@@ -290,12 +259,6 @@ def shuffled_order(videos: Sequence[str], *, seed: int = 0) -> list[int]:
     return [int(given[i]) for i in range(len(videos))]
 
 
-def with_shuffled_queries(items: Sequence[Item]) -> list[Item]:
-    """The same videos and annotations, each with a sentence of another video."""
-    order = shuffled_order([item.annotation.video for item in items])
-    return [replace(item, sentence=items[j].sentence) for item, j in zip(items, order, strict=True)]
-
-
 def evaluate_items(
     model: GroundingNetwork,
     recipe: Recipe,
@@ -309,7 +272,11 @@ def evaluate_items(
     predictions = answer_items(model, items, table, windows, progress=progress)
     iou_QK = prediction_iou(predictions, items)
     span, constant_iou_Q = best_constant_span(*truth_of(items))
-    shuffled = answer_items(model, with_shuffled_queries(items), table, windows, progress=progress)
+    order = shuffled_order([item.annotation.video for item in items])
+    asked = [
+        replace(item, sentence=items[j].sentence) for item, j in zip(items, order, strict=True)
+    ]
+    shuffled = answer_items(model, asked, table, windows, progress=progress)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         untrained_model = build_network(recipe).to(table.data_VLF.device)
@@ -337,23 +304,22 @@ def write_predictions(path: Path, items: Sequence[Item], predictions: Prediction
     iou_QK = prediction_iou(predictions, items)
     lines = []
     for q, item in enumerate(items):
-        seconds = item.duration_seconds
-        columns = predictions.starts[q] * seconds, predictions.ends[q] * seconds
-        moments = np.stack([*columns, predictions.scores[q]], axis=1)
+        spans_2K = np.stack([predictions.starts[q], predictions.ends[q]]) * item.duration_seconds
+        moments_K3 = np.vstack([spans_2K, predictions.scores[q]]).T
         row = {
             "video": item.annotation.video,
             "sentence": item.annotation.sentence,
             "annotation": [item.annotation.start, item.annotation.end],
             **({"more_annotations": item.annotation.more} if item.annotation.more else {}),
-            "duration_seconds": seconds,
+            "duration_seconds": item.duration_seconds,
             "moments": [
-                [round(float(value), 4) for value in moment]
-                for moment in moments[np.isfinite(predictions.scores[q])]
+                [round(value, 4) for value in moment]
+                for moment in moments_K3[np.isfinite(predictions.scores[q])].tolist()
             ],
             "iou": round(float(iou_QK[q, 0]), 4),
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_atomically(path, lambda stream: stream.writelines(line.encode() for line in lines))
+    write_atomically(path, "".join(lines).encode())
 
 
 def evaluate_run(
@@ -430,16 +396,11 @@ def spread_over_runs(
             f"Only runs of one recipe can be averaged; these are of {', '.join(recipes)}."
         )
     rows = [{"model": result["metrics"], **result["controls"]} for result in results]
-    return [
-        (
-            name,
-            {
-                metric: _mean_and_deviation([row[name][metric] for row in rows])
-                for metric in rows[0][name]
-            },
-        )
-        for name in rows[0]
-    ]
+    spread = []
+    for name, metrics in rows[0].items():
+        values = {metric: [row[name][metric] for row in rows] for metric in metrics}
+        spread.append((name, {metric: _mean_and_deviation(v) for metric, v in values.items()}))
+    return spread
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

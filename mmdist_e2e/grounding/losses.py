@@ -26,6 +26,16 @@ from mmdist_e2e.grounding.network import (
 from mmdist_e2e.grounding.parallel import Peers
 
 
+def rows_of(values: Tensor) -> Tensor:
+    """[B]: 0, 1, … of the first dimension."""
+    return torch.arange(len(values), device=values.device)
+
+
+def pick(values: Tensor, index_B: Tensor) -> Tensor:
+    """[B, K, …] -> [B, …]: of every row its own entry."""
+    return values[rows_of(values), index_B]
+
+
 def best_proposal(loss_BK: Tensor) -> Tensor:
     """Eq. 2, [B]: the proposal from which the sentence is rebuilt best."""
     return loss_BK.argmin(dim=1)
@@ -68,12 +78,10 @@ def match_log_probability(
 
     own_B: which of the Q sentences is the own one, by default sentence i.
     """
-    rows = torch.arange(len(fit_BQ), device=fit_BQ.device)
-    own_B = rows if own_B is None else own_B
-    allowed_BQ = negatives_BQ.clone()
-    allowed_BQ[rows, own_B] = True
-    scores_BQ = (fit_BQ / temperature).masked_fill(~allowed_BQ, float("-inf"))
-    return scores_BQ.log_softmax(dim=1)[rows, own_B]
+    own_B = rows_of(fit_BQ) if own_B is None else own_B
+    others_BQ = ~negatives_BQ
+    others_BQ[rows_of(fit_BQ), own_B] = False
+    return pick((fit_BQ / temperature).masked_fill(others_BQ, -torch.inf).log_softmax(1), own_B)
 
 
 def local_loss(log_p_B: Tensor) -> Tensor:
@@ -95,10 +103,10 @@ def nearest_span(
     centers_BK: Tensor, widths_BK: Tensor, center_B: Tensor, width_B: Tensor
 ) -> Tensor:
     """[B]: the proposal of highest IoU with a span, both cut at the video's ends."""
-    starts_BK, ends_BK = (centers_BK - widths_BK / 2), (centers_BK + widths_BK / 2)
+    starts_BK = (centers_BK - widths_BK / 2).clamp_min(0)
+    ends_BK = (centers_BK + widths_BK / 2).clamp_max(1)
     start_B1 = (center_B - width_B / 2).clamp_min(0).unsqueeze(1)
     end_B1 = (center_B + width_B / 2).clamp_max(1).unsqueeze(1)
-    starts_BK, ends_BK = starts_BK.clamp_min(0), ends_BK.clamp_max(1)
     shared_BK = (torch.minimum(ends_BK, end_B1) - torch.maximum(starts_BK, start_B1)).clamp_min(0)
     union_BK = (ends_BK - starts_BK) + (end_B1 - start_B1) - shared_BK
     return (shared_BK / union_BK.clamp_min(torch.finfo(union_BK.dtype).tiny)).argmax(dim=1)
@@ -134,55 +142,42 @@ class BatchLoss(nn.Module):
         taught: the teacher's answers, for a student. peers: where other processes have other rows
         of the batch; the terms are means over the rows of this one.
         """
-        model, recipe = self.model, self.recipe
-        config, matching, mutual, distill = (
-            recipe.loss, recipe.matching, recipe.mutual, recipe.distill
-        )  # fmt: skip
+        model, loss_config = self.model, self.recipe.loss
+        matching, mutual, distill = self.recipe.matching, self.recipe.mutual, self.recipe.distill
         proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
         pseudo = None
-        if distill is not None and distill.distill_global:
+        if distill and distill.distill_global:
             assert taught is not None
-            pseudo = pseudo_span(proposals, taught)
-        terms = global_terms(
-            model, proposals, batch.ids_BW, masked_BW, config, ratio=ratio, pseudo=pseudo
-        )
-        hinges = [terms[name] for name in terms if name.startswith("hinge")]
+            spans = proposals.centers_BK, proposals.widths_BK
+            nearest_B = nearest_span(*spans, taught.centers_B, taught.widths_B)
+            pseudo = model.proposal_masks(*(pick(t, nearest_B) for t in spans))
+        terms = global_terms(model, proposals, batch.ids_BW, masked_BW, loss_config, ratio, pseudo)
+        hinges = [term for name, term in terms.items() if name.startswith("hinge")]
         loss = (
-            config.reconstruction_weight * terms["reconstruction"]
-            + config.whole_weight * terms["whole"]
-            + config.diversity_weight * terms["diversity"]
-            + config.contrast_weight * sum(hinges)
+            loss_config.reconstruction_weight * terms["reconstruction"]
+            + loss_config.whole_weight * terms["whole"]
+            + loss_config.diversity_weight * terms["diversity"]
+            + loss_config.contrast_weight * sum(hinges)
         )
-        if matching is not None and matching.local_weight:
+        if matching and matching.local_weight:
             assert isinstance(model, GroundingNetwork)
             gather = peers.gather if peers else None
             maps = model.activate_each(batch, proposals, all_pairs=True, gather=gather)
-            rows = torch.arange(len(maps[0]), device=maps[0].device)
-            own_B = peers.own_B if peers else rows
             terms["local"] = local_term(mean_map(maps), batch, matching, peers)
             loss = loss + matching.local_weight * terms["local"]
-            own = [maps_BQL[rows, own_B] for maps_BQL in maps]  # [B, L] of the matched pairs
-            if mutual is not None and mutual.mutual_weight:
+            own_B = peers.own_B if peers else rows_of(batch.ids_BW)
+            own = [pick(maps_BQL, own_B) for maps_BQL in maps]  # [B, L] of the matched pairs
+            if mutual and mutual.mutual_weight:
                 terms["mutual"] = mutual_loss(own[0], own[1])
                 loss = loss + mutual.mutual_weight * terms["mutual"]
-            if distill is not None and distill.distill_local:
+            if distill and distill.distill_local:
                 assert taught is not None
                 terms["distill_local"] = map_distance(mean_map(own), taught.maps_BL)
                 weight = distill.distill_weight * matching.local_weight
                 loss = loss + weight * terms["distill_local"]
-        if distill is not None and distill.distill_global:
+        if distill and distill.distill_global:
             loss = loss + distill.distill_weight * terms["distill_global"]
         return terms | {"loss": loss}
-
-
-def pseudo_span(proposals: Proposals, taught: Taught) -> tuple[Tensor, Tensor]:
-    """Center and width [B], with gradient, of the proposal nearest to the teacher's moment."""
-    centers_BK, widths_BK = proposals.centers_BK, proposals.widths_BK
-    chosen_B = nearest_span(
-        centers_BK.detach(), widths_BK.detach(), taught.centers_B, taught.widths_B
-    )
-    rows = torch.arange(len(chosen_B), device=chosen_B.device)
-    return centers_BK[rows, chosen_B], widths_BK[rows, chosen_B]
 
 
 def global_terms(
@@ -191,29 +186,25 @@ def global_terms(
     ids_BW: Tensor,
     masked_BW: Tensor,
     config: LossConfig,
-    *,
     ratio: float,
-    pseudo: tuple[Tensor, Tensor] | None = None,
+    pseudo_BN: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The terms of Eq. 3, CPL's hinges to its negatives and its diversity; Eq. 10 of `pseudo`.
+    """The terms of Eq. 3, CPL's hinges to its negatives and its diversity; Eq. 10 of `pseudo_BN`.
 
-    k* is chosen without gradient and without dropout; then only what enters the loss is computed
-    with gradient: k*, its two negatives, and the whole video. The rest has no gradient (Eq. 2 is
-    an argmin), so this equals computing all of it.
+    pseudo_BN: masks of the proposals nearest to the teacher's moments.
+    k* is chosen without gradient and dropout. Only what enters the loss is computed with gradient
+    (k*, its two negatives, the whole video): Eq. 2 is an argmin, so the rest has none.
     """
     masks_BKN = model.proposal_masks(proposals.centers_BK, proposals.widths_BK)
     best_B = choose_proposal(model, proposals, masks_BKN, ids_BW, masked_BW)
-    rows = torch.arange(len(best_B), device=best_B.device)
-    masks_BMN = masks_BKN[rows, best_B].unsqueeze(1)
+    masks = [pick(masks_BKN, best_B).unsqueeze(1)]
     with_negatives = config.negatives and config.contrast_weight != 0
     if with_negatives:
-        negatives_B2N = model.negative_masks(
-            proposals.centers_BK[rows, best_B], proposals.widths_BK[rows, best_B], ratio
-        )
-        masks_BMN = torch.cat([masks_BMN, negatives_B2N], dim=1)
-    if pseudo is not None:
-        masks_BMN = torch.cat([masks_BMN, model.proposal_masks(*pseudo).unsqueeze(1)], dim=1)
-    memory = model.remember(proposals.kept_BND, masks_BMN, whole=True)
+        center_B, width_B = (pick(t, best_B) for t in (proposals.centers_BK, proposals.widths_BK))
+        masks.append(model.negative_masks(center_B, width_B, ratio))
+    if pseudo_BN is not None:
+        masks.append(pseudo_BN.unsqueeze(1))
+    memory = model.remember(proposals.kept_BND, torch.cat(masks, dim=1), whole=True)
     logits_BMWV = model.reconstruct(proposals, masked_BW, memory)
     loss_BM = reconstruction_loss(logits_BMWV, ids_BW)
     best_loss_B, whole_B = loss_BM[:, 0], loss_BM[:, -1]
@@ -227,7 +218,7 @@ def global_terms(
     if with_negatives:
         terms["hinge_left"] = hinge(best_loss_B, loss_BM[:, 1], config.margin_negatives)
         terms["hinge_right"] = hinge(best_loss_B, loss_BM[:, 2], config.margin_negatives)
-    if pseudo is not None:
+    if pseudo_BN is not None:
         pseudo_B = loss_BM[:, -2]
         terms["distill_global"] = (
             pseudo_B.mean() + whole_B.mean() + hinge(pseudo_B, whole_B, config.margin_whole)
@@ -237,13 +228,9 @@ def global_terms(
 
 @torch.no_grad()
 def choose_proposal(
-    model: GlobalBranch,
-    proposals: Proposals,
-    masks_BKN: Tensor,
-    ids_BW: Tensor,
-    masked_BW: Tensor,
+    model: GlobalBranch, proposals: Proposals, masks_BKN: Tensor, ids_BW: Tensor, masked_BW: Tensor
 ) -> Tensor:
-    """Eq. 2 over all K proposals, [B]; without dropout, whose noise would choose with it."""
+    """Eq. 2 over all K proposals, [B]; without dropout, whose noise would affect the choice."""
     training = model.training
     model.eval()
     memory = model.remember(proposals.kept_BND, masks_BKN)
@@ -256,10 +243,10 @@ def local_term(
     maps_BQL: Tensor, batch: Batch, config: MatchingConfig, peers: Peers | None = None
 ) -> Tensor:
     """L_local of Eqs. 5-7 from the maps of this batch's videos and all processes' sentences."""
-    count = max(1, int(maps_BQL.shape[-1] // config.top_divisor))
-    own_B, negatives_BQ = None, negative_pairs(batch.videos_B, batch.sentences_B)
-    if peers is not None:
+    fit_BQ = top_mean(maps_BQL, max(1, int(maps_BQL.shape[-1] // config.top_divisor)))
+    if peers is None:
+        own_B, negatives_BQ = None, negative_pairs(batch.videos_B, batch.sentences_B)
+    else:
         own_B = peers.own_B
         negatives_BQ = negative_pairs(peers.videos_G, peers.sentences_G)[own_B]
-    fit_BQ = top_mean(maps_BQL, count)
     return local_loss(match_log_probability(fit_BQ, config.temperature, negatives_BQ, own_B))

@@ -4,9 +4,9 @@ The global branch is numerically CPL's network (Zheng et al., CVPR 2022) and has
 names, so that CPL's checkpoints load strictly.
 
 Shape suffixes: B batch (of sequences), L positions, F feature channels, W words, E word dimension,
-D channels, K proposals, M masks (whatever they are), N kept frames or grid positions, V output
+D channels, K proposals, M masks (of any kind), C = B·M, N kept frames or grid positions, V output
 words + 1, T queries, S keys, H heads, h channels of one head, Q sentences. A bias is added to
-attention scores, one value a key.
+attention scores, one value per key.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,18 @@ from mmdist_e2e.structures import MmdistError
 
 LABEL_SMOOTHING = 0.1
 MASK_FLOOR = 1e-10  # a key's weight is g + this, so that no query is left without a key
-
 MINIMUM_WIDTH = 0.01
-
+NEGATIVE_SHARPNESS = 4.5  # σ of the masks to the left and right of a proposal
+MINIMUM_NORM = 1e-8
 DROPOUT_STEPS = 2**15  # a share is rounded to so many steps
 
-KeysValues = tuple[Tensor, Tensor]
+
+class Memory(NamedTuple):
+    """What one layer's cross-attention reads: keys and values [B, H, S, h], and their bias."""
+
+    keys: Tensor
+    values: Tensor
+    bias_B1S: Tensor
 
 
 def gaussian_masks(centers: Tensor, widths: Tensor, *, positions: int, sharpness: float) -> Tensor:
@@ -57,17 +63,11 @@ def padding_bias(is_word: Tensor) -> Tensor:
     return torch.zeros(is_word.shape, device=is_word.device).masked_fill(~is_word, -torch.inf)
 
 
-def causal_bias(length: int, device: torch.device) -> Tensor:
-    """[T, T]: -inf above the diagonal."""
-    return torch.full((length, length), -torch.inf, device=device).triu(diagonal=1)
-
-
 def sinusoids(length: int, channels: int, device: torch.device) -> Tensor:
     """[T, D] positions: first half sines, second half cosines; position 0 is all zeros."""
     half = channels // 2
-    rates = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=device) * (-math.log(10000.0) / (half - 1))
-    )
+    steps = torch.arange(half, dtype=torch.float32, device=device)
+    rates = torch.exp(steps * (-math.log(10000.0) / (half - 1)))
     angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * rates
     table_TD = torch.cat([angles.sin(), angles.cos()], dim=1)
     table_TD[0] = 0
@@ -77,8 +77,8 @@ def sinusoids(length: int, channels: int, device: torch.device) -> Tensor:
 class Dropout(nn.Module):
     """Zero a `share` of the values and scale the rest; torch's own on a GPU.
 
-    torch's CPU generator makes one number after the other and takes longer than the layers here;
-    one 64-bit number has bits for four values.
+    torch's own takes longer than the layers on a CPU, since it draws one number per value. Here a
+    64-bit number serves four values.
     """
 
     def __init__(self, share: float) -> None:
@@ -110,25 +110,16 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def _split(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.view(*x_BTD.shape[:2], self.heads, -1).transpose(1, 2)
-
-    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, H, T, h] of self-attention."""
-        q, k, v = F.linear(x_BTD, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        return self._split(q), self._split(k), self._split(v)
-
-    def project_queries(self, x_BTD: Tensor) -> Tensor:
-        """[B, H, T, h] queries of cross-attention."""
+    def project(self, x_BTD: Tensor, parts: Literal["qkv", "q", "kv"] = "qkv") -> list[Tensor]:
+        """The named ones of queries, keys and values, each [B, H, T, h]."""
         D = x_BTD.shape[-1]
-        return self._split(F.linear(x_BTD, self.in_proj_weight[:D], self.in_proj_bias[:D]))
-
-    def project_memory(self, memory_BSD: Tensor) -> KeysValues:
-        """Keys and values [B, H, S, h] of a memory, projected once for all its readers."""
-        D = memory_BSD.shape[-1]
-        both = F.linear(memory_BSD, self.in_proj_weight[D:], self.in_proj_bias[D:])
-        k, v = both.chunk(2, dim=-1)
-        return self._split(k), self._split(v)
+        weight: Tensor = self.in_proj_weight
+        bias: Tensor = self.in_proj_bias
+        if parts != "qkv":  # a slice of all rows would be cast anew on every call under autocast
+            rows = slice(D) if parts == "q" else slice(D, None)
+            weight, bias = weight[rows], bias[rows]
+        each_BTD = F.linear(x_BTD, weight, bias).chunk(len(weight) // D, dim=-1)
+        return [t.view(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in each_BTD]
 
     def attend(self, q_BHTh: Tensor, k_BHSh: Tensor, v_BHSh: Tensor, bias_BTS: Tensor) -> Tensor:
         """Scores scaled by 1/√h plus bias, softmax, values, output projection: [B, T, D].
@@ -137,8 +128,8 @@ class Attention(nn.Module):
         """
         bias_B1TS = bias_BTS.unsqueeze(1)
         if q_BHTh.device.type == "cpu" and q_BHTh.dtype == torch.bfloat16:
-            # torch's fused kernel is fp32 at heart on a CPU: two bf16 products are 2.5 times as
-            # fast here, and so is their backward.
+            # On a CPU torch's fused kernel computes in fp32; two bf16 products are 2.5 times as
+            # fast, and so is their backward.
             scores = torch.add(
                 bias_B1TS, q_BHTh @ k_BHSh.transpose(-2, -1), alpha=q_BHTh.shape[-1] ** -0.5
             )
@@ -168,14 +159,7 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(D)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        self_bias_BTT: Tensor,
-        memory: KeysValues | None,
-        memory_bias_B1S: Tensor | None,
-        *,
-        copies: int = 1,
-        last_only: bool = False,
+        self, x_BTD: Tensor, bias_BTT: Tensor, memory: Memory | None, copies: int, last_only: bool
     ) -> Tensor:
         """`copies` > 1: every input sequence becomes so many, which differ in bias only.
 
@@ -183,20 +167,18 @@ class Layer(nn.Module):
         last_only: read the last position alone, [B, 1, D]; the others are still its keys.
         """
         if last_only:
-            k, v = self.self_attn.project_memory(x_BTD)
-            x_BTD, self_bias_BTT = x_BTD[:, -1:], self_bias_BTT[:, -1:]
-            q = self.self_attn.project_queries(x_BTD)
+            k, v = self.self_attn.project(x_BTD, "kv")
+            x_BTD, bias_BTT = x_BTD[:, -1:], bias_BTT[:, -1:]
+            (q,) = self.self_attn.project(x_BTD, "q")
         else:
             q, k, v = self.self_attn.project(x_BTD)
         if copies > 1:
             x_BTD, q, k, v = (t.repeat_interleave(copies, dim=0) for t in (x_BTD, q, k, v))
-        x_BTD = self.self_attn_layer_norm(
-            x_BTD + self.drop(self.self_attn.attend(q, k, v, self_bias_BTT))
-        )
+        read = self.self_attn.attend(q, k, v, bias_BTT)
+        x_BTD = self.self_attn_layer_norm(x_BTD + self.drop(read))
         if memory is not None:
-            assert memory_bias_B1S is not None
-            q = self.encoder_attn.project_queries(x_BTD)
-            read = self.encoder_attn.attend(q, *memory, memory_bias_B1S)
+            (q,) = self.encoder_attn.project(x_BTD, "q")
+            read = self.encoder_attn.attend(q, *memory)
             x_BTD = self.encoder_attn_layer_norm(x_BTD + self.drop(read))
         hidden = self.fc2(F.relu(self.fc1(x_BTD)))
         out: Tensor = self.final_layer_norm(x_BTD + self.drop(hidden))
@@ -213,50 +195,42 @@ class Stack(nn.Module):
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.decoder_layers if isinstance(layer, Layer)]
 
-    def project_memory(self, memory_BSD: Tensor) -> list[KeysValues]:
-        """Keys and values of a memory for every layer."""
-        return [layer.encoder_attn.project_memory(memory_BSD) for layer in self._layers()]
+    def project_memory(self, memory_BSD: Tensor, bias_BS: Tensor) -> list[Memory]:
+        """A sequence as every layer's cross-attention reads it; bias_BS is added to its scores."""
+        memory = []
+        for layer in self._layers():
+            keys, values = layer.encoder_attn.project(memory_BSD, "kv")
+            memory.append(Memory(keys, values, bias_BS.unsqueeze(1)))
+        return memory
 
     def forward(
         self,
         x_BTD: Tensor,
-        key_bias_BT: Tensor | None = None,
+        key_bias_BT: Tensor,
+        memory: list[Memory] | None = None,
         *,
-        memory: list[KeysValues] | None = None,
-        memory_bias_BS: Tensor | None = None,
         copies: int = 1,
         last_only: bool = False,
     ) -> Tensor:
         """[B, T, D] -> [B·copies, T, D], or [B·copies, 1, D] of the last position alone.
 
         key_bias_BT: added to the scores of every key of self-attention ([B·copies, T]).
-        memory_bias_BS: the same for cross-attention.
         """
-        bias_BTT = causal_bias(x_BTD.shape[1], x_BTD.device).unsqueeze(0)
-        if key_bias_BT is not None:
-            bias_BTT = bias_BTT + key_bias_BT.unsqueeze(1)
-        memory_bias = None if memory_bias_BS is None else memory_bias_BS.unsqueeze(1)
+        length = x_BTD.shape[1]
+        causal_TT = torch.full((length, length), -torch.inf, device=x_BTD.device).triu(diagonal=1)
+        bias_BTT = causal_TT.unsqueeze(0) + key_bias_BT.unsqueeze(1)
         layers = self._layers()
         for i, layer in enumerate(layers):
-            x_BTD = layer(
-                x_BTD,
-                bias_BTT,
-                None if memory is None else memory[i],
-                memory_bias,
-                copies=copies if i == 0 else 1,
-                last_only=last_only and i == len(layers) - 1,
-            )
+            read, is_last = memory[i] if memory else None, i == len(layers) - 1
+            x_BTD = layer(x_BTD, bias_BTT, read, copies if i == 0 else 1, last_only and is_last)
         return x_BTD
-
-
-MINIMUM_NORM = 1e-8
 
 
 class LocalBranch(nn.Module):
     """Context-enhanced features V̂ of every position (before Eq. 4).
 
-    feature_dim: F of features that go through a Linear of the branch's own; by default the
-    branch reads the frames that the global branch has projected.
+    feature_dim: F, for a Linear of the branch's own; without it the branch reads the frames that
+    the global branch has projected.
     """
 
     def __init__(self, config: LocalConfig, hidden: int, feature_dim: int | None = None) -> None:
@@ -293,7 +267,7 @@ def content_words(is_word_BW: Tensor, content_BW: Tensor) -> Tensor:
 def activation_maps(local_BLD: Tensor, query_QD: Tensor) -> Tensor:
     """Eq. 4 of all pairs, [B, Q, L]: m = cos(V̂_l, q) of video i and sentence j; fp32.
 
-    Norms are clamped, so that a position of zeros gives 0. One product for all pairs.
+    Norms are clamped, so that a position of zeros gives 0.
     """
     local, query = (F.normalize(t.float(), dim=-1, eps=MINIMUM_NORM) for t in (local_BLD, query_QD))
     with torch.autocast(local.device.type, enabled=False):  # a low temperature needs digits
@@ -302,17 +276,13 @@ def activation_maps(local_BLD: Tensor, query_QD: Tensor) -> Tensor:
 
 def matched_maps(local_BLD: Tensor, query_BD: Tensor) -> Tensor:
     """Eq. 4 of the matched pairs alone, [B, L]."""
-    return F.cosine_similarity(
-        local_BLD.float(), query_BD.float().unsqueeze(1), dim=-1, eps=MINIMUM_NORM
-    )
+    query_B1D = query_BD.float().unsqueeze(1)
+    return F.cosine_similarity(local_BLD.float(), query_B1D, dim=-1, eps=MINIMUM_NORM)
 
 
 def mean_map(maps: Sequence[Tensor]) -> Tensor:
-    """Eq. 13: m_T, the mean of the modalities' maps; of one modality its own."""
+    """Eq. 13: m_T, the mean of the modalities' maps."""
     return maps[0] if len(maps) == 1 else torch.stack(list(maps)).mean(0)
-
-
-NEGATIVE_SHARPNESS = 4.5  # σ of the masks to the left and right of a proposal
 
 
 def reconstruction_loss(logits_BMWV: Tensor, ids_BW: Tensor) -> Tensor:
@@ -324,37 +294,22 @@ def reconstruction_loss(logits_BMWV: Tensor, ids_BW: Tensor) -> Tensor:
     scored_B1W = (ids_BW != PADDING_ID).unsqueeze(1)
     log_p = F.log_softmax(logits_BMWV.float(), dim=-1)
     ids_BMW1 = ids_BW[:, None, :, None].expand(*log_p.shape[:3], 1)
-    picked = -log_p.gather(-1, ids_BMW1).squeeze(-1)
-    spread = -log_p.mean(dim=-1)
-    word_loss = (1 - LABEL_SMOOTHING) * picked + LABEL_SMOOTHING * spread
+    picked_BMW = -log_p.gather(-1, ids_BMW1).squeeze(-1)
+    word_loss = (1 - LABEL_SMOOTHING) * picked_BMW + LABEL_SMOOTHING * -log_p.mean(dim=-1)
     return torch.where(scored_B1W, word_loss, 0.0).sum(-1) / scored_B1W.sum(-1).clamp_min(1)
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """What the network makes of frames and a query before any mask.
+    """What the network makes of frames and a query before any mask; T = W + 1."""
 
-    centers_BK, widths_BK in (0, 1). frames_BLD: projected frames; kept_BND: those of them that
-    reconstruction reads.
-    words_BTD: projected start vector and words, T = W + 1, without positions. is_token_BT: True
-    for the start and the words. encoded_BTD: the word stack's reading of the unmasked query.
-    """
-
-    centers_BK: Tensor
+    centers_BK: Tensor  # in (0, 1), as the widths
     widths_BK: Tensor
-    frames_BLD: Tensor
-    kept_BND: Tensor
-    words_BTD: Tensor
-    is_token_BT: Tensor
-    encoded_BTD: Tensor
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Masked frames as the word stack reads them: keys and values a layer, and log masks."""
-
-    keys_values: list[KeysValues]
-    bias_BMN: Tensor
+    frames_BLD: Tensor  # projected
+    kept_BND: Tensor  # those of them that reconstruction reads
+    words_BTD: Tensor  # projected start vector and words, without positions
+    is_token_BT: Tensor  # True for the start and the words
+    encoded_BTD: Tensor  # the word stack's reading of the unmasked query
 
 
 class GlobalBranch(nn.Module):
@@ -388,7 +343,7 @@ class GlobalBranch(nn.Module):
         is_word_BW: True for words, False for padding. Raises MmdistError if L or F is not the
         config's.
         """
-        config = self.config
+        config, device = self.config, frames_BLF.device
         if tuple(frames_BLF.shape[1:]) != (config.length, config.feature_dim):
             raise MmdistError(
                 f"This model reads features of shape [{config.length}, {config.feature_dim}] a "
@@ -401,21 +356,15 @@ class GlobalBranch(nn.Module):
         words_BTD = self.word_fc(self.drop(torch.cat([start, words_BWE], dim=1)))
         is_token_BT = F.pad(is_word_BW, (1, 0), value=True)
         token_bias_BT = padding_bias(is_token_BT)
-        positions_TD = sinusoids(words_BTD.shape[1], config.hidden, words_BTD.device)
+        positions_TD = sinusoids(words_BTD.shape[1], config.hidden, device)
         encoded_BTD = self.word_stack(words_BTD + positions_TD, token_bias_BT)
+        memory = self.frame_stack.project_memory(encoded_BTD, token_bias_BT)
         # The prediction position reads every frame and is itself read by none.
-        is_frame = torch.ones(1, config.length + 1, dtype=torch.bool, device=frames_BLF.device)
-        is_frame[:, -1] = False
-        read_B1D = self.frame_stack(
-            frames_BPD,
-            padding_bias(is_frame),
-            memory=self.frame_stack.project_memory(encoded_BTD),
-            memory_bias_BS=token_bias_BT,
-            last_only=True,
-        )
+        is_frame = torch.arange(config.length + 1, device=device).unsqueeze(0) < config.length
+        read_B1D = self.frame_stack(frames_BPD, padding_bias(is_frame), memory, last_only=True)
         spans_BK2 = self.fc_gauss(read_B1D[:, 0]).float().sigmoid().unflatten(-1, (-1, 2))
         kept = config.kept_frames
-        indices = torch.arange(kept, device=frames_BPD.device) * (config.length - 1) // (kept - 1)
+        indices = torch.arange(kept, device=device) * (config.length - 1) // (kept - 1)
         return Proposals(
             centers_BK=spans_BK2[..., 0],
             widths_BK=spans_BK2[..., 1],
@@ -428,10 +377,8 @@ class GlobalBranch(nn.Module):
 
     def proposal_masks(self, centers: Tensor, widths: Tensor) -> Tensor:
         """[...] -> [..., N] Gaussian masks of proposals."""
-        config = self.config
-        return gaussian_masks(
-            centers, widths, positions=config.kept_frames, sharpness=config.sharpness
-        )
+        kept, sharpness = self.config.kept_frames, self.config.sharpness
+        return gaussian_masks(centers, widths, positions=kept, sharpness=sharpness)
 
     def negative_masks(self, center_B: Tensor, width_B: Tensor, ratio: float) -> Tensor:
         """[B, 2, N]: masks over what lies left and right of a proposal (CPL).
@@ -440,23 +387,21 @@ class GlobalBranch(nn.Module):
         """
         left = (center_B - width_B / 2).clamp_min(0) * (ratio * 0.5)
         right = (1 - center_B - width_B / 2).clamp_min(0) * (ratio * 0.5)
-        return gaussian_masks(
-            torch.stack([left, 1 - right], dim=1),
-            torch.stack([left, right], dim=1),
-            positions=self.config.kept_frames,
-            sharpness=NEGATIVE_SHARPNESS,
-        )
+        centers_B2 = torch.stack([left, 1 - right], dim=1)
+        widths_B2 = torch.stack([left, right], dim=1)
+        kept = self.config.kept_frames
+        return gaussian_masks(centers_B2, widths_B2, positions=kept, sharpness=NEGATIVE_SHARPNESS)
 
-    def remember(self, kept_BND: Tensor, masks_BMN: Tensor, *, whole: bool = False) -> Memory:
+    def remember(self, kept_BND: Tensor, masks_BMN: Tensor, *, whole: bool = False) -> list[Memory]:
         """Encode the kept frames under M masks, and once more unmasked if `whole` (the last)."""
         bias_BMN = mask_bias(masks_BMN)
         if whole:
             bias_BMN = torch.cat([bias_BMN, torch.zeros_like(bias_BMN[:, :1])], dim=1)
-        copies = bias_BMN.shape[1]
-        encoded = self.frame_stack(kept_BND, bias_BMN.flatten(0, 1), copies=copies)
-        return Memory(self.word_stack.project_memory(encoded), bias_BMN)
+        copies, bias_CN = bias_BMN.shape[1], bias_BMN.flatten(0, 1)
+        encoded_CND = self.frame_stack(kept_BND, bias_CN, copies=copies)
+        return self.word_stack.project_memory(encoded_CND, bias_CN)
 
-    def reconstruct(self, proposals: Proposals, masked_BW: Tensor, memory: Memory) -> Tensor:
+    def reconstruct(self, proposals: Proposals, masked_BW: Tensor, memory: list[Memory]) -> Tensor:
         """Logits [B, M, W, V]: output i predicts word i + 1 from the words before it.
 
         masked_BW: True for words hidden behind the mask vector, the same for all M.
@@ -466,35 +411,27 @@ class GlobalBranch(nn.Module):
         mask_D = self.word_fc(self.mask_vec).to(words_BTD.dtype)
         words_BTD = torch.where(is_masked_BT, mask_D, words_BTD)
         words_BTD = words_BTD + sinusoids(words_BTD.shape[1], self.config.hidden, mask_D.device)
-        copies = memory.bias_BMN.shape[1]
+        copies = len(memory[0].bias_B1S) // len(words_BTD)
         token_bias_BW = padding_bias(proposals.is_token_BT[:, :-1])
-        read = self.word_stack(
-            words_BTD[:, :-1],  # the last word is not fed
-            token_bias_BW.repeat_interleave(copies, dim=0),
-            memory=memory.keys_values,
-            memory_bias_BS=memory.bias_BMN.flatten(0, 1),
-            copies=copies,
-        )
-        logits: Tensor = self.fc_comp(read)
+        token_bias_CW = token_bias_BW.repeat_interleave(copies, dim=0)
+        # The last word is not fed.
+        read_CWD = self.word_stack(words_BTD[:, :-1], token_bias_CW, memory, copies=copies)
+        logits: Tensor = self.fc_comp(read_CWD)
         return logits.reshape(-1, copies, *logits.shape[1:])
 
 
 class GroundingNetwork(GlobalBranch):
     """The network of baseline, student and teacher: a global branch, local ones if configured.
 
-    local: without it this is CPL's network with CPL's keys. The global branch is made first, so
-    that one seed gives all networks the same weights there.
+    local: without it this is CPL's network with CPL's keys.
     channels: of the teacher, how many of F each modality has. The global branch reads them all
     through one Linear; each has a local branch with a Linear and convolutions of its own.
     """
 
     def __init__(
-        self,
-        config: GlobalConfig,
-        local: LocalConfig | None = None,
-        channels: Sequence[int] = (),
+        self, config: GlobalConfig, local: LocalConfig | None = None, channels: Sequence[int] = ()
     ) -> None:
-        super().__init__(config)
+        super().__init__(config)  # first, so that a seed gives all networks the same weights here
         self.local_config, self.channels = local, tuple(channels)
         self.local: LocalBranch | nn.ModuleList | None = None
         if local is not None and not channels:
@@ -516,7 +453,7 @@ class GroundingNetwork(GlobalBranch):
     def activate(self, batch: Batch, proposals: Proposals, *, all_pairs: bool = False) -> Tensor:
         """Eq. 4: activation maps [B, L], or with `all_pairs` [B, B, L] of video i and sentence j.
 
-        Of several modalities their mean, m_T of Eq. 13.
+        With several modalities, their mean (m_T of Eq. 13).
         """
         return mean_map(self.activate_each(batch, proposals, all_pairs=all_pairs))
 
@@ -528,10 +465,9 @@ class GroundingNetwork(GlobalBranch):
         all_pairs: bool = False,
         gather: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
-        """`activate` of every modality on its own.
+        """`activate` of every modality on its own; they share the query vector.
 
-        The query vector is read from the unmasked words without a memory, so it knows no video;
-        the modalities share it. gather: adds the sentences of other processes, [B, D] -> [G, D].
+        gather: adds the sentences of other processes, [B, D] -> [G, D].
         """
         assert self.local is not None
         assert self.local_config is not None
@@ -544,11 +480,8 @@ class GroundingNetwork(GlobalBranch):
         maps = activation_maps if all_pairs else matched_maps
         if isinstance(self.local, LocalBranch):
             return [maps(self.local(proposals.frames_BLD), query_BD)]
-        parts = torch.split(self.drop(batch.frames_BLF), list(self.channels), dim=-1)
-        return [
-            maps(local(part_BLF), query_BD)
-            for local, part_BLF in zip(self.local, parts, strict=True)
-        ]
+        parts = self.drop(batch.frames_BLF).split(self.channels, dim=-1)
+        return [maps(local(part), query_BD) for local, part in zip(self.local, parts, strict=True)]
 
 
 def build_network(recipe: Recipe) -> GroundingNetwork:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,6 @@ class Row:
     headline: bool = False
     taught: bool = False
     beside: str | None = None
-
-    @property
-    def folder(self) -> str:
-        return self.name.replace(" ", "-")
 
 
 ROWS = (
@@ -148,11 +145,10 @@ def table(done: Done, jobs: Sequence[Job], source: str) -> str:
     if not done:
         return "No run is finished yet.\n"
     some = next(iter(done.values()))["result"]
-    commits = ", ".join(sorted({str(each["commit"]) for each in done.values()}))
     lines = [
         f"Trained and scored on {source}: {some['videos']} videos, {some['protocol']}; checkpoints "
         f"chosen by {some['selected_by']}. Percent, mean ± standard deviation over seeds; in "
-        f"brackets the paper's on Charades-STA. mmdist {commits}.\n",
+        f"brackets the paper's on Charades-STA.\n",
         "| row | tables | seeds | " + " | ".join(SHOWN) + " |",
         "|---" * (3 + len(SHOWN)) + "|",
     ]
@@ -162,13 +158,11 @@ def table(done: Done, jobs: Sequence[Job], source: str) -> str:
         if not seeds:
             continue
         spread = dict(spread_over_runs([done[row.name, seed]["result"] for seed in seeds]))["model"]
-        cells = [f"{spread[c][0]:.2f} ± {spread[c][1]:.2f}" for c in SHOWN]
-        for i, figure in enumerate(row.paper):
-            cells[i] += f" ({figure:.2f})"
-        tables = ", ".join(map(str, row.tables))
-        lines.append(
-            f"| {row.name} | {tables} | {', '.join(map(str, seeds))} | " + " | ".join(cells) + " |"
-        )
+        cells = [row.name, ", ".join(map(str, row.tables)), ", ".join(map(str, seeds))]
+        for name, paper in zip_longest(SHOWN, row.paper):
+            told = "" if paper is None else f" ({paper:.2f})"
+            cells.append("{:.2f} ± {:.2f}".format(*spread[name]) + told)
+        lines.append(f"| {' | '.join(cells)} |")
         shared = [seed for seed in seeds if (row.beside, seed) in done]
         if shared:
             compared.append(_comparison(row, shared, done))
@@ -183,21 +177,18 @@ def table(done: Done, jobs: Sequence[Job], source: str) -> str:
 
 
 def _comparison(row: Row, seeds: Sequence[int], done: Done) -> str:
-    def score(name: str | None, seed: int) -> float:
-        return float(done[str(name), seed]["result"]["metrics"][JUDGED])
-
-    differences = [score(row.name, seed) - score(row.beside, seed) for seed in seeds]
-    error = "–"
-    if len(seeds) > 1:
-        error = f"{np.std(differences, ddof=1) / math.sqrt(len(seeds)):.2f}"
-    each = " ".join(f"{difference:+.2f}" for difference in differences)
-    return (
-        f"| {row.name} − {row.beside} | {len(seeds)} | {np.mean(differences):+.2f} | {error} | "
-        f"{each} |"
+    """A line of the table of differences."""
+    ours, theirs = (
+        np.array([done[name, seed]["result"]["metrics"][JUDGED] for seed in seeds])
+        for name in (row.name, str(row.beside))
     )
+    apart = ours - theirs
+    error = f"{apart.std(ddof=1) / math.sqrt(len(seeds)):.2f}" if len(seeds) > 1 else "–"
+    each = " ".join(f"{difference:+.2f}" for difference in apart)
+    return f"| {row.name} − {row.beside} | {len(seeds)} | {apart.mean():+.2f} | {error} | {each} |"
 
 
-DONE = "reproduced.json"  # a row's result, seconds, commit and inputs, written when it is finished
+DONE = "reproduced.json"  # a row's result, seconds and inputs, written when it is finished
 
 LOCKS = ".locks"
 
@@ -220,7 +211,7 @@ class Material:
 
 
 def run_of(out: Path, row: Row, seed: int) -> Path:
-    return out / f"{row.folder}-{seed}"
+    return out / f"{row.name.replace(' ', '-')}-{seed}"
 
 
 def inputs_of(
@@ -279,7 +270,7 @@ def _settings(
 def finished(
     out: Path, inputs: Mapping[Job, Mapping[str, Any]]
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """{"result", "seconds", "commit", "inputs"} of the finished runs, by row and seed.
+    """{"result", "seconds", "inputs"} of the finished runs, by row and seed.
 
     Raises MmdistError when a run was made from other inputs.
     """
@@ -289,9 +280,8 @@ def finished(
         if not path.is_file():
             continue
         done = json.loads(path.read_text(encoding="utf-8"))
-        unlike = input_differences(done.get("inputs", {}), wanted)
-        if unlike:
-            others.append(f"{path.parent.name} ({'; '.join(unlike)})")
+        if unlike := input_differences(done.get("inputs", {}), wanted):
+            others.append(f"{path.parent.name} ({unlike})")
         found[row.name, seed] = done
     if others:
         raise MmdistError(
@@ -307,13 +297,12 @@ def reproduce(
     out: Path,
     *,
     settings: Mapping[str, Any],
-    commit: str,
-    progress: Progress | None = None,
-    told: Callable[[str], None] = lambda line: None,
+    progress: Progress | None,
+    told: Callable[[str], None],
 ) -> tuple[str, dict[str, str]]:
     """Train and score what is not finished; rewrites out/table.md after each row.
 
-    settings: of every row whose recipe has them. commit: of the code, stored with the result.
+    settings: of every row whose recipe has them. told: is called with a line about each row.
     Returns the table and, by row and seed, why it failed; the others are done all the same. What
     another call is training is skipped. Raises MmdistError as `inputs_of` and `finished`.
     """
@@ -343,17 +332,16 @@ def reproduce(
                 own = {name: value for name, value in settings.items() if name in names}
                 result = _train_and_score(material, row, seed, out, own, progress)
                 seconds = round(time.monotonic() - start, 1)
-                done = {"result": result, "seconds": seconds, "commit": commit}
-                write_json(run / DONE, done | {"inputs": inputs[row, seed]})
+                done = {"result": result, "seconds": seconds, "inputs": inputs[row, seed]}
+                write_json(run / DONE, done)
         except Timeout:
             told(f"{label}: another call is training it")
-            continue
         except MmdistError as error:
             failed[label] = str(error)
             told(f"{label} failed: {error}")
-            continue
-        told(f"{label}: R@1 at IoU 0.5 {result['metrics'][JUDGED]:.2f} ({seconds:.0f} s)")
-        write_table()
+        else:
+            told(f"{label}: R@1 at IoU 0.5 {result['metrics'][JUDGED]:.2f} ({seconds:.0f} s)")
+            write_table()
     # Again at the end: another call may have finished some of these rows.
     return write_table(), failed
 

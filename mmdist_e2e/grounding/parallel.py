@@ -1,7 +1,7 @@
 """One training over several processes, one GPU each, started by torchrun.
 
-Every process collates the same global batch with the same masked words, keeps its own share of
-rows, and compares its videos with the sentences of all. So the loss equals that of one process.
+Every process makes the same global batch with the same masked words, keeps its share of rows, and
+compares its videos with all sentences, so the loss equals that of one process.
 DistributedDataParallel averages the gradients.
 
 Shape suffixes: B rows of this process, G rows of the global batch, D channels.
@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def processes(device: str) -> Iterator[str]:
 
     Raises MmdistError when there are more processes than GPUs on this machine.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or several():
+    if os.environ.get("WORLD_SIZE", "1") == "1" or several():
         yield device
         return
     on_gpu = device.startswith("cuda")
@@ -60,14 +61,10 @@ def processes(device: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Peers:
-    """The place of this process's rows in a global batch.
+    """The place of this process's rows in a global batch."""
 
-    size: how many rows it has; 0 where there are more processes than rows. own_B: where they stand
-    in the global batch. videos_G, sentences_G: of the global batch.
-    """
-
-    size: int
-    own_B: Tensor
+    size: int  # how many rows it has; 0 where there are more processes than rows
+    own_B: Tensor  # their indices in the global batch
     videos_G: Tensor
     sentences_G: Tensor
 
@@ -77,11 +74,10 @@ class Peers:
         return self.size * dist.get_world_size() / len(self.videos_G)
 
     def gather(self, rows_BD: Tensor) -> Tensor:
-        """[G, D]: the rows of all processes; gradients flow back to where they came from."""
+        """[G, D]: the rows of all processes, with gradients."""
         empty_GD = rows_BD.new_zeros(len(self.videos_G), rows_BD.shape[1])
         own_GD = empty_GD.index_copy(0, self.own_B[: self.size], rows_BD[: self.size])
-        every_GD: Tensor = _Sum.apply(own_GD)
-        return every_GD
+        return cast(Tensor, _Sum.apply(own_GD))
 
     def mean(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Means over the global batch from the means of every process."""
@@ -91,7 +87,7 @@ class Peers:
 
 
 class _Sum(torch.autograd.Function):
-    """A sum over processes, with gradients (torch's own is deprecated for a private module)."""
+    """A sum over processes, with gradients; torch's own is deprecated."""
 
     @staticmethod
     def forward(ctx: object, values: Tensor) -> Tensor:

@@ -27,15 +27,13 @@ from mmdist_e2e.grounding.checkpoint import (
     tensors_digest,
 )
 from mmdist_e2e.grounding.data.annotations import Annotation
-from mmdist_e2e.grounding.data.batches import Item, batches, make_items
+from mmdist_e2e.grounding.data.batches import batches, make_items
 from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
 from mmdist_e2e.grounding.losses import Taught
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError
 
 FILE = "teacher.safetensors"
-
-TENSORS = ("centers_Q", "widths_Q", "maps_QL")
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class TeacherAnswers:
     def of(self, queries_B: Tensor) -> Taught:
         """The answers to a batch, where the batch lies."""
         device = queries_B.device
-        return Taught(*(getattr(self, name)[queries_B.cpu()].to(device) for name in TENSORS))
+        return Taught(*(each_Q[queries_B.cpu()].to(device) for each_Q in vars(self).values()))
 
 
 @torch.inference_mode()
@@ -69,7 +67,7 @@ def teach(
     """
     teacher.check_table(table)
     model = teacher.model.to(table.data_VLF.device).eval()
-    items: list[Item] = make_items(annotations, table, teacher.vocabulary)
+    items = make_items(annotations, table, teacher.vocabulary)
     parts: list[tuple[Tensor, ...]] = []
     done = 0
     for batch in batches(items, table, INFERENCE_BATCH, range(len(items))):
@@ -102,11 +100,11 @@ def cached_answers(
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("identity") == identity:
-                    return TeacherAnswers(*(file.get_tensor(name) for name in TENSORS))
+                    return TeacherAnswers(**{n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118
         except (OSError, SafetensorError):
             pass  # damaged: asked again, and replaced
     answers = teach(teacher, annotations, table, progress=progress)
-    tensors = {name: getattr(answers, name).contiguous() for name in TENSORS}
+    tensors = {name: tensor.contiguous() for name, tensor in vars(answers).items()}
     write_atomically(path, save(tensors, metadata={"identity": identity}))
     return answers
 
@@ -118,26 +116,25 @@ def load_teacher(
     flow_features_path: Path | None,
     length: int,
 ) -> tuple[GroundingModel, FeatureTable]:
-    """A student's teacher, and the features that it reads of the training pairs."""
+    """A student's teacher, and the features that it reads of the training pairs.
+
+    Raises MmdistError when a student of `length` positions cannot learn from it.
+    """
     if run is None:
         raise MmdistError(
             "A student needs a teacher; give --teacher RUN, a run of mmdist train teacher."
         )
     trained = load_checkpoint(run)
-    check_teacher(trained, length)
-    places = places_of(trained.modalities, features_path, flow_features_path)
-    return trained, load_features(places, [a.video for a in annotations], length=length)
-
-
-def check_teacher(teacher: GroundingModel, length: int) -> None:
-    """Raises MmdistError when a student of L positions cannot learn from this teacher."""
-    if teacher.model.local is None:
+    recipe = trained.recipe
+    if trained.model.local is None:
         raise MmdistError(
-            f"A {teacher.recipe.name} has no activation map to learn from; give a run of "
+            f"A {recipe.name} has no activation map to learn from; give a run of "
             f"mmdist train teacher (or baseline) as --teacher."
         )
-    if teacher.recipe.model.length != length:
+    if recipe.model.length != length:
         raise MmdistError(
-            f"The teacher reads {teacher.recipe.model.length} positions and the student "
-            f"{length}; give --length {teacher.recipe.model.length}."
+            f"The teacher reads {recipe.model.length} positions and the student "
+            f"{length}; give --length {recipe.model.length}."
         )
+    places = places_of(trained.modalities, features_path, flow_features_path)
+    return trained, load_features(places, [a.video for a in annotations], length=length)

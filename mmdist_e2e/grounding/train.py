@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,12 @@ from mmdist_e2e.grounding.checkpoint import (
     CONFIG,
     MODEL,
     annotations_digest,
-    continuation,
     model_digest,
     recipe_settings,
     refuse_other,
     save_checkpoint,
 )
-from mmdist_e2e.grounding.config import Count, Recipe, TrainingConfig, check_setting, get_recipe
+from mmdist_e2e.grounding.config import Count, Recipe, check_setting, get_recipe
 from mmdist_e2e.grounding.data.annotations import (
     Annotation,
     carve_validation,
@@ -73,8 +73,6 @@ MAXIMUM_WARMUP = 400
 SEEDS_APART = 100_003  # a prime above any number of epochs: epochs of two seeds never coincide
 
 RANKS_APART = 2**49  # above every seed of one process
-
-MAXIMUM_SEED = 2**32
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of a parameter
 
@@ -116,6 +114,15 @@ class TrainingState:
     best_score: float = -math.inf
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    def summary(self) -> dict[str, Any]:
+        return {
+            "epochs": self.epoch,
+            "updates": self.updates,
+            "best_epoch": self.best_epoch,
+            "validation": self.history[self.best_epoch - 1]["validation"],
+            "history": self.history,
+        }
+
 
 class Trainer:
     """A model, its optimizer and their progress, on the device of the features."""
@@ -130,7 +137,7 @@ class Trainer:
     ) -> None:
         """answers: the teacher's, of the same items, where the recipe is a student's."""
         assert (recipe.distill is None) == (answers is None)
-        if not 0 <= seed < MAXIMUM_SEED:
+        if not 0 <= seed < 2**32:
             raise MmdistError(f"seed must be at least 0 and below 2**32; got {seed}.")
         self.recipe, self.items, self.table, self.seed = recipe, items, table, seed
         self.answers = answers
@@ -246,25 +253,11 @@ SELECTED_BY = {
 WATCHED = {"R@1,IoU=0.5": "R@1", "R@5,IoU=0.5": "R@5", "mIoU": "mIoU"}  # in progress
 
 
-def validate(
-    trainer: Trainer, items: Sequence[Item], windows: Windows | None = None
-) -> dict[str, float]:
-    """R@n and mIoU, as `mmdist evaluate` gives them; and L_rec[k*], averaged over queries.
-
-    The last, `loss`, needs no timestamps.
-    """
+def validate(trainer: Trainer, items: Sequence[Item], windows: Windows | None) -> dict[str, float]:
+    """Metrics as `mmdist evaluate` gives them; and `loss`, the mean L_rec[k*]: no timestamps."""
     predictions = answer_items(trainer.model, items, trainer.table, windows)
     metrics = recall_metrics(prediction_iou(predictions, items))
     return metrics | {"loss": float(predictions.losses.min(axis=1).mean())}
-
-
-def _score(settings: TrainingConfig, epoch: int, validation: Mapping[str, float]) -> float:
-    match settings.select_by:
-        case "val_recall":
-            return validation["R@1,IoU=0.5"]
-        case "val_loss":
-            return -validation["loss"]
-    return float(epoch)
 
 
 def train_run(
@@ -290,9 +283,9 @@ def train_run(
 ) -> dict[str, Any]:
     """Train a recipe from features and sentences; `out` becomes the best epoch's checkpoint.
 
-    Writes out/ (best), out/last/ (last epoch), out/history.json, out/log.csv, and
-    out/state.safetensors. A second call with the same inputs resumes or, with more epochs,
-    continues the run; a finished run is left as it is.
+    Writes out/ (best), out/last/ (last epoch), out/history.json and out/state.safetensors. A second
+    call with the same inputs resumes or, with more epochs, continues the run; a finished run is
+    left as it is.
 
     carve: without `val_path`, the share of training videos set aside as validation; 0: no
     validation, the last epoch is taken. modalities: what the network reads; flow_features_path: of
@@ -311,7 +304,11 @@ def train_run(
     if val_path is not None:
         val_annotations = load_annotations(val_path, durations=durations, protocol=protocol)
         where = val_path.name
-        _refuse_overlap(train_annotations, val_annotations)
+        if both := {a.video for a in train_annotations} & {a.video for a in val_annotations}:
+            raise MmdistError(
+                f"{len(both)} videos are in both the training and the validation split, "
+                f"'{min(both)}' for one; split by video."
+            )
     elif carve:
         train_annotations, val_annotations, where = carve_validation(train_annotations, carve)
     sentences = [a.sentence for a in train_annotations]
@@ -331,7 +328,7 @@ def train_run(
         queries=len(train_annotations),
         channels=tuple(table.channels.values()),
     ).overridden(overrides)
-    if not val_annotations and recipe.training.select_by != "last":
+    if not val_annotations:
         recipe = recipe.overridden({"select_by": "last"})
     items = make_items(train_annotations, table, vocabulary)
     val_items = make_items(val_annotations, table, vocabulary)
@@ -354,6 +351,8 @@ def train_run(
         "digests": digests,
         "continued": [],
     }
+    state_path = out / STATE
+    found = _found(out, inputs, more_epochs=more_epochs)
     summary = {
         "out": str(out),
         "recipe": recipe.name,
@@ -361,18 +360,15 @@ def train_run(
         "queries": len(items),
         "vocabulary": len(vocabulary),
         "selected_by": SELECTED_BY[recipe.training.select_by].format(where),
+        "continued": inputs["continued"],
     }
-    state_path = out / STATE
-    found = _found(out, inputs, more_epochs=more_epochs)
-    if found is not None and found.epoch == recipe.training.epochs:
-        return summary | _progress(found, inputs, how="finished before")
+    if found.epoch == recipe.training.epochs:
+        return summary | found.summary() | {"how": "finished before"}
 
     answers = None
     if recipe.distill is not None:
-        taught_table = taught_table.to(device)
-        answers = cached_answers(
-            out / TEACHER, trained, train_annotations, taught_table, progress=progress
-        )
+        asked = train_annotations, taught_table.to(device)
+        answers = cached_answers(out / TEACHER, trained, *asked, progress=progress)
     trainer = Trainer(recipe, items, table, seed, answers)
     longest = max(video_seconds(item, table) for item in items)
     windows = cut_long_videos(val_items, table, places, longest_seconds=longest)
@@ -390,112 +386,35 @@ def train_run(
         "inputs": digests,
         **({"continued": inputs["continued"]} if inputs["continued"] else {}),
     }
-    if found is not None:
+    if found.epoch:
         trainer.load_state(state_path)
     elif rank() == 0:  # from now on, `out` is a run of these inputs
         trainer.save_state(state_path, inputs)
-    for epoch, validation in _epochs(trainer, val_items, windows, progress):
-        state = trainer.state
-        score = _score(recipe.training, epoch, validation)
-        saved: dict[str, Any] = {
-            "model": trainer.model,
-            "recipe": recipe,
-            "vocabulary": vocabulary,
-            "table": table,
-        }
+    save_in = partial(
+        save_checkpoint, model=trainer.model, recipe=recipe, vocabulary=vocabulary, table=table
+    )
+    select_by = recipe.training.select_by
+    while (state := trainer.state).epoch < recipe.training.epochs:
+        validation = _epoch(trainer, val_items, windows, progress)
+        epoch = state.epoch
+        score = float(epoch)
+        if select_by != "last":
+            score = validation["R@1,IoU=0.5"] if select_by == "val_recall" else -validation["loss"]
         now = facts | {"epoch": epoch, "validation": validation}
-        best = score > state.best_score
-        if best:
+        if best := score > state.best_score:
             state.best_score, state.best_epoch = score, epoch
         if rank() != 0:  # all processes hold the same weights, and one writes
             continue
         if best:
-            save_checkpoint(out, **saved, facts=now)
+            save_in(out, facts=now)
         if epoch == recipe.training.epochs:
-            save_checkpoint(out / LAST, **saved, facts=now | {"selected_by": SELECTED_BY["last"]})
+            save_in(out / LAST, facts=now | {"selected_by": SELECTED_BY["last"]})
         write_json(out / HISTORY, state.history)
         write_atomically(out / LOG, _csv(state.history).encode())
         # Last, so that a run killed before it repeats the whole epoch.
         trainer.save_state(state_path, inputs)
-    how = f"resumed after epoch {found.epoch}" if found is not None and found.epoch else "trained"
-    return summary | _progress(trainer.state, inputs, how=how)
-
-
-def _progress(state: TrainingState, inputs: Mapping[str, Any], *, how: str) -> dict[str, Any]:
-    """The summary's part on progress; how: whether this call trained, resumed or found the run."""
-    return {
-        "epochs": state.epoch,
-        "updates": state.updates,
-        "best_epoch": state.best_epoch,
-        "validation": state.history[state.best_epoch - 1]["validation"],
-        "history": state.history,
-        "continued": [continuation(**each) for each in inputs["continued"]],
-        "how": how,
-    }
-
-
-def _found(out: Path, inputs: dict[str, Any], *, more_epochs: bool) -> TrainingState | None:
-    """The progress of the run in `out`; None where there is none.
-
-    A run that shall have more epochs than it was started with is continued, and
-    `inputs["continued"]` records it. Raises MmdistError when `out` holds a run of other inputs or
-    of more epochs, or a checkpoint without a training state.
-    """
-    another = "Give another --out or delete that folder."
-    if not (out / STATE).is_file():
-        if (out / CONFIG).is_file():
-            raise MmdistError(f"'{out}' holds a checkpoint without its training state. {another}")
-        return None
-    known, state, _ = read_state(out / STATE)
-    if not state.epoch and not (out / CONFIG).is_file():
-        return None  # killed before anything was made
-    epochs = planned = inputs["settings"]["epochs"]
-    if "digests" in known and more_epochs:
-        inputs["continued"] = known["continued"]
-        planned = known["settings"]["epochs"]
-        known["settings"]["epochs"] = epochs
-    refuse_other(f"'{out}' holds a training run", known, json.loads(json.dumps(inputs)))
-    if state.epoch and not all((out / name).is_file() for name in (CONFIG, MODEL)):
-        raise MmdistError(f"'{out}' holds a training state without its checkpoint. {another}")
-    if epochs != planned and epochs <= state.epoch:
-        raise MmdistError(
-            f"'{out}' holds a run of {state.epoch} of {planned} epochs, and {epochs} are wanted; "
-            f"ask for more than {state.epoch} with --epochs, or give another --out."
-        )
-    if epochs != planned and state.epoch:
-        now = {"epoch": state.epoch, "planned": planned, "epochs": epochs}
-        inputs["continued"] = [*known["continued"], now]
-    return state
-
-
-def _epochs(
-    trainer: Trainer,
-    val_items: Sequence[Item],
-    windows: Windows | None,
-    progress: Progress | None,
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """Train the remaining epochs; after each, its number and validation.
-
-    Raises MmdistError, before anything of the epoch is saved, when a loss or weight is not finite.
-    """
-    epochs = trainer.recipe.training.epochs
-    while trainer.state.epoch < epochs:
-        losses = trainer.run_epoch(progress)
-        epoch = trainer.state.epoch
-        weights = all(bool(p.isfinite().all()) for p in trainer.model.parameters())
-        validation = validate(trainer, val_items, windows) if val_items and weights else {}
-        if not weights or not all(map(math.isfinite, (*losses.values(), *validation.values()))):
-            raise MmdistError(
-                f"The loss is no longer finite in epoch {epoch}; lower the learning rate, or look "
-                f"for extreme values in the features."
-            )
-        trainer.state.history.append({"epoch": epoch, "losses": losses, "validation": validation})
-        if progress:
-            figures = {"loss": losses["loss"]}
-            figures |= {short: validation[k] for k, short in WATCHED.items() if k in validation}
-            told = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
-            progress(f"epoch {epoch} of {epochs}: {told}", len(trainer.items), len(trainer.items))
-        yield epoch, validation
+    how = f"resumed after epoch {found.epoch}" if found.epoch else "trained"
+    return summary | trainer.state.summary() | {"how": how}
 
 
 def _csv(history: Sequence[Mapping[str, Any]]) -> str:
@@ -513,10 +432,68 @@ def _csv(history: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _refuse_overlap(train: Sequence[Annotation], val: Sequence[Annotation]) -> None:
-    both = {a.video for a in train} & {a.video for a in val}
-    if both:
+def _found(out: Path, inputs: dict[str, Any], *, more_epochs: bool) -> TrainingState:
+    """The progress of the run in `out`; epoch 0 where there is none.
+
+    A run that shall have more epochs than it was started with is continued, and
+    `inputs["continued"]` records it. Raises MmdistError when `out` holds a run of other inputs or
+    of more epochs, or a checkpoint without a training state.
+    """
+    another = "Give another --out or delete that folder."
+    if not (out / STATE).is_file():
+        if (out / CONFIG).is_file():
+            raise MmdistError(f"'{out}' holds a checkpoint without its training state. {another}")
+        return TrainingState()
+    known, state, _ = read_state(out / STATE)
+    if not state.epoch and not (out / CONFIG).is_file():
+        return state  # killed before anything was made
+    epochs = planned = inputs["settings"]["epochs"]
+    if "digests" in known and more_epochs:
+        inputs["continued"] = known["continued"]
+        planned = known["settings"]["epochs"]
+        known["settings"]["epochs"] = epochs
+    refuse_other(f"'{out}' holds a training run", known, json.loads(json.dumps(inputs)))
+    if state.epoch and not all((out / name).is_file() for name in (CONFIG, MODEL)):
+        raise MmdistError(f"'{out}' holds a training state without its checkpoint. {another}")
+    if epochs != planned and epochs <= state.epoch:
         raise MmdistError(
-            f"{len(both)} videos are in both the training and the validation split, '{min(both)}' "
-            f"for one; split by video."
+            f"'{out}' holds a run of {state.epoch} of {planned} epochs, and {epochs} are wanted; "
+            f"ask for more than {state.epoch} with --epochs, or give another --out."
         )
+    if epochs != planned and state.epoch:
+        inputs["continued"] = [
+            *known["continued"],
+            f"Epochs 1 to {state.epoch} were trained as part of {planned}, the following as part "
+            f"of {epochs}: learning rate warmup and negatives depend on that number, so the "
+            f"weights may differ from those of a run of {epochs} epochs.",
+        ]
+    return state
+
+
+def _epoch(
+    trainer: Trainer,
+    val_items: Sequence[Item],
+    windows: Windows | None,
+    progress: Progress | None,
+) -> dict[str, float]:
+    """Train an epoch, add it to the history, and return its validation.
+
+    Raises MmdistError, before anything is saved, when a loss or weight is not finite.
+    """
+    losses = trainer.run_epoch(progress)
+    epoch = trainer.state.epoch
+    weights = all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+    validation = validate(trainer, val_items, windows) if val_items and weights else {}
+    if not weights or not all(map(math.isfinite, (*losses.values(), *validation.values()))):
+        raise MmdistError(
+            f"The loss is no longer finite in epoch {epoch}; lower the learning rate, or look "
+            f"for extreme values in the features."
+        )
+    trainer.state.history.append({"epoch": epoch, "losses": losses, "validation": validation})
+    if progress:
+        figures = {"loss": losses["loss"]}
+        figures |= {short: validation[k] for k, short in WATCHED.items() if k in validation}
+        told = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+        what = f"epoch {epoch} of {trainer.recipe.training.epochs}: {told}"
+        progress(what, len(trainer.items), len(trainer.items))
+    return validation

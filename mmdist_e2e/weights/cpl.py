@@ -21,14 +21,14 @@ from mmdist_e2e.grounding.config import Recipe, cpl
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.data.text import Vocabulary
 from mmdist_e2e.grounding.network import GlobalBranch
-from mmdist_e2e.store import check_out, write_atomically
+from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.download import file_sha256, git_blob_sha1
 from mmdist_e2e.weights.registry import misfits
 from mmdist_e2e.weights.words import WordVectors, load_restricted
 
-# Our setting and its place in CPL's config. Settings that a config lacks keep the recipe's values,
-# which are those of CPL's published configuration.
+# Our setting and its place in CPL's config. A config without it gets the published value, the
+# recipe's default.
 SETTINGS = {
     "length": "dataset.max_num_frames",
     "heads": "model.config.DualTransformer.num_heads",
@@ -51,16 +51,12 @@ PUBLISHED_FEATURES: Mapping[str, Any] = Provenance.external("hdf5").matters
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that CPL has a checkpoint for.
-
-    longest_seconds: its longest training video. model_id, vocabulary_id: ids of the released files
-    as git objects.
-    """
+    """A dataset that CPL has a checkpoint for."""
 
     title: str
     features: str
-    longest_seconds: float
-    model_id: str
+    longest_seconds: float  # of its training videos
+    model_id: str  # of the released file as a git object
     vocabulary_id: str
 
 
@@ -115,43 +111,28 @@ class Released:
 
         Raises MmdistError when the tensors are not those of such a network.
         """
+        fc1 = "trans.decoder1.decoder_layers.{}.fc1"
         try:
-            (hidden, feature_dim), (_, word_dim) = (
-                self.state[f"{name}.weight"].shape for name in ("frame_fc", "word_fc")
+            (hidden, feature_dim), (_, word_dim), (outputs, _), (spans, _), (feed_forward, _) = (
+                self.state[f"{name}.weight"].shape
+                for name in ("frame_fc", "word_fc", "fc_comp", "fc_gauss", fc1.format(0))
             )
-            outputs, spans, feed_forward = (
-                len(self.state[f"{name}.weight"])
-                for name in ("fc_comp", "fc_gauss", "trans.decoder1.decoder_layers.0.fc1")
-            )
-        except (KeyError, ValueError, TypeError) as error:
-            raise self._wrong(str(error)) from error
-        first = "trans.decoder1.decoder_layers.{}.fc1.weight"
-        layers = next(i for i in range(len(self.state) + 1) if first.format(i) not in self.state)
-        recipe = cpl(
-            feature_dim=feature_dim,
-            word_dim=word_dim,
-            vocabulary_size=outputs - 1,
-            length=200,
-        )
+        except (KeyError, ValueError) as error:
+            raise self.misfit(str(error)) from error
         own = {ours: self.setting(theirs) for ours, theirs in SETTINGS.items()}
         shape = {
-            "hidden": hidden, "proposals": spans // 2, "layers": layers,
-            "feed_forward": feed_forward, "frame_divisor": 4.0,
-        }  # fmt: skip
+            "hidden": hidden,
+            "proposals": spans // 2,
+            "layers": sum(f"{fc1.format(i)}.weight" in self.state for i in range(len(self.state))),
+            "feed_forward": feed_forward,
+            "frame_divisor": 4.0,
+        }
+        recipe = cpl(
+            length=200, feature_dim=feature_dim, word_dim=word_dim, vocabulary_size=outputs - 1
+        )
         return recipe.overridden(shape | {k: v for k, v in own.items() if v is not None})
 
-    def network(self, recipe: Recipe) -> GlobalBranch:
-        """The network with these weights, in eval mode.
-
-        Raises MmdistError naming missing, unexpected, misshapen or non-finite tensors.
-        """
-        model = GlobalBranch(recipe.model)
-        if problems := misfits(model.state_dict(), self.state):
-            raise self._wrong(problems)
-        model.load_state_dict(self.state, strict=True)
-        return model.eval()
-
-    def _wrong(self, problems: str) -> MmdistError:
+    def misfit(self, problems: str) -> MmdistError:
         return MmdistError(
             f"'{self.file}' does not hold the weights of a CPL network ({problems}); give a file "
             f"that CPL's public code saved, like its model-best.pt."
@@ -161,13 +142,8 @@ class Released:
 def read_cpl(file: Path) -> Released:
     """Read a checkpoint of CPL's public code without running any code in it.
 
-    Raises MmdistError for a file that is missing or holds anything else.
+    Raises MmdistError for a file that holds anything else.
     """
-    if not file.is_file():
-        raise MmdistError(
-            f"There is no file '{file}'; download checkpoints/charades/model-best.pt of "
-            f"github.com/minghangz/cpl."
-        )
     try:
         raw: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes, read as a pickle, can raise anything
@@ -175,11 +151,10 @@ def read_cpl(file: Path) -> Released:
             f"'{file}' is not a CPL checkpoint that can be opened without running its code; give "
             f"the public file as it was downloaded."
         ) from error
-    parts = raw if isinstance(raw, Mapping) else {}
+    parts: Any = raw if isinstance(raw, Mapping) else {}
     state, settings, updates = map(parts.get, ("model_parameters", "config", "num_updates"))
-    if not isinstance(settings, Mapping) or not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):  # fmt: skip
+    whole = isinstance(settings, Mapping) and isinstance(state, Mapping)
+    if not whole or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise MmdistError(
             f"'{file}' has no model_parameters and config, as a CPL checkpoint has; give CPL's "
             f"model-best.pt."
@@ -187,11 +162,11 @@ def read_cpl(file: Path) -> Released:
     return Released(file, state, settings, updates if isinstance(updates, int) else None)
 
 
-def read_vocabulary(file: Path, size: int) -> Vocabulary:
+def read_vocabulary(file: Path, size: int, dim: int) -> Vocabulary:
     """The `size` most frequent words of CPL's glove.pkl: ids by rank, ties by first appearance.
 
-    CPL drops all other words from a query. Raises MmdistError for a file that is no such pickle
-    or has too few words.
+    CPL drops all other words from a query. Raises MmdistError for a file that is no such pickle,
+    has too few words or vectors of another length than `dim`.
     """
     raw = load_restricted(file)
     try:
@@ -204,10 +179,11 @@ def read_vocabulary(file: Path, size: int) -> Vocabulary:
             f"'{file}' does not hold CPL's vocabulary (w2id, id2vec and counter); give the "
             f"glove.pkl that the checkpoint was trained with."
         ) from error
-    if len(words) != size:
+    if len(words) != size or vectors_VE.shape != (size, dim):
         raise MmdistError(
-            f"'{file}' counts {len(words)} words and the checkpoint predicts {size}; give the "
-            f"glove.pkl that it was trained with."
+            f"'{file}' counts {len(words)} words with word vectors of {vectors_VE[0].size} numbers "
+            f"and the checkpoint reads {size} words of {dim}; give the glove.pkl that it was "
+            f"trained with."
         )
     return Vocabulary(words, WordVectors(file.stem, words, vectors_VE))
 
@@ -223,19 +199,17 @@ def convert_cpl(
     """Write a checkpoint folder with the answers of the released network.
 
     matters: the provenance that features must have; by default that of imported HDF5 files, the
-    form of CPL's published features. Returns facts: dataset, sha256, vocabulary (its size),
-    released (whether the file is a known released one).
+    form of CPL's published features. Returns facts: dataset, vocabulary (its size), sha256,
+    released (whether the file is a known released one), updates.
     Raises MmdistError for files that do not fit the network or each other.
     """
-    check_out(out)
     dataset, recipe = released.dataset, released.recipe
-    model = released.network(recipe)
-    vocabulary = read_vocabulary(vocabulary_file, recipe.model.vocabulary_size)
-    if vocabulary.vectors.dim != recipe.model.word_dim:
-        raise MmdistError(
-            f"'{vocabulary_file}' has word vectors of {vocabulary.vectors.dim} numbers and the "
-            f"checkpoint reads {recipe.model.word_dim}; give the glove.pkl it was trained with."
-        )
+    shape = recipe.model
+    model = GlobalBranch(shape).eval()
+    if problems := misfits(model.state_dict(), released.state):
+        raise released.misfit(problems)
+    model.load_state_dict(released.state)
+    vocabulary = read_vocabulary(vocabulary_file, shape.vocabulary_size, shape.word_dim)
     is_released = git_blob_sha1(released.file) == dataset.model_id
     # Two known files must belong together: equal sizes do not prove it.
     found = git_blob_sha1(vocabulary_file)
@@ -246,44 +220,30 @@ def convert_cpl(
             f"{f' but that for {owner.title}' if owner else ''}; give the glove.pkl of its data."
         )
     sha256 = file_sha256(released.file)
+    source = {"sha256": sha256, "released": is_released, "updates": released.updates}
     facts = {
         "seed": "unknown",
         "trained_on": f"{dataset.title} by CPL's public code",
         "selected_by": "highest mIoU on the test split, as CPL chooses its best epoch",
         "longest_duration_seconds": dataset.longest_seconds,
-        "converted_from": {"sha256": sha256, "released": is_released, "updates": released.updates},
+        "converted_from": source,
     }
-    channels = recipe.model.feature_dim
-    none_VLF = torch.empty(0, recipe.model.length, channels)
-    table = FeatureTable((), none_VLF, {}, {modality: matters}, {modality: channels})
+    none_VLF = torch.empty(0, shape.length, shape.feature_dim)
+    table = FeatureTable((), none_VLF, {}, {modality: matters}, {modality: shape.feature_dim})
     save_checkpoint(
         out, model=model, recipe=recipe, vocabulary=vocabulary, table=table, facts=facts
     )
-    text = _card(dataset, recipe, str(matters["extractor"]), sha256, is_released)
-    write_atomically(out / CARD, text.encode())
-    return {
-        "dataset": dataset.title,
-        "sha256": sha256,
-        "vocabulary": len(vocabulary),
-        "released": is_released,
-    }
-
-
-def _card(
-    dataset: Dataset, recipe: Recipe, extractor: str, sha256: str, is_released: bool
-) -> str:  # fmt: skip
-    """The model card of a converted checkpoint."""
-    model = recipe.model
     origin = "CPL's released file" if is_released else "not the file that CPL released"
-    return f"""# cpl: moments of a video from a sentence, converted from CPL
+    extractor = matters["extractor"]
+    text = f"""# cpl: moments of a video from a sentence, converted from CPL
 
 - **Origin**: a checkpoint of CPL (Zheng et al., CVPR 2022; github.com/minghangz/cpl), {origin},
   SHA-256 {sha256}.
 - **Trained on**: {dataset.title}; sentences and videos only, no timestamps.
-- **Features**: in training {dataset.features}; {model.feature_dim} channels at {model.length}
+- **Features**: in training {dataset.features}; {shape.feature_dim} channels at {shape.length}
   positions. This folder takes features of `{extractor}`; convert again with another --extractor
   for other features.
-- **Words**: the {model.vocabulary_size} most frequent of CPL's glove.pkl, counted over training and
+- **Words**: the {shape.vocabulary_size} most frequent of CPL's glove.pkl, counted over training and
   test sentences; all other words of a query are dropped, as in CPL.
 - **Selected**: by CPL's code, as the epoch of highest mIoU on the test split.
 - **Ranking**: by reconstruction alone, over every word, averaged over fixed masks; CPL draws its
@@ -291,3 +251,5 @@ def _card(
 - **Limits**: the lengths of moments follow its diversity prior; answers on videos unlike its
   training data are guesses.
 """
+    write_atomically(out / CARD, text.encode())
+    return source | {"dataset": dataset.title, "vocabulary": len(vocabulary)}

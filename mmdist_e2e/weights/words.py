@@ -25,12 +25,11 @@ from safetensors.numpy import save
 from mmdist_e2e.structures import MmdistError
 
 # What a pickle of arrays in dicts names, as numpy 2 spells it. Everything else is refused.
-PERMITTED = frozenset(
-    ["numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.ndarray"]
-).union(
-    ["numpy._core.numeric._frombuffer", "numpy.dtype", "collections.OrderedDict"],
-    ["collections.Counter", "builtins.dict", "builtins.list", "builtins.set"],
-)
+PERMITTED = (
+    "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.ndarray",
+    "numpy._core.numeric._frombuffer", "numpy.dtype", "collections.OrderedDict",
+    "collections.Counter", "builtins.dict", "builtins.list", "builtins.set",
+)  # fmt: skip
 
 
 class _RefusedError(Exception):
@@ -39,26 +38,19 @@ class _RefusedError(Exception):
 
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
+        if (module, name) == ("_codecs", "encode"):  # how pickle protocol 2 stores bytes
+            return lambda text, _: text.encode("latin1")
         module = module.replace("numpy.core.", "numpy._core.")  # pickles of numpy 1 load too
         if f"{module}.{name}" not in PERMITTED:
             raise _RefusedError(f"{module}.{name}")
         return super().find_class(module, name)
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """How pickle protocol 2 stores bytes; an array needs no other codec."""
-    if encoding != "latin1":
-        raise _RefusedError(f"the codec {encoding}")
-    return text.encode("latin1")
-
-
 def load_restricted(path: Path) -> Any:
     """Load a pickle that holds numpy arrays, dicts, counters, lists, numbers and strings only.
 
-    Raises MmdistError for a file that is not a whole pickle or names any other class or function,
-    which is neither imported nor called.
+    Raises MmdistError for a file that is not a whole pickle, or that names anything else, which is
+    neither imported nor called.
     """
     try:
         return _RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
@@ -66,6 +58,10 @@ def load_restricted(path: Path) -> Any:
         raise MmdistError(
             f"The pickle '{path}' asks for {error}, but mmdist loads only numpy arrays, dicts and "
             f"counters from a pickle; it may be malicious, so ask for the data in another format."
+        ) from error
+    except OSError as error:
+        raise MmdistError(
+            f"'{path}' cannot be read ({error.strerror}); give GloVe text or CPL's glove.pkl."
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
         raise MmdistError(
@@ -75,7 +71,6 @@ def load_restricted(path: Path) -> Any:
 
 
 SHIPPED_NAME = "glove-6b-50d-20k"
-
 SHIPPED_PATH = Path(__file__).parent / "data" / f"{SHIPPED_NAME}.safetensors"
 
 # A checkpoint that does not use the shipped vectors holds those of this many most frequent words
@@ -95,14 +90,11 @@ class WordVectors:
     index: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.vectors_VE.ndim != 2 or len(self.words) != len(self.vectors_VE):
+        count, shape = len(self.words), self.vectors_VE.shape
+        if len(shape) != 2 or not 0 < count == shape[0] or not np.isfinite(self.vectors_VE).all():
             raise MmdistError(
-                f"Word vectors '{self.name}' must have one row per word; got {len(self.words)} "
-                f"words and an array of shape {list(self.vectors_VE.shape)}."
-            )
-        if len(self.words) == 0 or not np.isfinite(self.vectors_VE).all():
-            raise MmdistError(
-                f"Word vectors '{self.name}' must be finite numbers of at least one word."
+                f"Word vectors '{self.name}' must be one row of finite numbers for each word, and "
+                f"at least one; got {count} words and an array of shape {list(shape)}."
             )
         object.__setattr__(self, "index", {word: row for row, word in enumerate(self.words)})
 

@@ -37,13 +37,12 @@ def tvl1(
     below 16 pixels.
     """
     check_choice("The flow backend", backend, BACKENDS)
-    if first_NHW.shape != second_NHW.shape or first_NHW.ndim != 3:
+    kinds = {(images.shape, str(images.dtype)) for images in (first_NHW, second_NHW)}
+    if len(kinds) > 1 or first_NHW.ndim != 3 or first_NHW.dtype != np.uint8:
         raise MmdistError(
-            f"Flow needs two stacks of grey images [N, H, W] of one shape; got "
-            f"{list(first_NHW.shape)} and {list(second_NHW.shape)}."
+            f"Flow needs two stacks of grey images [N, H, W] of one shape, uint8 with intensities "
+            f"0 to 255; got {' and '.join(f'{dtype} {shape}' for shape, dtype in kinds)}."
         )
-    if first_NHW.dtype != np.uint8 or second_NHW.dtype != np.uint8:
-        raise MmdistError("Flow needs uint8 images with intensities 0 to 255.")
     _, height, width = first_NHW.shape
     if min(height, width) < MINIMUM_SIDE_PIXELS:
         raise MmdistError(

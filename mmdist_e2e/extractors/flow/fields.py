@@ -6,7 +6,6 @@ that n frames give n fields and the rows of flow match those of RGB in number an
     frames   0    1    2    3
     fields   0→1  1→2  2→3  2→3
 
-Imports torch only inside functions: importing this file to describe an extractor stays light.
 Shapes: N frames or pairs, B windows, T frames of a window, H height, W width. The two channels of
 a field are the horizontal and vertical displacement, in pixels of the grey frames.
 """
@@ -22,13 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdist_e2e.extractors.flow import tvl1
-from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS, TVL1Settings
+from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-GREY_THOUSANDTHS = (299, 587, 114)  # ITU-R BT.601: the luma of red, green and blue
-DEFAULT_BOUND_PIXELS = 20.0
 PAIRS_PER_CALL = 32  # enough to use every core and to hide a GPU's launch times
 
 Grey = NDArray[np.uint8]
@@ -37,15 +34,13 @@ Fields = NDArray[np.generic]
 
 def grey(frames_NHWC: NDArray[np.uint8]) -> Grey:
     """Grey frames [N, H, W] of RGB ones: round(0.299 R + 0.587 G + 0.114 B), halves up."""
-    weights = np.array(GREY_THOUSANDTHS, dtype=np.uint32)
+    weights = np.array([299, 587, 114], dtype=np.uint32)  # ITU-R BT.601: the luma of R, G and B
     grey_NHW = np.empty(frames_NHWC.shape[:3], dtype=np.uint8)
     for out_HW, frame_HWC in zip(grey_NHW, frames_NHWC, strict=True):  # a frame fits the cache
         red_HW, green_HW, blue_HW = (frame_HWC[..., c] * weights[c] for c in range(3))
         red_HW += green_HW
         red_HW += blue_HW
-        red_HW += np.uint32(500)
-        red_HW //= np.uint32(1000)
-        out_HW[:] = red_HW
+        out_HW[:] = (red_HW + np.uint32(500)) // np.uint32(1000)
     return grey_NHW
 
 
@@ -63,7 +58,7 @@ class FlowPreprocessing:
     shorter_side: int
     size: int
     crop: int | None = None
-    bound: float = DEFAULT_BOUND_PIXELS
+    bound: float = 20.0
     quantise: bool = False
 
     def __post_init__(self) -> None:
@@ -133,14 +128,10 @@ class FlowFrames:
     frames, and `finish` gives the rest. Both are generators that must be run to their end. Memory
     does not grow with length, and the fields do not depend on the size of the chunks.
 
-    Args:
-        preprocessing: sizes and range.
-        backend, settings, device: of the solver, see `tvl1`.
-        repeats: a sample that is byte for byte the one before repeats its frame (as fps_policy
-            "exact" makes them): flow is then taken between distinct frames, and every sample of a
-            frame has the flow to the next distinct one.
-
-    Raises MmdistError where `tvl1` does.
+    backend, device: of `tvl1`, whose errors are raised.
+    repeats: a sample that is byte for byte the one before repeats its frame (as fps_policy "exact"
+    makes them): flow is then taken between distinct frames, and every sample of a frame has the
+    flow to the next distinct one.
     """
 
     def __init__(
@@ -148,12 +139,11 @@ class FlowFrames:
         preprocessing: FlowPreprocessing,
         *,
         backend: str = "auto",
-        settings: TVL1Settings | None = None,
         device: str = "cpu",
         repeats: bool = False,
     ) -> None:
         self.preprocessing, self.repeats = preprocessing, repeats
-        self._tvl1 = partial(tvl1, backend=backend, settings=settings, device=device)
+        self._tvl1 = partial(tvl1, backend=backend, device=device)
         self._greys: list[Grey] = []  # distinct frames without a field yet
         self._shown: list[int] = []  # the number of samples of each of them
         self._frame_HWC: NDArray[np.uint8] | None = None  # the last sample, if repeats count
@@ -172,10 +162,9 @@ class FlowFrames:
         if self.repeats and len(frames_NHWC):
             self._frame_HWC = frames_NHWC[-1].copy()  # a view would keep the whole chunk
         if distinct:
-            some = len(distinct) < len(frames_NHWC)
-            self._greys.extend(
-                self.preprocessing.greys(frames_NHWC[distinct] if some else frames_NHWC)
-            )
+            if len(distinct) < len(frames_NHWC):
+                frames_NHWC = frames_NHWC[distinct]
+            self._greys.extend(self.preprocessing.greys(frames_NHWC))
         while len(self._greys) > PAIRS_PER_CALL:
             yield from self._solve()
 

@@ -47,20 +47,16 @@ def solve_cuda(
         import cv2
 
         cuda: Any = cv2.cuda
-        devices = int(cuda.getCudaEnabledDeviceCount())
+        create = cuda.OpticalFlowDual_TVL1_create if cuda.getCudaEnabledDeviceCount() else None
     except (ImportError, AttributeError):
-        devices = 0
-    if devices < 1:
+        create = None
+    if create is None:
         raise MmdistError(
-            "The flow backend 'opencv-cuda' needs a GPU and an OpenCV that was built with CUDA "
-            "(the PyPI packages are not); use native instead, or see docs/flow.md."
+            "The flow backend 'opencv-cuda' needs a GPU and an OpenCV that was built with CUDA and "
+            "its module cudaoptflow (the PyPI packages are not); use native instead, or see "
+            "docs/flow.md."
         )
-    if not hasattr(cuda, "OpticalFlowDual_TVL1_create"):
-        raise MmdistError(
-            "The installed OpenCV has CUDA but not its module cudaoptflow; build it with the "
-            "contrib modules, or use the flow backend native."
-        )
-    solver = cuda.OpticalFlowDual_TVL1_create(**_shared(settings), iterations=settings.iterations)
+    solver = create(**_shared(settings), iterations=settings.iterations)
     first, second = cuda.GpuMat(), cuda.GpuMat()
 
     def one(first_HW: Images, second_HW: Images) -> Any:
@@ -73,12 +69,9 @@ def solve_cuda(
 
 def _shared(settings: TVL1Settings) -> dict[str, Any]:
     """All settings but the iterations, whose name differs between the classes."""
-    names = {"scales": "nscales", "scale_step": "scaleStep"}
-    return {
-        names.get(name, name): value
-        for name, value in asdict(settings).items()
-        if name != "iterations"
-    }
+    shared = asdict(settings)
+    del shared["iterations"]
+    return shared | {"nscales": shared.pop("scales"), "scaleStep": shared.pop("scale_step")}
 
 
 def _pair_by_pair(

@@ -8,8 +8,6 @@ Shapes: B batch, C channels, T frames, H height, W width, D = 1024 · width feat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,13 +15,11 @@ from torch import Tensor, nn
 from mmdist_e2e.extractors.networks import scaled
 from mmdist_e2e.structures import MmdistError
 
-BATCH_NORM_EPS = 1e-3
+Size = tuple[int, int, int]  # of time, height, width
 
-DEFAULT_DROPOUT = 0.5
-
-# Channels of an inception block: 1×1×1; reduce and 3×3×3; reduce and 3×3×3; after pooling (table
-# in Szegedy et al. 2015, inflated).
-MIXED: dict[str, tuple[int, ...]] = {
+# Channels of an inception block's units: b0; b1a, b1b; b2a, b2b; b3b (table in Szegedy et al. 2015,
+# inflated).
+MIXED = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
     "Mixed_3c": (128, 128, 192, 32, 96, 64),
     "Mixed_4b": (192, 96, 208, 16, 48, 64),
@@ -54,6 +50,11 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def _pads(volume_BCTHW: Tensor, kernel: Size, stride: Size) -> list[tuple[int, int]]:
+    axes = zip(volume_BCTHW.shape[2:], kernel, stride, strict=True)
+    return [same_padding(*axis) for axis in axes]
+
+
 class SameMaxPool3d(nn.Module):
     """Max-pooling with SAME padding, of volumes after a ReLU.
 
@@ -61,15 +62,12 @@ class SameMaxPool3d(nn.Module):
     `ceil_mode` lets the last window reach as far beyond the end as SAME pads.
     """
 
-    def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> None:
+    def __init__(self, kernel: Size, stride: Size) -> None:
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
     def forward(self, volume_BCTHW: Tensor) -> Tensor:
-        before = [
-            same_padding(n, k, s)[0]
-            for n, k, s in zip(volume_BCTHW.shape[-3:], self.kernel, self.stride, strict=True)
-        ]
+        before = [first for first, _ in _pads(volume_BCTHW, self.kernel, self.stride)]
         return F.max_pool3d(volume_BCTHW, self.kernel, self.stride, before, ceil_mode=True)
 
 
@@ -81,19 +79,18 @@ class Unit3D(nn.Module):
         in_channels: int,
         out_channels: int,
         *,
-        kernel: tuple[int, int, int] = (1, 1, 1),
-        stride: tuple[int, int, int] = (1, 1, 1),
+        kernel: Size = (1, 1, 1),
+        stride: Size = (1, 1, 1),
     ) -> None:
         super().__init__()
         self.kernel, self.stride = kernel, stride
         self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride, bias=False)
         # Momentum 0.01 as in the release; pretraining of small networks sets its own.
-        self.bn = nn.BatchNorm3d(out_channels, eps=BATCH_NORM_EPS, momentum=0.01)
+        self.bn = nn.BatchNorm3d(out_channels, eps=1e-3, momentum=0.01)
 
     def forward(self, volume_BCTHW: Tensor) -> Tensor:
         volume = volume_BCTHW
-        axes = zip(volume.shape[-3:], self.kernel, self.stride, strict=True)
-        pads = [same_padding(size, kernel, stride) for size, kernel, stride in axes]
+        pads = _pads(volume, self.kernel, self.stride)
         padding = [before for before, _ in pads]
         if any(before != after for before, after in pads):
             # Symmetric padding is the convolution's own and saves this copy.
@@ -106,33 +103,30 @@ class Unit3D(nn.Module):
 class InceptionBlock(nn.Module):
     """Four branches concatenated: 1×1×1; two of 1×1×1 → 3×3×3; max-pool → 1×1×1."""
 
-    def __init__(self, in_channels: int, outs: Sequence[int]) -> None:
+    def __init__(self, in_channels: int, outs: list[int]) -> None:
         super().__init__()
+        b0, b1a, b1b, b2a, b2b, b3b = outs
         cube = (3, 3, 3)
-        self.b0 = Unit3D(in_channels, outs[0])
-        self.b1a = Unit3D(in_channels, outs[1])
-        self.b1b = Unit3D(outs[1], outs[2], kernel=cube)
-        self.b2a = Unit3D(in_channels, outs[3])
-        self.b2b = Unit3D(outs[3], outs[4], kernel=cube)
+        self.b0 = Unit3D(in_channels, b0)
+        self.b1a = Unit3D(in_channels, b1a)
+        self.b1b = Unit3D(b1a, b1b, kernel=cube)
+        self.b2a = Unit3D(in_channels, b2a)
+        self.b2b = Unit3D(b2a, b2b, kernel=cube)
         self.b3a = SameMaxPool3d(cube, (1, 1, 1))
-        self.b3b = Unit3D(in_channels, outs[5])
-        self.out_channels = outs[0] + outs[2] + outs[4] + outs[5]
+        self.b3b = Unit3D(in_channels, b3b)
+        self.out_channels = b0 + b1b + b2b + b3b
 
-    def forward(self, volume_BCTHW: Tensor) -> Tensor:
-        branches = (
-            self.b0(volume_BCTHW),
-            self.b1b(self.b1a(volume_BCTHW)),
-            self.b2b(self.b2a(volume_BCTHW)),
-            self.b3b(self.b3a(volume_BCTHW)),
-        )
-        return torch.cat(branches, dim=1)
+    def forward(self, volume: Tensor) -> Tensor:
+        first, second = self.b0(volume), self.b1b(self.b1a(volume))
+        third, fourth = self.b2b(self.b2a(volume)), self.b3b(self.b3a(volume))
+        return torch.cat((first, second, third, fourth), dim=1)
 
 
 class InceptionI3d(nn.Module):
     """I3D with `width` scaling every branch; width 1 has 12.29 M parameters without logits.
 
     Args:
-        num_classes: outputs of the logits layer.
+        num_classes: outputs of the logits layer, which `features` does not run.
         in_channels: 3 for RGB, 2 for flow.
         width: factor on every channel count; D = 1024 · width. Raises ValueError unless all stay
             whole numbers.
@@ -145,36 +139,34 @@ class InceptionI3d(nn.Module):
         in_channels: int = 3,
         width: float = 1.0,
         *,
-        dropout: float = DEFAULT_DROPOUT,
+        dropout: float = 0.5,
     ) -> None:
         super().__init__()
         self.num_classes, self.in_channels, self.width = num_classes, in_channels, width
-        self.Conv3d_1a_7x7 = Unit3D(
-            in_channels, scaled(64, width), kernel=(7, 7, 7), stride=(2, 2, 2)
-        )
+        stem, channels = scaled(64, width), scaled(192, width)
+        self.Conv3d_1a_7x7 = Unit3D(in_channels, stem, kernel=(7, 7, 7), stride=(2, 2, 2))
         self.MaxPool3d_2a_3x3 = SameMaxPool3d((1, 3, 3), (1, 2, 2))
-        self.Conv3d_2b_1x1 = Unit3D(scaled(64, width), scaled(64, width))
-        self.Conv3d_2c_3x3 = Unit3D(scaled(64, width), scaled(192, width), kernel=(3, 3, 3))
-        channels = scaled(192, width)
-        self.body = ["Conv3d_1a_7x7", "MaxPool3d_2a_3x3", "Conv3d_2b_1x1", "Conv3d_2c_3x3"]
+        self.Conv3d_2b_1x1 = Unit3D(stem, stem)
+        self.Conv3d_2c_3x3 = Unit3D(stem, channels, kernel=(3, 3, 3))
         for name, outs in MIXED.items():
             if name in POOL_BEFORE:
                 pool, kernel, stride = POOL_BEFORE[name]
                 self.add_module(pool, SameMaxPool3d(kernel, stride))
-                self.body.append(pool)
-            block = InceptionBlock(channels, [scaled(c, width) for c in outs])
+            block = InceptionBlock(channels, [scaled(out, width) for out in outs])
             self.add_module(name, block)
-            self.body.append(name)
             channels = block.out_channels
+        self.body = [name for name, _ in self.named_children()]
         self.feature_channels = channels
         self.dropout = nn.Dropout(dropout)
         self.logits = nn.Module()
         self.logits.conv3d = nn.Conv3d(channels, num_classes, 1)
 
-    def maps(self, frames_BCTHW: Tensor) -> Tensor:
-        """Run up to Mixed_5c: [B, D, ⌈T/8⌉, ⌈H/32⌉, ⌈W/32⌉].
+    def features(self, frames_BCTHW: Tensor) -> Tensor:
+        """Features [B, T', D] of frames in [−1, 1]; T' = max(⌈T/8⌉ − 1, 1); at least float32.
 
-        Raises MmdistError when the channels are not the network's.
+        They average 2 × the whole final map [⌈T/8⌉, ⌈H/32⌉, ⌈W/32⌉], with stride 1; fewer than nine
+        frames leave one final map, which is pooled alone. Raises MmdistError when the channels are
+        not the network's.
         """
         if frames_BCTHW.ndim != 5 or frames_BCTHW.shape[1] != self.in_channels:
             raise MmdistError(
@@ -184,25 +176,7 @@ class InceptionI3d(nn.Module):
         volume = frames_BCTHW
         for name in self.body:
             volume = self.get_submodule(name)(volume)
-        return volume
-
-    def pooled(self, frames_BCTHW: Tensor) -> Tensor:
-        """Average over 2 × the whole final map with stride 1: [B, D, T'], T' = ⌈T/8⌉ − 1.
-
-        Fewer than nine frames leave one final map; it is pooled alone, so T' is at least 1.
-        """
-        maps_BDTHW = self.maps(frames_BCTHW)
         # A network in bf16 averages in float32: bf16 rows would be less precise than the maps.
-        wide = torch.promote_types(maps_BDTHW.dtype, torch.float32)
-        maps_BDT = maps_BDTHW.mean(dim=(3, 4), dtype=wide)
-        return F.avg_pool1d(maps_BDT, min(2, maps_BDT.shape[2]), stride=1)
-
-    def features(self, frames_BCTHW: Tensor) -> Tensor:
-        """Features [B, T', D] of frames in [−1, 1]; T' = max(⌈T/8⌉ − 1, 1); at least float32."""
-        return self.pooled(frames_BCTHW).transpose(1, 2)
-
-    def forward(self, frames_BCTHW: Tensor) -> Tensor:
-        """Class scores [B, num_classes], averaged over time."""
-        pooled_BDT = self.dropout(self.pooled(frames_BCTHW)).to(frames_BCTHW.dtype)
-        logits: Tensor = self.logits.conv3d(pooled_BDT[..., None, None])  # type: ignore[operator]
-        return logits.mean(dim=(2, 3, 4))
+        wide = torch.promote_types(volume.dtype, torch.float32)
+        maps_BDT = volume.mean(dim=(3, 4), dtype=wide)
+        return F.avg_pool1d(maps_BDT, min(2, maps_BDT.shape[2]), stride=1).transpose(1, 2)

@@ -8,7 +8,6 @@ Shapes: S snippets, D channels, K components.
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.weights.download import file_sha256
 
 COMPONENTS = 500
 
 MEAN, BASIS = "x_mean", "U"
-
-Arrays = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,14 @@ class Pca:
         there are too few axes, or when a value is not finite.
         """
         try:
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+            digest = file_sha256(path)[:16]
         except OSError as error:
             raise MmdistError(
                 f"The PCA file '{path}' cannot be read ({error.strerror}); give an HDF5 or .npz "
                 f"file with {MEAN} and {BASIS}."
             ) from error
         try:
-            mean, basis = _read_npz(path) if zipfile.is_zipfile(path) else _read_hdf5(path)
+            mean, basis = _read(path)
         except ImportError as error:
             raise MmdistError(
                 f"Reading '{path}' needs h5py; run pip install 'mmdist-e2e[hdf5]', or give an .npz."
@@ -68,42 +65,31 @@ class Pca:
                 f"{BASIS}."
             ) from error
         mean_D = mean.reshape(-1)  # also of one row or one column
+        problem = ""
         if basis.ndim != 2 or mean.size not in mean.shape or len(basis) != len(mean_D):
-            raise MmdistError(
-                f"The PCA file '{path}' needs {MEAN} of D numbers and {BASIS} of the shape "
-                f"[D, K]; got {list(mean.shape)} and {list(basis.shape)}."
-            )
-        if not 1 <= components <= basis.shape[1]:
-            raise MmdistError(
-                f"The PCA file '{path}' has {basis.shape[1]} components; {components} are needed."
-            )
+            shapes = f"{list(mean.shape)} and {list(basis.shape)}"
+            problem = f"needs {MEAN} of D numbers and {BASIS} of the shape [D, K]; got {shapes}"
+        elif components > basis.shape[1]:
+            problem = f"has {basis.shape[1]} components; {components} are needed"
+        elif not (np.isfinite(mean_D).all() and np.isfinite(basis[:, :components]).all()):
+            problem = "holds values that are not finite; download it again"
+        if problem:
+            raise MmdistError(f"The PCA file '{path}' {problem}.")
         basis_DK = np.ascontiguousarray(basis[:, :components])
-        if not (np.isfinite(mean_D).all() and np.isfinite(basis_DK).all()):
-            raise MmdistError(
-                f"The PCA file '{path}' holds values that are not finite; download it again."
-            )
         return cls(mean_D, basis_DK, digest)
 
     def apply(self, rows_SD: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(x − mean) · U of each row: [S, K] float32. Raises MmdistError for another D."""
-        if rows_SD.ndim != 2 or rows_SD.shape[1] != len(self.mean_D):
-            raise MmdistError(
-                f"This PCA reduces rows of {len(self.mean_D)} channels; the features have the "
-                f"shape {list(rows_SD.shape)}: use the extractor that the PCA was made for."
-            )
-        centered_SD = (rows_SD - self.mean_D).astype(np.float32, copy=False)
-        out: NDArray[np.float32] = np.matmul(centered_SD, self.basis_DK, dtype=np.float32)
+        """(x − mean) · U of each row: [S, K] float32."""
+        out: NDArray[np.float32] = np.matmul(rows_SD - self.mean_D, self.basis_DK, dtype=np.float32)
         return out
 
 
-def _read_npz(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays[MEAN].astype(np.float32), arrays[BASIS].astype(np.float32)
-
-
-def _read_hdf5(path: Path) -> Arrays:
+def _read(path: Path) -> list[NDArray[np.float32]]:
+    if zipfile.is_zipfile(path):
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[name].astype(np.float32) for name in (MEAN, BASIS)]
     import h5py
 
     with h5py.File(path, "r") as file:
         group = file.get("data", file)
-        return group[MEAN][()].astype(np.float32), group[BASIS][()].astype(np.float32)
+        return [group[name][()].astype(np.float32) for name in (MEAN, BASIS)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.registry import PUBLIC
-
-SLOW_PART = 4  # SlowFast's α: frames of the fast pathway per frame of the slow one
 
 # The clip length that each backbone was published with.
 FRAMES: dict[str, int] = {
@@ -42,8 +39,7 @@ class HubBackbone(nn.Module):
             raise MmdistError(f"The backbone {name!r} is unknown; valid: {', '.join(FRAMES)}.")
         self.name = name
         network: Any = getattr(_hub(), name)(pretrained=False)
-        transformer = name.startswith("mvit")
-        head: Any = network.head if transformer else network.blocks[-1]
+        head: Any = network.head if name.startswith("mvit") else network.blocks[-1]
         self.feature_channels: int = head.proj.in_features
         head.proj = _LeftOut(head.proj.in_features, head.proj.out_features)
         head.activation = None
@@ -58,11 +54,10 @@ class HubBackbone(nn.Module):
         Raises MmdistError when the clips do not have 3 channels and the published length.
         """
         frames = FRAMES[self.name]
-        if frames_BCTHW.ndim != 5 or frames_BCTHW.shape[1:3] != (self.in_channels, frames):
+        if frames_BCTHW.ndim != 5 or frames_BCTHW.shape[1:3] != (3, frames):
             raise MmdistError(
-                f"{self.name} reads clips of {self.in_channels} channels and {frames} frames, "
-                f"[batch, {self.in_channels}, {frames}, height, width]; "
-                f"got {list(frames_BCTHW.shape)}."
+                f"{self.name} reads clips of 3 channels and {frames} frames, "
+                f"[batch, 3, {frames}, height, width]; got {list(frames_BCTHW.shape)}."
             )
         slowfast = self.name.startswith("slowfast")
         given = slow_and_fast(frames_BCTHW) if slowfast else frames_BCTHW
@@ -73,11 +68,9 @@ class HubBackbone(nn.Module):
         """The published keys: those of pytorchvideo's own network."""
         return self.network.state_dict(*args, **kwargs)
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load published keys; as `nn.Module.load_state_dict`."""
-        return self.network.load_state_dict(state_dict, strict, assign)
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load published keys."""
+        return self.network.load_state_dict(*args, **kwargs)
 
 
 class _LeftOut(nn.Linear):
@@ -94,7 +87,7 @@ def slow_and_fast(frames_BCTHW: Tensor) -> list[Tensor]:
     and 31 of 32.
     """
     frames = frames_BCTHW.shape[2]
-    slow = frames // SLOW_PART
+    slow = frames // 4  # SlowFast's α
     indices = torch.arange(slow, device=frames_BCTHW.device) * (frames - 1) // (slow - 1)
     return [frames_BCTHW.index_select(2, indices), frames_BCTHW]
 

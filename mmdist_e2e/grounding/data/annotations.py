@@ -16,26 +16,18 @@ import io
 import json
 import math
 import re
-import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from mmdist_e2e.store import FeatureStore
-from mmdist_e2e.structures import MODALITIES, MmdistError
+from mmdist_e2e.store import VIDEO_SUFFIXES, FeatureStore, video_key
+from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
 
 NAMED_AT_MOST = 5  # a message names this many videos or words and counts the rest
-
 LINES_AT_MOST = 10  # a message quotes this many bad lines and counts the rest
-
-VIDEO_SUFFIXES = frozenset(
-    [".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"]
-).union([".ts", ".webm", ".wmv", ".3gp"])
-
-T = TypeVar("T")
 
 
 def video_id(name: str) -> str:
@@ -43,7 +35,7 @@ def video_id(name: str) -> str:
 
     `3MSZA.mp4`, `3MSZA.MKV` and `3MSZA` are one video; so are both spellings of `é`.
     """
-    name = unicodedata.normalize("NFC", name)
+    name = video_key(name)
     stem, dot, suffix = name.rpartition(".")
     return stem if stem and f"{dot}{suffix.lower()}" in VIDEO_SUFFIXES else name
 
@@ -96,17 +88,25 @@ class _BadEntryError(Exception):
     """What is wrong with an entry, worded to follow the name of its place."""
 
 
-def _read_all(path: Path, entries: Iterable[tuple[str, Callable[[], T]]]) -> list[T]:
-    """Call the reader of every (place, reader). Raises BadLinesError that names all bad places."""
-    good, bad = [], []
-    for place, read in entries:
+class _BadPlaces:
+    """Collects what is wrong in a file, so that it is raised together."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[str] = []
+
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Note a bad entry that is met inside."""
         try:
-            good.append(read())
+            yield
         except _BadEntryError as error:
-            bad.append(f"{place} of '{path}' {error}")
-    if bad:
-        raise BadLinesError(path, bad)
-    return good
+            self.lines.append(f"{place} of '{self.path}' {error}")
+
+    def raise_any(self) -> None:
+        """Raises BadLinesError if there was a bad entry."""
+        if self.lines:
+            raise BadLinesError(self.path, self.lines)
 
 
 def _read_text(path: Path, what: str) -> str:
@@ -117,16 +117,12 @@ def _read_text(path: Path, what: str) -> str:
         raise MmdistError(f"'{path}' cannot be read ({error.strerror}); give {what}.") from error
     try:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        fault = "it holds zero bytes" if "\0" in text else ""
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise MmdistError(
-            f"'{path}' is not readable text: line {line} is not {error.encoding.upper()} "
-            f"({error.reason}); save the file as UTF-8."
-        ) from error
-    if "\0" in text:
-        raise MmdistError(
-            f"'{path}' is not readable text: it holds zero bytes; save the file as UTF-8."
-        )
+        fault = f"line {line} is not {error.encoding.upper()} ({error.reason})"
+    if fault:
+        raise MmdistError(f"'{path}' is not readable text: {fault}; save the file as UTF-8.")
     return text
 
 
@@ -137,23 +133,39 @@ def _read_json(path: Path, text: str) -> Any:
         raise MmdistError(f"'{path}' is not readable JSON: {error}.") from error
 
 
-Entry = tuple[str, Callable[[], Annotation | None]]
+def read_annotations(path: Path) -> tuple[list[Annotation], int]:
+    """Annotations of any of the four formats, in their order, and how many are left out.
 
-
-def _entries(path: Path, text: str) -> Iterator[Entry]:
-    """The place and the reader of every annotation; a reader gives None for one to leave out."""
+    Left out are moments of ActivityNet Captions that do not end after they start, as is usual.
+    Raises BadLinesError naming every bad line or row, MmdistError for an unreadable file.
+    """
+    text = _read_text(path, "an annotation file")
     lines = [(f"Line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    bad, annotations, left_out = _BadPlaces(path), list[Annotation](), 0
     opening = text.lstrip()[:1]
-    if opening == "[":
-        for number, row in enumerate(_read_json(path, text), start=1):
-            yield f"Row {number}", partial(_from_cpl, row)
-    elif opening != "{":
-        yield from ((place, partial(_from_charades, line)) for place, line in lines)
-    elif any(_is_query(line) for _, line in lines):
-        yield from ((place, partial(_from_qvhighlights, line)) for place, line in lines)
-    else:
+    if opening == "{" and not any(_is_query(line) for _, line in lines):
         for video, entry in _read_json(path, text).items():
-            yield from _from_activitynet(video, entry)
+            with bad.at(f"The video '{video}'"):
+                seconds, pairs = _activitynet_sentences(entry)
+                for number, (span, sentence) in enumerate(pairs, 1):
+                    with bad.at(f"Sentence {number} of the video '{video}'"):
+                        times = _times(span)
+                        if len(times) == 2 and times[0] >= times[1]:
+                            left_out += 1
+                        else:
+                            annotations.append(_annotation(video, seconds, [span], sentence))
+    else:
+        read: Callable[[Any], Annotation] = _from_charades if opening != "{" else _from_qvhighlights
+        if opening == "[":
+            lines = [(f"Row {n}", row) for n, row in enumerate(_read_json(path, text), 1)]
+            read = _from_cpl
+        for place, line in lines:
+            with bad.at(place):
+                annotations.append(read(line))
+    bad.raise_any()
+    if not annotations:
+        raise MmdistError(f"'{path}' holds no annotations; give at least one line.")
+    return annotations, left_out
 
 
 def _is_query(line: str) -> bool:
@@ -193,37 +205,29 @@ def _from_qvhighlights(line: str) -> Annotation:
     return _annotation(video, seconds, spans, sentence)
 
 
-def _from_activitynet(video: str, entry: Any) -> Iterator[Entry]:
-    """One entry for each sentence of a video, or one that is bad."""
-
-    def refuse() -> None:
+def _activitynet_sentences(entry: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+    """The duration of a video, and its (moment, sentence) pairs."""
+    try:
+        pairs = zip(entry["timestamps"], entry["sentences"], strict=True)
+        return entry["duration"], list(pairs)
+    except (TypeError, KeyError, ValueError) as error:
         raise _BadEntryError(
             "is not {duration, timestamps, sentences} with one sentence for each timestamp."
-        )
+        ) from error
 
-    def read(span: Any, sentence: Any) -> Annotation | None:
-        times = _times(span)
-        backwards = len(times) == 2 and times[0] >= times[1]
-        return None if backwards else _annotation(video, seconds, [span], sentence)
 
-    try:
-        seconds, spans, sentences = (entry[key] for key in ("duration", "timestamps", "sentences"))
-        pairs = list(zip(spans, sentences, strict=True))
-    except (TypeError, KeyError, ValueError):
-        yield f"The video '{video}'", refuse
-        return
-    for number, (span, sentence) in enumerate(pairs, start=1):
-        yield f"Sentence {number} of the video '{video}'", partial(read, span, sentence)
+def _video(name: Any) -> str:
+    if not isinstance(name, str) or not name.strip():
+        raise _BadEntryError("names no video.")
+    return video_id(name.strip())
 
 
 def _number(what: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise _BadEntryError(f"has {what} that is not a number: {value!r:.100}.")
-    return number
+    with suppress(TypeError, ValueError, OverflowError):
+        number = float(value)
+        if math.isfinite(number) and not isinstance(value, bool):
+            return number
+    raise _BadEntryError(f"has {what} that is not a number: {value!r:.100}.")
 
 
 def _duration(value: Any) -> float:
@@ -243,8 +247,6 @@ def _annotation(video: Any, seconds: Any, spans: Sequence[Any], sentence: Any) -
     """A checked annotation. Raises _BadEntryError."""
     if not isinstance(sentence, str) or not sentence.strip():
         raise _BadEntryError("has no sentence.")
-    if not isinstance(video, str) or not video.strip():
-        raise _BadEntryError("names no video.")
     moments = []
     for times in map(_times, spans):
         if len(times) != 2 or not 0 <= times[0] <= times[1]:
@@ -255,9 +257,8 @@ def _annotation(video: Any, seconds: Any, spans: Sequence[Any], sentence: Any) -
     if not moments:
         raise _BadEntryError("has no moment [start, end].")
     duration = None if seconds is None else _duration(seconds)
-    return Annotation(
-        video_id(video.strip()), duration, *moments[0], sentence.strip(), tuple(moments[1:])
-    )
+    first, *more = moments
+    return Annotation(_video(video), duration, *first, sentence.strip(), tuple(more))
 
 
 PROTOCOLS = ("official", "cpl")
@@ -279,8 +280,7 @@ def in_protocol(annotations: Sequence[Annotation], protocol: str) -> list[Annota
     The second makes CPL's test split of Charades-STA from the official one, query for query.
     Raises MmdistError for another name, and for `cpl` without durations.
     """
-    if protocol not in PROTOCOLS:
-        raise MmdistError(f"There is no protocol {protocol!r}; valid: {', '.join(PROTOCOLS)}.")
+    check_choice("The protocol", protocol, PROTOCOLS)
     if protocol == "official":
         return list(annotations)
     unknown = sorted({a.video for a in annotations if a.duration_seconds is None})
@@ -308,17 +308,17 @@ def fingerprint(annotations: Sequence[Annotation]) -> str:
 def protocol_of(path: Path, annotations: Sequence[Annotation]) -> str:
     """Name the protocol of annotations, which belongs beside every number made with them.
 
-    A published split is recognised by its content, whatever its name or format. Any other file is
-    named with whether it keeps queries that end past their video, by which the two protocols of
-    Charades-STA differ.
+    A published split is recognised by its content. Any other file is named with whether it keeps
+    queries that end past their video, by which the two protocols of Charades-STA differ.
     """
     if known := PUBLISHED.get(fingerprint(annotations)):
         return known
     if any(a.duration_seconds is None for a in annotations):
         late = "durations unknown"
+    elif count := sum(a.ends_late for a in annotations):
+        late = f"official: {count} late ends kept"
     else:
-        count = sum(a.ends_late for a in annotations)
-        late = f"official: {count} late ends kept" if count else "cpl: no late ends"
+        late = "cpl: no late ends"
     return f"{path.name} ({len(annotations)} queries, {late})"
 
 
@@ -350,26 +350,13 @@ def carve_validation(
         videos, key=lambda v: hashlib.sha256(f"{seed} {v}".encode(errors="surrogatepass")).digest()
     )
     chosen = set(ranked[: min(max(1, round(fraction * len(videos))), len(videos) - 1)])
-    train = [a for a in annotations if a.video not in chosen]
     val = [a for a in annotations if a.video in chosen]
-    report = (
+    return Carved(
+        [a for a in annotations if a.video not in chosen],
+        val,
         f"validation carved from the training videos: {len(chosen)} of {len(videos)} videos, "
-        f"{len(val)} of {len(annotations)} queries (seed {seed})"
+        f"{len(val)} of {len(annotations)} queries (seed {seed})",
     )
-    return Carved(train, val, report)
-
-
-def read_annotations(path: Path) -> tuple[list[Annotation], int]:
-    """Annotations of any of the four formats, in their order, and how many are left out.
-
-    Left out are moments of ActivityNet Captions that do not end after they start, as is usual.
-    Raises BadLinesError naming every bad line or row, MmdistError for an unreadable file.
-    """
-    entries = _read_all(path, _entries(path, _read_text(path, "an annotation file")))
-    annotations = [a for a in entries if a is not None]
-    if not annotations:
-        raise MmdistError(f"'{path}' holds no annotations; give at least one line.")
-    return annotations, len(entries) - len(annotations)
 
 
 LONGEST_SECONDS = 10_000.0  # without a duration, a moment that ends later is not in seconds
@@ -386,10 +373,9 @@ SUSPICIONS = {
 def suspicions(annotations: Sequence[Annotation], left_out: int) -> dict[str, int]:
     """How many annotations are probably wrong, by the kinds of SUSPICIONS that occur."""
     distinct = {(a.video, a.moments, a.sentence.lower()) for a in annotations}
+    latest = [min(LONGEST_SECONDS, 10 * (a.duration_seconds or math.inf)) for a in annotations]
     counts = {
-        "not_in_seconds": sum(
-            a.end > min(LONGEST_SECONDS, 10 * (a.duration_seconds or math.inf)) for a in annotations
-        ),
+        "not_in_seconds": sum(a.end > t for a, t in zip(annotations, latest, strict=True)),
         "zero_length": sum(any(start == end for start, end in a.moments) for a in annotations),
         "duplicates": len(annotations) - len(distinct),
         "left_out": left_out,
@@ -441,32 +427,30 @@ def load_durations(path: Path) -> dict[str, float]:
         if not names:
             raise MmdistError(f"The folder '{path}' holds no features made by mmdist extract.")
         return {video_id(v): store.load(v, m).duration_seconds for v, m in names}
-    pairs = _duration_pairs(path, _read_text(path, "a file of durations"))
-
-    def read(video: Any, value: Any) -> tuple[str, float]:
-        if not video or not video.strip():
-            raise _BadEntryError("names no video.")
-        return video_id(video.strip()), _duration(value)
-
-    entries = ((place, partial(read, video, value)) for place, video, value in pairs)
-    return dict(_read_all(path, entries))
+    bad, seconds = _BadPlaces(path), dict[str, float]()
+    for place, video, value in _duration_pairs(path, _read_text(path, "a file of durations")):
+        with bad.at(place):
+            seconds[_video(video)] = _duration(value)
+    bad.raise_any()
+    return seconds
 
 
 def _duration_pairs(path: Path, text: str) -> Iterator[tuple[str, str | None, Any]]:
     """The place, the video and its duration of every entry of a JSON or CSV file."""
+    none = MmdistError(
+        f"'{path}' holds no durations: it must map every video to its seconds in JSON, or have "
+        f"the columns id and length as Charades' CSV."
+    )
     if text.lstrip()[:1] in ("{", "["):
         raw = _read_json(path, text)
         if not isinstance(raw, dict):
-            raise MmdistError(f"'{path}' must map every video to its duration in seconds.")
+            raise none
         yield from ((f"The video '{video}'", video, value) for video, value in raw.items())
         return
     rows = csv.DictReader(io.StringIO(text, newline=""))
     try:
         if not {"id", "length"} <= set(rows.fieldnames or ()):
-            raise MmdistError(
-                f"'{path}' holds no durations: give JSON that maps videos to seconds, or Charades' "
-                f"CSV with the columns id and length."
-            )
+            raise none
         for row in rows:
             yield f"Line {rows.line_num}", row["id"], row["length"]
     except csv.Error as error:

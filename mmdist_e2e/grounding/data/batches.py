@@ -6,12 +6,15 @@ patterns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mmdist_e2e.grounding.data.annotations import Annotation, some
 from mmdist_e2e.grounding.data.features import FeatureTable
@@ -94,40 +97,27 @@ class Batch:
         return Batch(*(tensor[index_B] for tensor in vars(self).values()))
 
 
-def collate(
-    sentences: Sequence[Sentence],
-    frames_BLF: Tensor,
-    videos_B: Tensor | None = None,
-    items_B: Tensor | None = None,
-) -> Batch:
-    """Pad sentences to the longest of them; the batch lies where `frames_BLF` does."""
-    longest = max(len(s.tokens) for s in sentences)
-    words = np.zeros((len(sentences), longest, sentences[0].vectors_WE.shape[1]), np.float32)
-    ids = np.zeros((len(sentences), longest), np.int64)
-    is_word = np.zeros((len(sentences), longest), bool)
-    content = np.zeros((len(sentences), longest), bool)
-    for i, sentence in enumerate(sentences):
-        count = len(sentence.tokens)
-        words[i, :count] = sentence.vectors_WE
-        ids[i, :count] = sentence.ids_W
-        content[i, :count] = sentence.content_W
-        is_word[i, :count] = True
-    first: dict[tuple[str, ...], int] = {}
-    same = np.array([first.setdefault(s.tokens, i) for i, s in enumerate(sentences)], np.int64)
+def collate(sentences: Sequence[Sentence], frames_BLF: Tensor, **more: Tensor) -> Batch:
+    """Pad sentences to the longest of them; the batch lies where `frames_BLF` does.
+
+    more: `videos_B` and `items_B` of the batch.
+    """
     device = frames_BLF.device
-    words_BWE, ids_BW, is_word_BW, content_BW, sentences_B = (
-        torch.from_numpy(array).to(device) for array in (words, ids, is_word, content, same)
-    )
-    each_B = torch.arange(len(sentences), device=device)
+
+    def pad(arrays: Iterable[NDArray[Any]]) -> Tensor:
+        tensors = [torch.from_numpy(array) for array in arrays]
+        return pad_sequence(tensors, batch_first=True).to(device)
+
+    first: dict[tuple[str, ...], int] = {}
+    same = [first.setdefault(s.tokens, i) for i, s in enumerate(sentences)]
     return Batch(
         frames_BLF,
-        words_BWE,
-        ids_BW,
-        is_word_BW,
-        content_BW,
-        each_B if videos_B is None else videos_B,
-        sentences_B,
-        each_B if items_B is None else items_B,
+        words_BWE=pad(s.vectors_WE for s in sentences),
+        ids_BW=pad(s.ids_W for s in sentences),
+        is_word_BW=pad(np.ones(len(s.tokens), bool) for s in sentences),
+        content_BW=pad(s.content_W for s in sentences),
+        sentences_B=torch.tensor(same, device=device),
+        **more,
     )
 
 
@@ -139,10 +129,10 @@ def batches(
         indices = order[begin : begin + size]
         chosen = [items[i] for i in indices]
         device = table.data_VLF.device
-        rows_B, items_B = (
-            torch.tensor(numbers, device=device) for numbers in ([i.row for i in chosen], indices)
-        )
-        yield collate([item.sentence for item in chosen], table.data_VLF[rows_B], rows_B, items_B)
+        rows_B = torch.tensor([item.row for item in chosen], device=device)
+        items_B = torch.tensor(indices, device=device)
+        sentences = [item.sentence for item in chosen]
+        yield collate(sentences, table.data_VLF[rows_B], videos_B=rows_B, items_B=items_B)
 
 
 def draw_masks(batch: Batch, generator: torch.Generator) -> Tensor:

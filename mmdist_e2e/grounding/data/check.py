@@ -1,21 +1,22 @@
 """What is wrong with annotations and features, found in seconds instead of during training.
 
-Shape suffixes: Q queries, T moments of a query, S rows of one video, F feature channels.
+Shape suffixes: S rows of one video, F feature channels.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdist_e2e.grounding.answer import Progress
 from mmdist_e2e.grounding.data.annotations import (
     NAMED_AT_MOST,
     Annotation,
@@ -30,14 +31,9 @@ from mmdist_e2e.grounding.data.annotations import (
     with_durations,
 )
 from mmdist_e2e.grounding.data.features import FeatureSource, open_features
-from mmdist_e2e.grounding.data.text import MAX_WORDS, has_known_word, is_word, tokenize
+from mmdist_e2e.grounding.data.text import has_known_word, is_word, tokenize
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.words import WordVectors
-
-Array = NDArray[np.float64]
-Progress = Callable[[str, int, int], None]  # what, done, of how many
-# Moments [Q, T, 2] and durations [Q] -> metrics of the best answer that is the same for all.
-ConstantAnswer = Callable[[Array, Array], Mapping[str, Any]]
 
 MANY_UNKNOWN = 0.02  # warn of a larger share of words without a vector
 APART_SECONDS = 1.0  # warn of two durations of one video that differ by more
@@ -62,23 +58,21 @@ class Report:
         except MmdistError as error:
             self.errors.append(str(error))
 
-    def error(self, found: Collection[str], text: str, advice: str = "") -> None:
-        """Add "N text (names)advice." if anything is found."""
-        if found:
-            self.errors.append(f"{len(found)} {text} ({some(sorted(found))}){advice}.")
+    def tell(self, found: Collection[str], text: str, *, warning: bool = False) -> None:
+        """If anything is found, add an error "N text." with the names found for NAMES.
 
-    def warn(self, found: Collection[str], text: str, advice: str = "") -> None:
-        """As `error`, for what training and evaluation accept."""
+        warning: for what training and evaluation accept.
+        """
         if found:
-            self.warnings.append(f"{len(found)} {text} ({some(sorted(found))}){advice}.")
+            sentence = f"{len(found)} {text.replace('NAMES', some(sorted(found)))}."
+            (self.warnings if warning else self.errors).append(sentence)
 
 
 def check_data(
     files: Mapping[str, Path],
     *,
-    features_path: Path | None,
+    features: Path | None,
     word_vectors: WordVectors,
-    constant_answer: ConstantAnswer,
     durations: Sequence[Path] = (),
     modality: str = "rgb",
     protocol: str = "official",
@@ -86,7 +80,8 @@ def check_data(
 ) -> Report:
     """Read all files; report what they hold and what is wrong with them.
 
-    files: annotation files by split: train, val, test. durations: files of seconds by video.
+    files: annotation files by split: train, val, test. features: a place as `open_features` takes
+    it. durations: files of seconds by video.
     Faults of the files are errors of the report and are not raised.
     """
     report = Report()
@@ -100,27 +95,26 @@ def check_data(
         with report.collecting():
             queries, left_out[name] = read_annotations(path)
             splits[name] = with_durations(queries, seconds)
-    if features_path is not None and splits:
+    if features is not None and splits:
         with report.collecting():
-            seconds = _check_features(report, splits, features_path, modality, progress)
+            seconds = _check_features(report, splits, features, modality, progress)
             for name, queries in splits.items():
                 lacking = {a.video for a in queries if not a.duration_seconds}
-                known = {video: seconds.get(video) for video in lacking}
-                splits[name] = with_durations(queries, known)
+                splits[name] = with_durations(queries, {v: seconds.get(v) for v in lacking})
     for name, queries in splits.items():
         counts = suspicions(queries, left_out[name])
         if counts:
             report.warnings.append(f"{name}: {describe_suspicions(counts)}.")
         unknown = {a.video for a in queries if not a.duration_seconds}
-        report.error(
+        report.tell(
             unknown,
-            f"videos of {name} have no duration, neither in the annotations nor in the features",
-            "; give --durations",
+            f"videos of {name} have no duration, neither in the annotations nor in the features "
+            "(NAMES); give --durations",
         )
         if not unknown:
             with report.collecting():
                 splits[name] = in_protocol(queries, protocol)
-        facts = report.splits[name] = {
+        report.splits[name] = {
             "file": files[name].name,
             "protocol": protocol_of(files[name], splits[name]),
             "queries": len(splits[name]),
@@ -129,17 +123,15 @@ def check_data(
             **counts,
         }
         if not unknown:
-            truth_QT2, durations_Q = _check_moments(report, name, splits[name])
-            if name != "train":
-                facts["best_constant_span"] = dict(constant_answer(truth_QT2, durations_Q))
-    _check_words(report, splits, word_vectors)
+            _check_moments(report, name, splits[name])
+        _check_words(report, name, splits[name], word_vectors)
     for one, other in combinations(splits, 2):
         shared = {a.video for a in splits[one]} & {a.video for a in splits[other]}
         sentences = {tuple(tokenize(a.sentence)) for a in splits[one]}
         equal = sum(tuple(tokenize(a.sentence)) in sentences for a in splits[other])
         report.splits[other][f"shared_with_{one}"] = {"videos": len(shared), "sentences": equal}
-        tell = report.error if one == "train" else report.warn
-        tell(shared, f"videos are in both {one} and {other}", "; split by video")
+        both = f"videos are in both {one} and {other} (NAMES); split by video"
+        report.tell(shared, both, warning=one != "train")
     return report
 
 
@@ -166,60 +158,59 @@ def _check_features(
                     unreadable.append(str(error))
             if progress:
                 progress("reading features", done, len(said))
-        missing = said.keys() - source.names.keys()
-        unused = source.names.keys() - said.keys()
+    missing = said.keys() - source.names.keys()
     channels = Counter(facts.channels for facts in each.values())
-    made_by: Mapping[str, Any] = next((facts.matters for facts in each.values()), {})
-    unlike = {v for v, facts in each.items() if facts.matters != made_by}
+    made_by = next((facts.matters for facts in each.values()), {})
     report.features = {
         "kind": source.kind,
         "made_by": dict(made_by),
         "videos": len(said) - len(missing),
         "videos_missing": len(missing),
-        "videos_unused": len(unused),
+        "videos_unused": len(source.names.keys() - said.keys()),
         "videos_unreadable": len(unreadable),
         "channels": sorted(channels),
-        "rows": _spread([facts.rows for facts in each.values()] or [0]),
     }
     report.errors += unreadable[:NAMED_AT_MOST]
     if (rest := len(unreadable) - NAMED_AT_MOST) > 0:
         report.errors.append(f"{rest} more videos have features that cannot be used.")
     for name, queries in splits.items():
         videos = {a.video for a in queries}
-        report.error(
+        report.tell(
             videos & missing,
-            f"of {len(videos)} videos of {name} have no features",
-            "; extract them, or leave them out of the annotations",
+            f"of {len(videos)} videos of {name} have no features (NAMES); extract them, or leave "
+            f"them out of the annotations",
         )
     for fault in dict.fromkeys(facts.fault for facts in each.values() if facts.fault):
-        tell = report.error if fault == NOT_FINITE else report.warn
-        tell({v for v, facts in each.items() if facts.fault == fault}, f"videos have {fault}")
+        faulty = {video for video, facts in each.items() if facts.fault == fault}
+        report.tell(faulty, f"videos have {fault}", warning=fault != NOT_FINITE)
     if len(channels) > 1:
         counts = ", ".join(f"{n} videos of {c}" for c, n in sorted(channels.items()))
         report.errors.append(f"Features differ in their number of channels: {counts}.")
-    if unlike:
+    if unlike := {video for video, facts in each.items() if facts.matters != made_by}:
         other = each[min(unlike)].matters
-        keys = sorted(k for k in made_by.keys() | other.keys() if made_by.get(k) != other.get(k))
-        how = f", different in {', '.join(keys)}; extract all videos alike"
-        report.error(unlike, "videos have features that were made in another way", how)
+        keys = sorted(k for k in {**made_by, **other} if made_by.get(k) != other.get(k))
+        report.tell(
+            unlike,
+            "videos have features that were made in another way (NAMES), "
+            f"different in {', '.join(keys)}; extract all videos alike",
+        )
     known = {v: facts.duration for v, facts in each.items() if facts.duration is not None}
-    report.warn(
+    report.tell(
         {v for v, d in known.items() if abs((said[v] or d) - d) > APART_SECONDS},
         "videos are longer or shorter in the annotations than in the features by more than "
-        f"{APART_SECONDS:g} s",
-        "; check that they are the same videos",
+        f"{APART_SECONDS:g} s (NAMES); check that they are the same videos",
+        warning=True,
     )
     return known
 
 
-NOT_FINITE = "features that are not finite"
+NOT_FINITE = "features that are not finite (NAMES)"
 
 
 class _VideoFacts(NamedTuple):
     fault: str | None
     duration: float | None
     matters: Mapping[str, Any]
-    rows: int
     channels: int
 
 
@@ -238,80 +229,49 @@ def _facts_of(source: FeatureSource, video: str) -> _VideoFacts:
     if not np.isfinite(data_SF).all():
         fault = NOT_FINITE
     elif not data_SF.any():
-        fault = "only zeros as features"
+        fault = "only zeros as features (NAMES)"
     elif (data_SF == data_SF[0]).all():
-        fault = "the same features in every row, so no moment can be found"
-    return _VideoFacts(fault, duration, matters, len(raw_SF), raw_SF.shape[1])
+        fault = "the same features in every row, so no moment can be found (NAMES)"
+    return _VideoFacts(fault, duration, matters, raw_SF.shape[1])
 
 
-def _check_moments(report: Report, name: str, queries: Sequence[Annotation]) -> tuple[Array, Array]:
-    """Also gives all moments [Q, T, 2], the first repeated where a query has fewer; durations."""
-    most = max(len(a.moments) for a in queries)
-    moments = [a.moments + a.moments[:1] * (most - len(a.moments)) for a in queries]
-    truth_QT2 = np.array(moments, dtype=np.float64)
-    durations_Q = np.array([a.duration_seconds for a in queries], dtype=np.float64)
-    late_Q = truth_QT2[:, :, 1].max(axis=1) - durations_Q
-    outside = np.flatnonzero(truth_QT2[:, :, 0].max(axis=1) >= durations_Q)
-    late = int((late_Q > 0).sum())
-    report.splits[name] |= {
-        "duration_seconds": _spread(durations_Q),
-        "moment_share_of_video": _spread((truth_QT2[:, 0, 1] - truth_QT2[:, 0, 0]) / durations_Q),
-        "queries_of_several_moments": sum(bool(a.more) for a in queries),
-        "ends_past_duration": late,
-    }
-    if len(outside):
-        first = queries[outside[0]]
+def _check_moments(report: Report, name: str, queries: Sequence[Annotation]) -> None:
+    starts = {a: max(start for start, _ in a.moments) for a in queries}
+    outside = [a for a in queries if starts[a] >= (a.duration_seconds or 0)]
+    late = [
+        max(e for _, e in a.moments) - (a.duration_seconds or 0) for a in queries if a.ends_late
+    ]
+    report.splits[name]["ends_past_duration"] = len(late)
+    if outside:
+        first = outside[0]
         report.errors.append(
             f"{len(outside)} moments of {name} start after their video has ended, the first in "
-            f"'{first.video}' ({max(first.moments)[0]:g} s of {first.duration_seconds:g} s); "
+            f"'{first.video}' ({starts[first]:g} s of {first.duration_seconds:g} s); "
             f"check that times and durations are in seconds, and of the same video."
         )
     elif late:
         report.warnings.append(
-            f"{late} queries of {name} end past their video, by {late_Q.max():.2f} s at most; the "
-            f"protocol official keeps them and cpl drops them, so name the protocol beside every "
-            f"number."
+            f"{len(late)} queries of {name} end past their video, by {max(late):.2f} s at most; "
+            f"the protocol official keeps them and cpl drops them, so name the protocol beside "
+            f"every number."
         )
-    return truth_QT2, durations_Q
-
-
-def _spread(values: NDArray[Any] | Sequence[float]) -> dict[str, float]:
-    low, median, high = (float(v) for v in np.quantile(values, (0.0, 0.5, 1.0)))
-    return {"min": low, "median": median, "mean": float(np.mean(values)), "max": high}
 
 
 def _check_words(
-    report: Report, splits: Mapping[str, Sequence[Annotation]], vectors: WordVectors
+    report: Report, name: str, queries: Sequence[Annotation], vectors: WordVectors
 ) -> None:
-    trained: Counter[str] | None = None
-    for name, queries in splits.items():
-        tokens = [tokenize(a.sentence) for a in queries]
-        words = Counter(filter(is_word, chain.from_iterable(tokens)))
-        unknown = Counter({w: n for w, n in words.items() if w not in vectors})
-        total = max(1, words.total())
-        share = unknown.total() / total
-        frequent = [w for w, _ in unknown.most_common(NAMED_AT_MOST)]
-        facts = report.splits[name]
-        facts |= {
-            "words_per_query": _spread([sum(map(is_word, each)) for each in tokens]),
-            "queries_cut_at_20_words": sum(
-                sum(t in vectors for t in each) > MAX_WORDS for each in tokens
-            ),
-            "distinct_words": len(words),
-            "share_of_words_without_vector": share,
-        }
-        if trained is not None:
-            unseen = sum(n for w, n in words.items() if w in vectors and w not in trained)
-            facts["share_of_words_unseen_in_training"] = unseen / total
-        trained = words if name == "train" else trained
-        silent = [a.sentence for a in queries if not has_known_word(a.sentence, vectors)]
-        report.error(
-            silent,
-            f"sentences of {name} have no word with a vector in '{vectors.name}'",
-            "; leave them out, or give more word vectors with --glove",
+    words = Counter(token for a in queries for token in tokenize(a.sentence) if is_word(token))
+    unknown = Counter({word: n for word, n in words.items() if word not in vectors})
+    share = unknown.total() / max(1, words.total())
+    report.splits[name]["share_of_words_without_vector"] = share
+    report.tell(
+        [a.sentence for a in queries if not has_known_word(a.sentence, vectors)],
+        f"sentences of {name} have no word with a vector in '{vectors.name}' (NAMES); leave "
+        f"them out, or give more word vectors with --glove",
+    )
+    if share > MANY_UNKNOWN:
+        frequent = ", ".join(word for word, _ in unknown.most_common(NAMED_AT_MOST))
+        report.warnings.append(
+            f"{share:.1%} of the words of {name} have no vector in '{vectors.name}' and are "
+            f"not read ({frequent} most often); --glove takes larger ones."
         )
-        if share > MANY_UNKNOWN:
-            report.warnings.append(
-                f"{share:.1%} of the words of {name} have no vector in '{vectors.name}' and are "
-                f"not read ({', '.join(frequent)} most often); --glove takes larger ones."
-            )

@@ -22,8 +22,6 @@ from mmdist_e2e.grounding.data.annotations import some, video_id
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import MODALITIES, Features, MmdistError, Provenance, differences
 
-COPY_TOLERANCE = 5e-3  # of the standard deviation; half precision is a tenth of it
-
 GROUP_KEY = "c3d_features"  # where the published ActivityNet features keep a video's rows
 
 
@@ -45,10 +43,6 @@ class FeatureTable:
     channels: Mapping[str, int]
     digests: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        assert list(self.matters) == list(self.channels)
-        assert sum(self.channels.values()) == self.data_VLF.shape[2]
-
     @property
     def rows(self) -> dict[str, int]:
         return {video: row for row, video in enumerate(self.videos)}
@@ -62,8 +56,7 @@ class FeatureTable:
 class FeatureSource:
     """An open source of features of one modality.
 
-    names: by video id, the name that the source uses. raw: reads the array of a name, of any shape
-    and type.
+    names: by video id, the name that the source uses. raw: reads the array of a name.
     """
 
     path: Path
@@ -73,10 +66,7 @@ class FeatureSource:
     raw: Callable[[str], NDArray[Any]]
 
     def array(self, video: str) -> NDArray[Any]:
-        """[S, F] of any number type, finite or not.
-
-        Raises MmdistError when it cannot be read or is not a two-dimensional array of numbers.
-        """
+        """[S, F] of any number type, finite or not. Raises MmdistError for anything else."""
         try:
             array = self.raw(self.names[video])
         except MmdistError:
@@ -94,10 +84,7 @@ class FeatureSource:
         return array
 
     def features(self, video: str) -> Features:
-        """Checked features of a video.
-
-        Raises MmdistError as `array`, and where a value is not finite.
-        """
+        """Checked features of a video. Raises MmdistError as `array`, and for infinite values."""
         if self.kind == "store":
             features = FeatureStore(self.path).load(self.names[video], self.modality)
             if features.modality != self.modality:
@@ -165,16 +152,13 @@ def _names_in(group: Any, prefix: str = "") -> Iterator[str]:
 
 def _folder(path: Path, modality: str) -> FeatureSource:
     store = FeatureStore(path)
-    if videos := store.videos(modality):
-        names = _by_id(path, videos)
+    if names := _by_id(path, store.videos(modality)):
         return FeatureSource(
             path, modality, "store", names, lambda name: store.load(name, modality).data
         )
-    arrays = (p.relative_to(path).as_posix().removesuffix(".npy") for p in path.rglob("*.npy"))
-    if names := _by_id(path, sorted(arrays)):
-        return FeatureSource(
-            path, modality, "npy", names, lambda name: np.load(path / f"{name}.npy")
-        )
+    files = {p.relative_to(path).as_posix().removesuffix(".npy"): p for p in path.rglob("*.npy")}
+    if names := _by_id(path, sorted(files)):
+        return FeatureSource(path, modality, "npy", names, lambda name: np.load(files[name]))
     others = [other for other in MODALITIES if store.videos(other)]
     raise MmdistError(
         f"The folder '{path}' holds no {modality} features"
@@ -202,30 +186,9 @@ def _by_id(path: Path, names: Iterable[str]) -> dict[str, str]:
 def places_of(
     modalities: Sequence[str], features_path: Path, flow_features_path: Path | None
 ) -> dict[str, Path]:
-    """Where to read each modality: from one path, or flow from its own.
-
-    Raises MmdistError when RGB and flow would be read from the same arrays: only a feature store
-    holds both.
-    """
-    own = {"flow": flow_features_path} if flow_features_path is not None else {}
-    places = {modality: own.get(modality, features_path) for modality in modalities}
-    if len(places) > 1 and _one_source(list(places.values())):
-        raise MmdistError(
-            f"'{features_path}' would be read as RGB and as flow, and it holds one kind of "
-            f"features; give the flow features with --flow-features."
-        )
-    return places
-
-
-def _one_source(paths: Sequence[Path]) -> bool:
-    """Whether all paths are one HDF5 file or .npy folder (which do not tell modalities apart)."""
-    first = paths[0]
-    if not all(path.exists() and path.samefile(first) for path in paths):
-        return False
-    if first.is_file():
-        return True
-    stored = all(FeatureStore(first).videos(modality) for modality in MODALITIES)
-    return not stored and next(first.rglob("*.npy"), None) is not None
+    """Where to read each modality: from one path, or flow from its own."""
+    own = {"flow": flow_features_path or features_path}
+    return {modality: own.get(modality, features_path) for modality in modalities}
 
 
 def load_features(
@@ -236,87 +199,62 @@ def load_features(
     places: by modality, in the order of the channels.
     Raises MmdistError when videos lack features (how many, and which first), when their features
     were not all made in one way, when a value is unreadable or not finite, and when RGB and flow
-    are copies of each other.
+    are the same features (only a feature store tells the two apart).
     """
     wanted = sorted(set(videos))
-    tables = [_load(path, wanted, modality, length) for modality, path in places.items()]
-    if len(tables) > 1:
-        _refuse_copies(tables, places)
-    durations = {
-        video: next(
-            (t.durations_seconds[video] for t in tables if t.durations_seconds[video]), None
-        )
-        for video in wanted
-    }
-    return FeatureTable(
-        videos=tuple(wanted),
-        data_VLF=torch.cat([t.data_VLF for t in tables], dim=2),
-        durations_seconds=durations,
-        matters={m: t.matters[m] for t in tables for m in t.matters},
-        channels={m: t.channels[m] for t in tables for m in t.channels},
-        digests={m: t.digests[m] for t in tables for m in t.digests},
-    )
-
-
-def _refuse_copies(tables: Sequence[FeatureTable], places: Mapping[str, Path]) -> None:
-    """Raises MmdistError when a video's features are the same in both modalities.
-
-    The same to half precision, as a copy may be stored in another number type. Constant features
-    (of a black video) do not count.
-    """
-    one_VLF, other_VLF = (table.data_VLF for table in tables)
-    if one_VLF.shape != other_VLF.shape:
-        return
-    copies = [
-        video
-        for video, one_LF, other_LF in zip(tables[0].videos, one_VLF, other_VLF, strict=True)
-        if (spread := float(one_LF.std(correction=0))) > 0
-        and float((one_LF - other_LF).abs().max()) <= COPY_TOLERANCE * spread
-    ]
-    if copies:
-        raise MmdistError(
-            f"{' and '.join(map(str, places.values()))} hold the same features of {len(copies)} "
-            f"of {len(tables[0].videos)} videos ({some(copies)}), once as RGB and once as flow; "
-            f"give the flow features with --flow-features."
-        )
-
-
-def _load(path: Path, wanted: Sequence[str], modality: str, length: int) -> FeatureTable:
-    """One modality of `load_features`."""
-    with open_features(path, modality) as source:
-        missing = [video for video in wanted if video not in source.names]
-        if missing:
-            raise MmdistError(
-                f"{len(missing)} of {len(wanted)} videos have no {modality} features in '{path}' "
-                f"({some(missing)}); extract them first, or leave them out of the annotations."
-            )
-        first = source.features(wanted[0])
-        matters = dict(first.provenance.matters)
-        digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode())
-        data_VLF = np.empty((len(wanted), length, first.data.shape[1]), np.float32)
-        durations: dict[str, float | None] = {}
-        for row, video in enumerate(wanted):
-            features = source.features(video) if row else first
-            unlike = differences(matters, features.provenance.matters)
-            if unlike or features.data.shape[1] != data_VLF.shape[2]:
-                unlike = unlike or [f"{features.data.shape[1]} channels, not {data_VLF.shape[2]}"]
+    durations: dict[str, float | None] = dict.fromkeys(wanted)
+    arrays: dict[str, NDArray[np.float32]] = {}
+    matters: dict[str, Mapping[str, Any]] = {}
+    digests: dict[str, str] = {}
+    for modality, path in places.items():
+        with open_features(path, modality) as source:
+            missing = [video for video in wanted if video not in source.names]
+            if missing:
                 raise MmdistError(
-                    f"Features in '{path}' were not all made in one way: '{video}' differs from "
-                    f"'{wanted[0]}' ({'; '.join(unlike)}); extract them all alike."
+                    f"{len(missing)} of {len(wanted)} videos have no {modality} features in "
+                    f"'{path}' ({some(missing)}); extract them first, or leave them out of the "
+                    f"annotations."
                 )
-            data_VLF[row] = features.resample(length).data
-            durations[video] = features.duration_seconds if source.kind == "store" else None
-            digest.update(f"{video} {features.data.shape} {durations[video]}".encode())
-            digest.update(np.ascontiguousarray(features.data, np.float32).data)
-            digest.update(np.ascontiguousarray(features.times, np.float64).data)
+            first = source.features(wanted[0])
+            matters[modality] = dict(first.provenance.matters)
+            digest = hashlib.sha256(json.dumps(matters[modality], sort_keys=True).encode())
+            data_VLF = np.empty((len(wanted), length, first.data.shape[1]), np.float32)
+            for row, video in enumerate(wanted):
+                features = source.features(video) if row else first
+                _refuse_unlike(first, features, f"Features in '{path}'", (wanted[0], video))
+                data_VLF[row] = features.resample(length).data
+                seconds = features.duration_seconds if source.kind == "store" else None
+                durations[video] = durations[video] or seconds
+                digest.update(f"{video} {features.data.shape} {seconds}".encode())
+                digest.update(np.ascontiguousarray(features.data, np.float32).data)
+                digest.update(np.ascontiguousarray(features.times, np.float64).data)
+        arrays[modality], digests[modality] = data_VLF, digest.hexdigest()
+    one, *others = arrays.values()
+    if any(np.array_equal(one, other) for other in others):
+        raise MmdistError(
+            f"{' and '.join(map(str, places.values()))} hold the same features, once as RGB and "
+            f"once as flow; give the flow features with --flow-features."
+        )
     return FeatureTable(
         videos=tuple(wanted),
-        data_VLF=torch.from_numpy(data_VLF),
+        data_VLF=torch.from_numpy(np.concatenate(list(arrays.values()), axis=2)),
         durations_seconds=durations,
-        matters={modality: matters},
-        channels={modality: data_VLF.shape[2]},
-        digests={modality: digest.hexdigest()},
+        matters=matters,
+        channels={modality: array.shape[2] for modality, array in arrays.items()},
+        digests=digests,
     )
+
+
+def _refuse_unlike(first: Features, other: Features, where: str, videos: tuple[str, str]) -> None:
+    """Raises MmdistError when the features of two videos were not made in one way."""
+    unlike = differences(first.provenance.matters, other.provenance.matters)
+    channels, wanted = other.data.shape[1], first.data.shape[1]
+    if unlike or channels != wanted:
+        unlike = unlike or [f"{channels} channels, not {wanted}"]
+        raise MmdistError(
+            f"{where} were not all made in one way: '{videos[1]}' differs from '{videos[0]}' "
+            f"({'; '.join(unlike)}); extract them all alike."
+        )
 
 
 def read_features(places: Mapping[str, Path], videos: Sequence[str]) -> dict[str, list[Features]]:

@@ -18,7 +18,6 @@ from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
 
 MAX_WORDS = 20
-
 PADDING_ID = 0  # output id 0 is padding and "outside the output vocabulary": never scored
 
 # Kinds of tokens, in order of precedence: clitics ('s 're n't, split off as in GloVe and NLTK),
@@ -28,8 +27,6 @@ _TOKEN = re.compile(
 )
 
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "“": '"', "”": '"'})
-
-_CANNOT = re.compile(r"\bcannot\b")
 
 # English function words; all other words are content words. The list replaces CPL's
 # part-of-speech tagger, which has to download its data.
@@ -69,7 +66,7 @@ def tokenize(sentence: str) -> list[str]:
     "The person's t-shirt doesn't fit." gives the, person, 's, t-shirt, does, n't, fit, "."
     """
     text = unicodedata.normalize("NFC", sentence).translate(_APOSTROPHES).lower()
-    return _TOKEN.findall(_CANNOT.sub("can not", text))
+    return _TOKEN.findall(re.sub(r"\bcannot\b", "can not", text))
 
 
 def is_word(token: str) -> bool:
@@ -83,28 +80,13 @@ def is_content_word(token: str) -> bool:
 
 
 def known_tokens(sentence: str, vectors: WordVectors) -> list[str]:
-    """The first 20 tokens that have a vector, punctuation included, as in CPL.
-
-    Raises MmdistError for an empty sentence and for one without a known word.
-    """
-    if not sentence.strip():
-        raise MmdistError("The query is empty; describe in a few words what happens in the moment.")
-    known = _first_known(sentence, vectors)
-    if not any(map(is_word, known)):
-        raise MmdistError(
-            f"None of the words of the query '{sentence}' is among the {len(vectors.words)} words "
-            f"of '{vectors.name}'; use common English words."
-        )
-    return known
+    """The first 20 tokens that have a vector, punctuation included, as in CPL."""
+    return [token for token in tokenize(sentence) if token in vectors][:MAX_WORDS]
 
 
 def has_known_word(sentence: str, vectors: WordVectors) -> bool:
-    """Whether `known_tokens` accepts the sentence."""
-    return any(map(is_word, _first_known(sentence, vectors)))
-
-
-def _first_known(sentence: str, vectors: WordVectors) -> list[str]:
-    return [token for token in tokenize(sentence) if token in vectors][:MAX_WORDS]
+    """Whether `Vocabulary.encode` accepts the sentence."""
+    return any(map(is_word, known_tokens(sentence, vectors)))
 
 
 @dataclass(frozen=True)
@@ -140,9 +122,7 @@ class Vocabulary:
 
         `size` keeps the most frequent only. Raises MmdistError if no word is known.
         """
-        counts: Counter[str] = Counter()
-        for sentence in sentences:
-            counts.update(token for token in tokenize(sentence) if token in vectors)
+        counts = Counter(t for s in sentences for t in tokenize(s) if t in vectors)
         if not counts:
             raise MmdistError(
                 f"None of the training sentences has a word with a vector in '{vectors.name}'."
@@ -158,12 +138,22 @@ class Vocabulary:
 
         Lower-cased, each once, in order of appearance.
         """
-        tokens = dict.fromkeys(tokenize(text))
-        return [t for t in tokens if is_content_word(t) and t not in self.vectors]
+        tokens = (t for t in tokenize(text) if is_content_word(t) and t not in self.vectors)
+        return list(dict.fromkeys(tokens))
 
     def encode(self, sentence: str) -> Sentence:
-        """Raises MmdistError for a sentence that has no known word."""
+        """Raises MmdistError for an empty sentence and for one without a known word."""
+        if not sentence.strip():
+            raise MmdistError(
+                "The query is empty; describe in a few words what happens in the moment."
+            )
         tokens = known_tokens(sentence, self.vectors)
+        if not any(map(is_word, tokens)):
+            raise MmdistError(
+                f"None of the words of the query '{sentence}' is among the "
+                f"{len(self.vectors.words)} words of '{self.vectors.name}'; use common English "
+                f"words."
+            )
         return Sentence(
             tokens=tuple(tokens),
             ids_W=np.array([self._ids.get(t, PADDING_ID) for t in tokens], dtype=np.int64),
