@@ -59,7 +59,7 @@ class Preprocessing:
                 f"crop goes with shorter_side or resize; got crop {self.crop}, "
                 f"shorter_side {self.shorter_side}, resize {self.resize}."
             )
-        if self.crop is not None and self.crop != self.size:
+        if self.crop not in (None, self.size):
             raise ValueError(f"The crop is what the network reads: {self.crop} != {self.size}.")
         if self.shorter_side is not None:
             _check_pixels("shorter_side", self.shorter_side, at_least=self.size)
@@ -124,15 +124,12 @@ def _check_pixels(name: str, value: object, *, at_least: int) -> None:
         )
 
 
-DENSE_STRIDE = 8  # frames between rows
-DENSE_WINDOW = 16  # frames that a row covers nominally: two maps
-
 Mode = Literal["windows", "dense"]
 
+DENSE_STRIDE = 8  # frames between rows
+DENSE_WINDOW = 16  # frames that a row covers nominally: two maps
 TAIL = "repeat_last"  # the windows at a video's end repeat its last frame
-
 LAYERS = ("fc6", "fc7")  # of a C3D
-
 NETWORKS = {"i3d": "an I3D", "c3d": "a C3D", "pytorchvideo": "a pytorchvideo"}
 
 
@@ -214,10 +211,8 @@ def describe(
     try:
         network, modality, _ = config["network"], config["modality"], config["trained_on"]
         name = str(config.get("name", folder.name))
-        for kind, value, valid in (
-            ("network", network, [*NETWORKS]),
-            ("modality", modality, MODALITIES),
-        ):
+        checks = ("network", network, [*NETWORKS]), ("modality", modality, MODALITIES)
+        for kind, value, valid in checks:
             if value not in valid:
                 raise MmdistError(
                     f"{folder} holds the {kind} {value!r}; this version runs: {', '.join(valid)}."
@@ -229,17 +224,24 @@ def describe(
         window, stride = (_positive(path, config, key, whole=True) for key in ("window", "stride"))
         if mode == "dense":
             window, stride = DENSE_WINDOW, DENSE_STRIDE
+        fps = float(_positive(path, config, "fps"))
+        reading: type[Preprocessing | FlowPreprocessing]
+        reading = FlowPreprocessing if modality == "flow" else Preprocessing
+        try:
+            preprocessing = reading(**config["preprocessing"])
+        except (TypeError, ValueError) as error:
+            raise MmdistError(f"The preprocessing in {path} is wrong: {error}") from error
         return ExtractorSpec(
             name=name,
             folder=folder,
             digest=weights_digest(folder),
             network=network,
             modality=modality,
-            fps=float(_positive(path, config, "fps")),
+            fps=fps,
             window=int(window),
             stride=int(stride),
             config=config,
-            preprocessing=_preprocessing(path, modality, config["preprocessing"]),
+            preprocessing=preprocessing,
             mode=cast(Mode, mode),
             fps_policy=cast(FpsPolicy, fps_policy),
             layer=own_layer,
@@ -254,17 +256,17 @@ def describe(
 def _check_options(name: str, network: str, mode: str, fps_policy: str, layer: str | None) -> None:
     check_choice("The mode", mode, get_args(Mode))
     check_choice("The fps policy", fps_policy, get_args(FpsPolicy))
+    extractor = f"The extractor {name!r} is {NETWORKS[network]} network"
     if layer is not None:
         check_choice("The layer", layer, LAYERS)
-    if layer is not None and network != "c3d":
-        raise MmdistError(
-            f"The extractor {name!r} is {NETWORKS[network]} network and has no layer {layer!r} to "
-            f"choose; leave the layer out, or use a C3D extractor."
-        )
+        if network != "c3d":
+            raise MmdistError(
+                f"{extractor} and has no layer {layer!r} to choose; leave the layer out, or use a "
+                "C3D extractor."
+            )
     if mode == "dense" and network != "i3d":
         raise MmdistError(
-            f"The extractor {name!r} is {NETWORKS[network]} network, which reads windows only; "
-            f"use the mode 'windows', or an I3D extractor."
+            f"{extractor}, which reads windows only; use the mode 'windows', or an I3D extractor."
         )
 
 
@@ -275,10 +277,3 @@ def _positive(path: Path, config: Mapping[str, Any], key: str, *, whole: bool = 
         return cast(float, value)
     needed = "a whole number, at least 1" if whole else "a finite number above 0"
     raise MmdistError(f"The {key} in {path} must be {needed}; got {value!r}.")
-
-
-def _preprocessing(path: Path, modality: str, settings: Any) -> Preprocessing | FlowPreprocessing:
-    try:
-        return FlowPreprocessing(**settings) if modality == "flow" else Preprocessing(**settings)
-    except (TypeError, ValueError) as error:
-        raise MmdistError(f"The preprocessing in {path} is wrong: {error}") from error

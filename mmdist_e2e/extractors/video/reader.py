@@ -29,16 +29,14 @@ import weakref
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MmdistError, check_choice
 
 FpsPolicy = Literal["ceiling", "exact"]
-
-
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -79,6 +77,10 @@ class VideoError(MmdistError):
     def __init__(self, path: Path, message: str) -> None:
         super().__init__(message)
         self.path = path
+
+
+def failure(path: Path, problem: str) -> VideoError:
+    return VideoError(path, f"{printable(path)} {problem}")
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,6 @@ class Decoder:
     def __init__(self, *, stall_seconds: float = 60.0, chunk_bytes: int = 16 * 2**20) -> None:
         if not stall_seconds > 0:
             raise MmdistError(f"stall_seconds must be positive; got {stall_seconds}.")
-        if not chunk_bytes > 0:
-            raise MmdistError(f"chunk_bytes must be positive; got {chunk_bytes}.")
         self._stall_seconds = stall_seconds
         self._chunk_bytes = chunk_bytes
         self._child: Child | None = None
@@ -173,11 +173,7 @@ class Decoder:
         return VideoInfo(**self._open("probe", Path(path))["info"])
 
     def frames(
-        self,
-        path: str | Path,
-        *,
-        fps: float | None = 25.0,
-        fps_policy: FpsPolicy = "ceiling",
+        self, path: str | Path, *, fps: float | None = 25.0, fps_policy: FpsPolicy = "ceiling"
     ) -> FrameStream:
         """Sample a video by timestamp: sample j is the frame displayed at j / fps seconds.
 
@@ -193,21 +189,19 @@ class Decoder:
         """
         if fps is not None and not 0 < fps <= 1000:
             raise MmdistError(f"fps must be between 0 and 1000; got {fps}.")
-        if fps_policy not in ("ceiling", "exact"):
-            raise MmdistError(f"The fps policy {fps_policy!r} is unknown; valid: ceiling, exact.")
+        check_choice("The fps policy", fps_policy, get_args(FpsPolicy))
         path = Path(path)
         opened = self._open("frames", path, fps=fps, policy=fps_policy)
         return FrameStream(self, self._job, path, opened)
 
     def _open(self, do: str, path: Path, **options: Any) -> dict[str, Any]:
-        name = printable(path)
         problem = unfit(path)
         if problem is not None:
-            raise VideoError(path, f"{name} {problem}.")
+            raise failure(path, f"{problem}.")
         if self._child is None:
             self._child = Child()
         self._job += 1
-        self._send(path, do=do, file=str(path.absolute()), name=name, **options)
+        self._send(path, do=do, file=str(path.absolute()), **options)
         return self._receive(self._job, path)
 
     def _chunks(self, job: int, path: Path, info: VideoInfo) -> Generator[FrameChunk, None, None]:
@@ -236,10 +230,10 @@ class Decoder:
 
     def _check_current(self, job: int, path: Path, *, over: bool = False) -> None:
         if not over and (job != self._job or self._child is None):
-            raise VideoError(
+            raise failure(
                 path,
-                f"{printable(path)} is no longer being read, as its decoder was closed or given "
-                "another video; use one decoder for each video read at the same time.",
+                "is no longer being read, as its decoder was closed or given another video; use "
+                "one decoder for each video read at the same time.",
             )
 
     def _send(self, path: Path, **message: Any) -> None:
@@ -256,11 +250,10 @@ class Decoder:
             try:
                 message = self._child.messages.get(timeout=self._stall_seconds)
             except queue.Empty:
-                self._child.end()
-                self._child = None
-                raise VideoError(
+                self.close()
+                raise failure(
                     path,
-                    f"{printable(path)} was given up because its decoder delivered nothing for "
+                    f"was given up because its decoder delivered nothing for "
                     f"{self._stall_seconds:g} seconds; the file may be damaged.",
                 ) from None
             if message is None:
@@ -268,18 +261,17 @@ class Decoder:
             if message["job"] != job or "alive" in message:
                 continue
             if "error" in message:
-                raise VideoError(path, message["error"])
+                raise failure(path, message["error"])
             return message
 
     def _crashed(self, path: Path) -> VideoError:
         assert self._child is not None
         how = self._child.end()
         self._child = None
-        message = f"{printable(path)} made its decoder crash ({how}); the file may be damaged."
-        return VideoError(path, message)
+        return failure(path, f"made its decoder crash ({how}); the file may be damaged.")
 
 
-SLOTS = 2  # as in worker.py: one chunk is decoded while the parent works on the other
+SLOTS = 2  # one chunk is decoded while the parent works on the other
 PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 GRACE_SECONDS = 0.2
 Messages = queue.Queue[dict[str, Any] | None]
@@ -301,16 +293,16 @@ class Child:
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
         )
-        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
-        assert stdin is not None
-        assert stdout is not None
-        assert stderr is not None
-        self._stdin = stdin
+        self._stdin = cast(IO[bytes], self._process.stdin)
         self.messages: Messages = queue.Queue()
         self._noise: collections.deque[bytes] = collections.deque(maxlen=20)
         self._readers = [
-            threading.Thread(target=_read_messages, args=(stdout, self.messages), daemon=True),
-            threading.Thread(target=_read_noise, args=(stderr, self._noise), daemon=True),
+            threading.Thread(
+                target=_read_messages, args=(self._process.stdout, self.messages), daemon=True
+            ),
+            threading.Thread(
+                target=_read_noise, args=(self._process.stderr, self._noise), daemon=True
+            ),
         ]
         for reader in self._readers:
             reader.start()

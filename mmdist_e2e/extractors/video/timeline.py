@@ -54,28 +54,19 @@ WRONG_TIMES = 0.1  # share of pictures whose time may be a demuxer's wrong guess
 PRIMING_SECONDS = 0.2  # sound may start that long before 0: padding that no player presents
 
 NOT_VIDEO = (
-    "{name} is not a video but a text, a picture, a playlist, or in a format that FFmpeg does not "
+    "is not a video but a text, a picture, a playlist, or in a format that FFmpeg does not "
     "know; give a video file."
 )
 CUT_OFF = (
-    "{name} starts like a video but cannot be opened and no frames can be read; "
+    "starts like a video but cannot be opened and no frames can be read; "
     "it may be cut off, so copy or download it again."
 )
-
 
 COVER = av.stream.Disposition.attached_pic
 
 
 class Unreadable(Exception):  # noqa: N818 - says what the file is
-    """One clear sentence about a file, for the person."""
-
-
-class Damaged(Exception):  # noqa: N818 - becomes a sentence in `damage`
-    """A packet that a player would miss does not decode; `good` pictures came before it."""
-
-    def __init__(self, good: int) -> None:
-        super().__init__(good)
-        self.good = good
+    """What is wrong with a file: a sentence that continues the file's name."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ class Index:
         return round(fps, 6)
 
 
-def open_file(path: Path, name: str) -> InputContainer:
+def open_file(path: Path) -> InputContainer:
     """Open for reading, or Unreadable. The file protocol takes every name as it is."""
     options = {"protocol_whitelist": "file", "format_whitelist": ALLOWED}
     try:
@@ -126,23 +117,23 @@ def open_file(path: Path, name: str) -> InputContainer:
         with path.open("rb") as file:
             head = file.read(12)
         if head[4:8] in MP4_STARTS or head.startswith(OTHER_STARTS) or head[8:11] == b"AVI":
-            raise Unreadable(CUT_OFF.format(name=name)) from error
-        raise Unreadable(NOT_VIDEO.format(name=name)) from error
+            raise Unreadable(CUT_OFF) from error
+        raise Unreadable(NOT_VIDEO) from error
     assert isinstance(container, InputContainer)
     return container
 
 
-def video_stream(container: InputContainer, name: str) -> av.VideoStream:
+def video_stream(container: InputContainer) -> av.VideoStream:
     """The stream that a player shows: never a cover picture."""
     best = container.streams.best("video")
     for stream in [best, *container.streams.video]:
         if isinstance(stream, av.VideoStream) and not stream.disposition & COVER:
             if not stream.codec_context:
-                raise Unreadable(CUT_OFF.format(name=name))
+                raise Unreadable(CUT_OFF)
             return stream
     if container.streams.audio or best is not None:
-        raise Unreadable(f"{name} has no video stream, only sound; give a file with pictures.")
-    raise Unreadable(NOT_VIDEO.format(name=name))
+        raise Unreadable("has no video stream, only sound; give a file with pictures.")
+    raise Unreadable(NOT_VIDEO)
 
 
 def packets(
@@ -210,14 +201,14 @@ def unclear(codec: str, packet: Packet) -> bool:
     return start < 0 or len(data) - start < 16 or b"\0\0\1\xb6" in data[start + 4 :]
 
 
-def decode(path: Path, name: str) -> Iterator[tuple[float, av.VideoFrame]]:
-    """PyAV's pictures in the order of display, each with its time in the file or NaN.
+def decode(path: Path, index: Index) -> Iterator[tuple[float, av.VideoFrame]]:
+    """PyAV's pictures in the order of display, each with its player time or NaN.
 
     What cannot be decoded before the first picture (or after a joint) is no damage, as players
     skip it: leading pictures of an open GOP, a start between key frames.
 
     Raises:
-        Damaged: after the last good picture before a packet that is cut or does not decode.
+        Unreadable: after the last good picture before a packet that is cut or does not decode.
     """
     count, lenient, failed = 0, True, False
 
@@ -229,10 +220,10 @@ def decode(path: Path, name: str) -> Iterator[tuple[float, av.VideoFrame]]:
             else:
                 count, lenient = count + 1, False
                 pts = frame.dts if frame.pts is None else frame.pts
-                yield np.nan if pts is None else pts * unit, frame
+                yield np.nan if pts is None else pts * unit - index.zero, frame
 
-    with open_file(path, name) as container:
-        stream = video_stream(container, name)
+    with open_file(path) as container:
+        stream = video_stream(container)
         unit = float(stream.time_base or 1)  # the last frames come without one
         try:
             for packet, whole, restarts in packets(container, stream):
@@ -255,7 +246,7 @@ def decode(path: Path, name: str) -> Iterator[tuple[float, av.VideoFrame]]:
         with contextlib.suppress(av.FFmpegError, EOFError):
             yield from good(stream.decode(None))  # what the decoder still holds back
     if failed or not count:
-        raise Damaged(count)
+        raise damage(index, count)
 
 
 def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
@@ -290,7 +281,7 @@ class Upright:
         return picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
 
-def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
+def scan(path: Path, alive: Callable[[], None]) -> Index:
     """The index of a file that decodes at least at its start.
 
     One pass over the packets and the first picture are enough where each packet is one picture;
@@ -299,14 +290,15 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
     Raises:
         Unreadable: not a video, or damaged so that it shows before the pictures are delivered.
     """
-    with open_file(path, name) as container:
-        stream = video_stream(container, name)
+    with open_file(path) as container:
+        stream = video_stream(container)
         kind, codec = container.format.name, stream.codec_context.codec.canonical_name
-        is_best = stream == container.streams.best("video")
         unit = float(stream.time_base or 1)
         listed: list[tuple[float, float]] = []  # shown at, seconds
-        ends, keys, moments, lengths = [], [], [], []
-        exact, plain = codec in ONE_TO_ONE, is_best
+        moments: list[int | None] = []
+        ends, lengths = [], []
+        exact = codec in ONE_TO_ONE
+        plain = stream == container.streams.best("video")
         try:
             for packet, _, restarts in packets(container, stream):
                 alive()
@@ -317,14 +309,13 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
                 if not packet.size:
                     exact = exact and moment is None  # PyAV's last packet is empty
                     continue
+                exact = exact and packet.pts is not None and not unclear(codec, packet)
+                exact = exact and (packet.is_keyframe or bool(moments))
                 moments.append(moment)
                 lengths.append(length)
-                keys.append(packet.is_keyframe)
-                exact = exact and packet.pts is not None and not unclear(codec, packet)
-                plain = plain and not restarts
-                if hidden(codec, packet):
-                    plain = False
-                elif moment is not None and not packet.is_discard:
+                shows = not hidden(codec, packet)
+                plain = plain and shows and not restarts
+                if shows and moment is not None and not packet.is_discard:
                     listed.append((moment * unit, length))
         except av.FFmpegError:
             pass  # what follows cannot be read: the frames before it are what there is
@@ -337,9 +328,9 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
             seconds = duration / av.time_base
         is_picture = container.metadata.get("major_brand", "").strip() in PICTURE_BRANDS
     if is_picture or (kind in ("gif", "apng") and len(moments) == 1):
-        raise Unreadable(NOT_VIDEO.format(name=name))
+        raise Unreadable(NOT_VIDEO)
     if not moments:
-        raise Unreadable(f"{name} holds no frames that can be read; it may be cut off.")
+        raise Unreadable("holds no frames that can be read; it may be cut off.")
     if not listed:  # a raw stream has no time stamps
         step = float(np.median(lengths)) or 1 / rate
         listed = [(i * step, step) for i in range(len(moments))]
@@ -347,7 +338,7 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
     listed.sort()
     first = listed[0][0]
     gaps = np.diff([at for at, _ in listed])
-    exact = exact and bool(keys[0]) and bool(np.all(gaps > 0))
+    exact = exact and bool(np.all(gaps > 0))
     exact = exact and moments[0] == min(m for m in moments if m is not None)
     zero = first if start is None else start / av.time_base
     if exact:  # otherwise the first ones may not be shown; see below
@@ -360,47 +351,44 @@ def scan(path: Path, name: str, alive: Callable[[], None]) -> Index:
     regular = np.mean(np.abs(gaps - gap) < 0.1 * gap + 0.002) > 0.9
     if claimed is None and seconds is not None and regular:
         claimed = round((seconds - first) / gap)
+    end = max(max(ends) - zero, float(times_N[-1]) + (listed[-1][1] or gap))
+    plain = plain and exact and duration is not None
+    shape = (0, 0, 3)
     index = Index(
         codec,
         kind,
         times_N,
-        max(max(ends) - zero, float(times_N[-1]) + (listed[-1][1] or gap)),
+        end,
         exact,
-        plain and exact and duration is not None,
-        (0, 0, 3),
+        plain,
+        shape,
         len(moments),
         claimed,
         seconds,
         zero,
     )
-    return _with_pictures(path, name, index, gap, alive)
+    return _with_pictures(path, index, gap, alive)
 
 
-def _with_pictures(
-    path: Path, name: str, index: Index, gap: float, alive: Callable[[], None]
-) -> Index:
+def _with_pictures(path: Path, index: Index, gap: float, alive: Callable[[], None]) -> Index:
     """The index with what decoding adds: the shape, and the times where packets do not tell."""
     cut, exact, plain, shape = is_cut(path), index.exact, index.plain, index.shape
     times: list[float] = []
-    try:
-        for moment, frame in decode(path, name):
-            alive()
-            at = moment - index.zero
-            if not times:
-                swap, *flips = orientation(frame)
-                size = (frame.width, frame.height) if swap else (frame.height, frame.width)
-                shape = *size, 3
-                plain = plain and not (swap or any(flips))
-                exact = exact and abs(at - index.times_N[0]) < 1e-6 and not frame.interlaced_frame
-                if exact and not cut:
-                    break
-            times.append(at)
-    except Damaged as damaged:
-        raise damage(name, index, damaged.good) from None
+    for at, frame in decode(path, index):
+        alive()
+        if not times:
+            swap, *flips = orientation(frame)
+            size = (frame.width, frame.height) if swap else (frame.height, frame.width)
+            shape = *size, 3
+            plain = plain and not (swap or any(flips))
+            exact = exact and abs(at - index.times_N[0]) < 1e-6 and not frame.interlaced_frame
+            if exact and not cut:
+                break
+        times.append(at)
     if cut:
         missing = index.claimed is None or index.packets < index.claimed
         if missing or (exact and len(times) < len(index.times_N)):
-            raise damage(name, index, len(times))
+            raise damage(index, len(times))
     if exact:
         return replace(index, plain=plain, shape=shape)
     times_N = np.array(times)
@@ -415,8 +403,8 @@ def _with_pictures(
     ordered_N = np.sort(times_N)
     if np.mean(np.minimum.accumulate(times_N[::-1])[::-1] < times_N - 1) > WRONG_TIMES:
         raise Unreadable(
-            f"{name} seems to be joined from several videos, as its clock restarts; convert it "
-            f"with a video tool."
+            "seems to be joined from several videos, as its clock restarts; convert it "
+            "with a video tool."
         )
     early = min(float(ordered_N[0]), 0.0)
     return replace(
@@ -438,7 +426,7 @@ def _tagged_seconds(tag: str) -> float | None:
         return None
 
 
-def damage(name: str, index: Index, good: int) -> Unreadable:
+def damage(index: Index, good: int) -> Unreadable:
     """The sentence for a file of which only the first `good` frames decode."""
     few = f"only the first {good} decode" if good else "none of them decodes"
     claimed = max(index.claimed or 0, len(index.times_N))
@@ -447,7 +435,7 @@ def damage(name: str, index: Index, good: int) -> Unreadable:
         what = f"{index.claimed_seconds:.1f} seconds and only the first {good} frames decode"
     elif index.claimed is None and good >= claimed:
         what = f"more data than it has, and only {good} frames decode"
-    return Unreadable(f"{name} is truncated or damaged: it claims {what}.")
+    return Unreadable(f"is truncated or damaged: it claims {what}.")
 
 
 def is_cut(path: Path) -> bool:
@@ -465,10 +453,9 @@ def is_cut(path: Path) -> bool:
             if start < 0 or start + 12 > len(head) or head[start + 4] == 0:
                 return False
             length = 9 - head[start + 4].bit_length()
-            number = int.from_bytes(head[start + 4 : start + 4 + length], "big")
-            number &= (1 << 7 * length) - 1
-            unknown = number == (1 << 7 * length) - 1  # a live recording
-            return not unknown and start + 4 + length + number > size
+            unknown = (1 << 7 * length) - 1  # the size that a live recording gives
+            number = int.from_bytes(head[start + 4 : start + 4 + length], "big") & unknown
+            return number != unknown and start + 4 + length + number > size
         if head[4:8] not in MP4_STARTS:
             return False
         at = 0

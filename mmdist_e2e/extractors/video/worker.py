@@ -1,26 +1,19 @@
 """The decoder process, `python -m mmdist_e2e.extractors.video.worker`: frames out of one file.
 
-decord can loop forever holding the GIL, can segfault, and clashes with CUDA torch, so it lives
-here, in a child process that reader.py may kill. Never imports torch. JSON lines on stdin and
-stdout for control; frames through a memory-mapped ring of SLOTS slots that the parent made: the
-parent hands out the slots, so this process decodes one chunk while the parent works on the other.
+decord can loop forever holding the GIL, can segfault, and clashes with CUDA torch: it runs in this
+child process, which reader.py may kill and which never imports torch. JSON lines on stdin and
+stdout control it. Frames go through the parent's ring of SLOTS slots: one fills while the parent
+works on the other.
 
 decord2 (3.4) as measured, and what is done about it:
-- It gives pictures without times and counts packets. So it reads files of which timeline.py knows
-  that the n-th picture belongs to the n-th time, and PyAV all others.
-- It converts every picture to RGB; `skip_frames` skips others than asked for in fragmented MP4 and
-  behind edit lists. So where not all pictures are sampled, PyAV reads: the same pixels.
-- At the end of what decodes, `next()` repeats frames silently. With FAULT_TOLERANCE the first
-  repeat raises DECORDLimitReachedError instead.
-- A packet that does not decode raises from another thread and loses frames already decoded. PyAV
-  then decides what is damaged.
+- It gives pictures without times: it reads only files whose n-th picture has the n-th time.
+- It converts every picture, and `skip_frames` may skip wrong ones: PyAV reads where some are left.
+- At the end of what decodes, `next()` repeats frames silently: FAULT_TOLERANCE makes it raise.
+- A bad packet raises from another thread and loses good frames: PyAV then decides what is damaged.
 - Where the padded row is a multiple of the width (16, 32, 48, 96 … pixels), the padding is taken
   for channels and `get_batch` fails; `next()` is as fast: see `unpad`.
-- In MPEG-TS and its like the rewind to the start lands on a later key frame and the beginning is
-  lost: PyAV decodes those containers (REWINDABLE names the others).
-- `next()` pushes a packet each time it polls, and the thread behind it decodes all that was
-  pushed: while the parent computes, frames pile up, at worst the whole video. So decord decodes
-  what fits DECORD_BYTES, and PyAV the rest: on demand, and as fast once its scaler is reused.
+- The rewind to the start of MPEG-TS and its like loses the beginning: see REWINDABLE.
+- Its thread decodes ahead of the parent: it reads what fits DECORD_BYTES, and PyAV the rest.
 
 Shape suffixes: N displayed frames of the file, M sampled frames, H height, W width, C channels.
 """
@@ -31,20 +24,20 @@ import json
 import math
 import mmap
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdist_e2e.extractors.video.reader import SLOTS
 from mmdist_e2e.extractors.video.timeline import (
-    Damaged,
     Frame,
     Index,
     Unreadable,
@@ -54,7 +47,6 @@ from mmdist_e2e.extractors.video.timeline import (
     scan,
 )
 
-SLOTS = 2
 FAULT_TOLERANCE = 1e-9  # share of repeated frames above which decord raises: any
 REWINDABLE = ("mov", "matroska", "webm", "avi")
 DECORD_BYTES = 2**30  # frames of a video that decord may pile up
@@ -176,11 +168,7 @@ def decode_decord(path: Path, index: Index) -> Iterator[Picture]:
     import decord
 
     # One thread: as fast as more on the videos measured, and the other cores are the parent's.
-    # decord takes names in UTF-8 alone; on Linux an open file has a second name.
-    with path.open("rb") as file:
-        utf8 = re.search("[\ud800-\udfff]", str(path)) is None
-        name = str(path) if utf8 else f"/proc/self/fd/{file.fileno()}"
-        reader = decord.VideoReader(name, num_threads=1, fault_tol=FAULT_TOLERANCE)
+    reader = decord.VideoReader(str(path), num_threads=1, fault_tol=FAULT_TOLERANCE)
     for at in index.times_N.tolist():
         raw_HWC = unpad(reader.next().asnumpy())
         if raw_HWC.shape != index.shape:
@@ -196,25 +184,21 @@ def unpad(raw_HWC: Frame) -> Frame:
     return raw_HWC.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
-def decode_av(path: Path, name: str, index: Index) -> Iterator[Picture]:
+def decode_av(path: Path, index: Index) -> Iterator[Picture]:
     """All pictures from PyAV; Unreadable where a part is missing."""
     upright, count = None, 0
-    try:
-        for moment, frame in decode(path, name):
-            upright = upright or Upright(frame)
-            at = moment - index.zero
-            if not index.exact:  # then the index was made by decoding these same pictures
-                at = float(index.times_N[count])
-            count += 1
-            yield at, partial(upright, frame)
-    except Damaged as damaged:
-        raise damage(name, index, damaged.good) from None
+    for at, frame in decode(path, index):
+        upright = upright or Upright(frame)
+        if not index.exact:  # then the index was made by decoding these same pictures
+            at = float(index.times_N[count])
+        count += 1
+        yield at, partial(upright, frame)
     if count < len(index.times_N):
-        raise damage(name, index, count)
+        raise damage(index, count)
 
 
 def pictures(
-    path: Path, name: str, index: Index, shown_M: NDArray[np.float64], channel: Channel
+    path: Path, index: Index, shown_M: NDArray[np.float64], channel: Channel
 ) -> Iterator[Picture]:
     """The pictures to be sampled at least, in order; PyAV continues where decord stops early."""
     last = -math.inf
@@ -227,7 +211,7 @@ def pictures(
             channel.alive()
         else:
             return
-    for at, convert in decode_av(path, name, index):
+    for at, convert in decode_av(path, index):
         channel.alive()
         if at > last:
             yield at, convert
@@ -235,8 +219,8 @@ def pictures(
 
 def serve(request: dict[str, Any], channel: Channel) -> None:
     """Answer one `probe` or `frames` request."""
-    path, name = Path(request["file"]), request["name"]
-    index = scan(path, name, channel.alive)
+    path = Path(request["file"])
+    index = scan(path, channel.alive)
     fps, shown_M, times_M = plan(index, request.get("fps"), request.get("policy", "ceiling"))
     info = {
         "width": index.shape[1],
@@ -254,12 +238,10 @@ def serve(request: dict[str, Any], channel: Channel) -> None:
         capacity = go["slot_bytes"] // size
         ring = channel.ring(go["ring"], SLOTS * go["slot_bytes"])
         slots_MHWC = [
-            np.frombuffer(ring, np.uint8, capacity * size, slot * go["slot_bytes"]).reshape(
-                capacity, *index.shape
-            )
-            for slot in range(SLOTS)
+            slot_B[: capacity * size].reshape(capacity, *index.shape)
+            for slot_B in np.frombuffer(ring, np.uint8).reshape(SLOTS, -1)
         ]
-        frames = sample(pictures(path, name, index, shown_M, channel), shown_M, channel)
+        frames = sample(pictures(path, index, shown_M, channel), shown_M, channel)
         fill(slots_MHWC, frames, times_M, channel)
 
 
@@ -272,24 +254,17 @@ def sample(
         channel.alive()
         until = int(np.searchsorted(shown_M, at))  # these samples come before this picture
         if current is not None and until > done:
-            frame_HWC = current()
-            for _ in range(until - done):
-                yield frame_HWC
+            yield from repeat(current(), until - done)
             done = until
         if done == len(shown_M):
             return
         current = convert
     assert current is not None, "a file without pictures is Unreadable"
-    frame_HWC = current()
-    for _ in range(len(shown_M) - done):
-        yield frame_HWC
+    yield from repeat(current(), len(shown_M) - done)
 
 
 def fill(
-    slots_MHWC: list[Frame],
-    frames: Iterator[Frame],
-    times_M: NDArray[np.float64],
-    channel: Channel,
+    slots_MHWC: list[Frame], frames: Iterator[Frame], times_M: NDArray[np.float64], channel: Channel
 ) -> None:
     """Write the sampled frames into the slots in turn, waiting for the parent to free them."""
     capacity, total = len(slots_MHWC[0]), len(times_M)
@@ -324,7 +299,7 @@ def main() -> None:
         except Unreadable as error:
             channel.send(error=str(error))
         except Exception as error:  # reported to the parent, which raises it
-            channel.send(error=f"{request['name']} cannot be decoded: {error!r}.")
+            channel.send(error=f"cannot be decoded: {error!r}.")
 
 
 if __name__ == "__main__":
