@@ -104,6 +104,12 @@ class Index:
         return round(fps, 6)
 
 
+# PyAV reads metadata that is not UTF-8 by itself from version 19 on, and has no such option there.
+ANY_METADATA: dict[str, Any] = (
+    {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+)
+
+
 def open_file(path: Path) -> InputContainer:
     """Open for reading, or Unreadable. The file protocol takes every name as it is."""
     options = {"protocol_whitelist": "file", "format_whitelist": ALLOWED}
@@ -112,7 +118,7 @@ def open_file(path: Path) -> InputContainer:
         if "%" in path.name:  # FFmpeg would take frame%d.png for a row of pictures
             file = io.FileIO(path)
             file.name = "video"
-        container = av.open(file, container_options=options, metadata_errors="replace")
+        container = av.open(file, container_options=options, **ANY_METADATA)
     except (av.FFmpegError, OSError, ValueError) as error:
         with path.open("rb") as file:
             head = file.read(12)
