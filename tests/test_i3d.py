@@ -192,3 +192,13 @@ def test_wrong_channels_and_widths_are_named():
         InceptionI3d(5, 3, 0.125).features(torch.zeros(1, 2, 16, 32, 32))
     with pytest.raises(ValueError, match=r"width 0\.1"):
         InceptionI3d(5, 3, 0.1)
+
+
+def test_logits_are_averaged_over_time():
+    network = randomised(3)
+    frames = torch.rand(2, 3, 24, 32, 32)
+    with torch.no_grad():
+        rows = network.features(frames)
+        weight = network.logits.conv3d.weight.flatten(1)
+        expected = (rows @ weight.T + network.logits.conv3d.bias).mean(dim=1)
+        torch.testing.assert_close(network(frames), expected, rtol=1e-4, atol=1e-5)

@@ -180,3 +180,10 @@ class InceptionI3d(nn.Module):
         wide = torch.promote_types(volume.dtype, torch.float32)
         maps_BDT = volume.mean(dim=(3, 4), dtype=wide)
         return F.avg_pool1d(maps_BDT, min(2, maps_BDT.shape[2]), stride=1).transpose(1, 2)
+
+    def forward(self, frames_BCTHW: Tensor) -> Tensor:
+        """Class scores [B, num_classes], averaged over time."""
+        features_BTD = self.dropout(self.features(frames_BCTHW)).to(frames_BCTHW.dtype)
+        pooled_BDT = features_BTD.transpose(1, 2)
+        logits: Tensor = self.logits.conv3d(pooled_BDT[..., None, None])  # type: ignore[operator]
+        return logits.mean(dim=(2, 3, 4))
