@@ -327,19 +327,16 @@ def predict(
     items: Sequence[Item],
     table: FeatureTable,
     *,
-    precision: str = "fp32",
     progress: Progress | None = None,
 ) -> Predictions:
-    """Answer every item. Sentences of similar length share a batch, which saves padding."""
+    """Answer every item in fp32. Sentences of similar length share a batch, which saves padding."""
     was_training = model.training
     model.eval()
     order = sorted(range(len(items)), key=lambda i: len(items[i].sentence.tokens))
     outputs: list[Scored] = []
     done = 0
     for batch in batches(items, table, INFERENCE_BATCH, order):
-        device = batch.frames_BLF.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            outputs.append(predict_batch(model, batch))
+        outputs.append(predict_batch(model, batch))
         done += len(batch.frames_BLF)
         if progress:
             progress("answering", done, len(items))

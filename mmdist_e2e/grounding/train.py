@@ -278,9 +278,9 @@ def train_run(
 ) -> dict[str, Any]:
     """Train a recipe from features and sentences; `out` becomes the best epoch's checkpoint.
 
-    Writes out/ (best), out/last/ (last epoch), out/history.json and out/state.safetensors. A second
-    call with the same inputs resumes or, with more epochs, continues the run; a finished run is
-    left as it is.
+    Writes out/ (best), out/last/ (last epoch), out/history.json, out/log.csv (the same figures) and
+    out/state.safetensors. A second call with the same inputs resumes or, with more epochs,
+    continues the run; a finished run is left as it is.
 
     carve: without `val_path`, the share of training videos set aside as validation; 0: no
     validation, the last epoch is taken. modalities: what the network reads; flow_features_path: of

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.download import file_sha256, git_blob_sha1
 from mmdist_e2e.weights.registry import misfits
-from mmdist_e2e.weights.words import WordVectors, load_restricted
+from mmdist_e2e.weights.words import read_cpl_pickle
 
 # Our setting and its place in CPL's config. A config without it gets the published value, the
 # recipe's default.
@@ -168,24 +167,18 @@ def read_vocabulary(file: Path, size: int, dim: int) -> Vocabulary:
     CPL drops all other words from a query. Raises MmdistError for a file that is no such pickle,
     has too few words or vectors of another length than `dim`.
     """
-    raw = load_restricted(file)
-    try:
-        rows, table = raw["w2id"], raw["id2vec"]
-        # most_common is stable: ties keep the order of first appearance.
-        words = tuple(str(word) for word, _ in Counter(dict(raw["counter"])).most_common(size))
-        vectors_VE = np.stack([np.asarray(table[rows[word]], dtype=np.float32) for word in words])
-    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+    # most_common is stable: ties keep the order of first appearance.
+    vectors = read_cpl_pickle(
+        file, lambda raw: (str(w) for w, _ in Counter(dict(raw["counter"])).most_common(size))
+    )
+    found, own_dim = vectors.vectors_VE.shape
+    if (found, own_dim) != (size, dim):
         raise MmdistError(
-            f"'{file}' does not hold CPL's vocabulary (w2id, id2vec and counter); give the "
-            f"glove.pkl that the checkpoint was trained with."
-        ) from error
-    if len(words) != size or vectors_VE.shape != (size, dim):
-        raise MmdistError(
-            f"'{file}' counts {len(words)} words with word vectors of {vectors_VE[0].size} numbers "
+            f"'{file}' counts {found} words with word vectors of {own_dim} numbers "
             f"and the checkpoint reads {size} words of {dim}; give the glove.pkl that it was "
             f"trained with."
         )
-    return Vocabulary(words, WordVectors(file.stem, words, vectors_VE))
+    return Vocabulary(vectors.words, vectors)
 
 
 def convert_cpl(

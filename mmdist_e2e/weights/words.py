@@ -10,7 +10,7 @@ import io
 import pickle
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
@@ -163,23 +163,30 @@ def load_word_vectors(path: Path) -> WordVectors:
     try:
         with path.open("rb") as file:
             is_pickle = file.read(1) == b"\x80"  # the first byte of pickle protocol 2 and later
-        return _from_cpl_pickle(path) if is_pickle else _from_text(path)
+        return read_cpl_pickle(path, _own_words) if is_pickle else _from_text(path)
     except OSError as error:
         raise MmdistError(
             f"'{path}' cannot be read ({error.strerror}); give a readable file."
         ) from error
 
 
-def _from_cpl_pickle(path: Path) -> WordVectors:
+def _own_words(raw: Any) -> list[str]:
+    return [word for word in raw["w2id"] if not word.startswith("<")]  # <PAD>, <UNK>: no words
+
+
+def read_cpl_pickle(path: Path, choose: Callable[[Any], Iterable[str]]) -> WordVectors:
+    """Word vectors from CPL's glove.pkl {w2id, id2vec, counter}, of the words that `choose` takes.
+
+    Raises MmdistError for a file that is no such pickle, or has no vector for one of those words.
+    """
     raw = load_restricted(path)
     try:
-        rows, table = raw["w2id"], raw["id2vec"]
-        words = tuple(word for word in rows if not word.startswith("<"))  # <PAD>, <UNK>: no words
+        rows, table, words = raw["w2id"], raw["id2vec"], tuple(choose(raw))
         vectors_VE = np.stack([np.asarray(table[rows[word]], dtype=np.float32) for word in words])
     except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
         raise MmdistError(
-            f"The pickle '{path}' does not hold CPL's word vectors (w2id and id2vec); give CPL's "
-            f"glove.pkl or a GloVe text file."
+            f"'{path}' does not hold CPL's vocabulary (w2id, id2vec and counter); give the "
+            f"glove.pkl that CPL publishes."
         ) from error
     return WordVectors(path.stem, words, vectors_VE)
 
