@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmdist_e2e.cli import common
-from mmdist_e2e.cli.common import StepDisplay, results
+from mmdist_e2e.cli.common import StepDisplay, results, say
 from mmdist_e2e.structures import MODALITIES, MmdistError
+from mmdist_e2e.workspace import SPLITS, fill
 
 if TYPE_CHECKING:
     from mmdist_e2e.grounding.data.check import Report
@@ -33,44 +33,43 @@ def data_group() -> None:
 
 
 @data_group.command("check")
-@click.option("--features", type=common.PATH, help="Feature store, HDF5 file or .npy folder.")
-@click.option("--train", type=common.PATH, help="Annotations for training.")
-@click.option("--val", type=common.PATH, help="Annotations for validation.")
-@click.option("--test", type=common.PATH, help="Annotations for testing.")
-@common.glove
-@click.option(
-    "--durations",
-    multiple=True,
-    type=common.PATH,
-    help="Seconds by video: JSON, Charades' CSV or a feature store; may be repeated.",
-)
+@common.places("rgb", "train", "val", "test", "glove")
+@common.places("durations", multiple=True)
 @click.option(
     "--modality",
-    default="rgb",
-    show_default=True,
     type=click.Choice(MODALITIES),
-    help="Which features of a store to read.",
+    help="Which features of a store to read.  [default: rgb of --features, all of features/]",
 )
 @common.protocol
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def check_command(glove: Path | None, as_json: bool, **options: Any) -> None:
+def check_command(modality: str | None, protocol: str, as_json: bool, **given: Any) -> None:
     """Report what the files hold and everything that is wrong with them.
 
     Errors are what training or evaluation would refuse; with one, the exit code is 1.
     """
     from mmdist_e2e.grounding.data.check import check_data
-    from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
+    from mmdist_e2e.weights.words import load_word_vectors
 
-    given = {name: options.pop(name) for name in ("train", "val", "test")}
-    files = {name: path for name, path in given.items() if path is not None}
+    places = {modality or "rgb": given["rgb"]}
+    given["flow"] = None
+    say(fill("data check", given))
+    if not any(places.values()):  # those of the workspace
+        found = {m: given[m] for m in MODALITIES if given[m] and modality in (None, m)}
+        places = found or places
+    files = {split: given[split] for split in SPLITS if given[split]}
     if not files:
-        raise MmdistError("There is nothing to check; give --train, --val or --test.")
+        raise MmdistError(
+            "There is nothing to check; give --train, --val or --test, or put train.txt, val.txt "
+            "or test.txt into annotations/."
+        )
+    vectors = load_word_vectors(given["glove"])
     with StepDisplay() as progress:
-        report = check_data(
-            files,
-            word_vectors=load_word_vectors(glove) if glove else shipped_word_vectors(),
-            progress=progress,
-            **options,
+        options = {"word_vectors": vectors, "durations": given["durations"], "protocol": protocol}
+        report = _merged(
+            {
+                name: check_data(files, features=place, modality=name, progress=progress, **options)
+                for name, place in places.items()
+            }
         )
     if as_json:
         click.echo(json.dumps(vars(report), indent=2, ensure_ascii=False))
@@ -79,8 +78,26 @@ def check_command(glove: Path | None, as_json: bool, **options: Any) -> None:
     sys.exit(1 if report.errors else 0)
 
 
+def _merged(reports: Mapping[str, Report]) -> Report:
+    """One report of all modalities; a sentence that not all have names its modality."""
+    first, *others = reports.values()
+    if not others:
+        return first
+    for kind in ("errors", "warnings"):
+        said = {modality: getattr(report, kind) for modality, report in reports.items()}
+        lines = [
+            line if all(line in each for each in said.values()) else f"{modality}: {line}"
+            for modality, each in said.items()
+            for line in each
+        ]
+        setattr(first, kind, list(dict.fromkeys(lines)))
+    first.features = {modality: report.features for modality, report in reports.items()}
+    return first
+
+
 def _show(report: Report) -> None:
-    for columns in (report.splits, {"features": report.features}):
+    several = set(report.features) <= set(MODALITIES)
+    for columns in (report.splits, report.features if several else {"features": report.features}):
         if any(columns.values()):
             _print_table(columns)
     for kind, sentences in (("warning", report.warnings), ("error", report.errors)):

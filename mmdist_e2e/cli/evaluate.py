@@ -11,22 +11,13 @@ from rich.table import Table
 
 from mmdist_e2e.cli import common as options
 from mmdist_e2e.cli.common import StepDisplay, results, say
-from mmdist_e2e.cli.train import FEATURES
 from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.workspace import fill
 
 
 @click.command("evaluate")
-@click.argument("runs", nargs=-1, required=True, type=options.PATH)
-@click.option("--features", "features_path", required=True, type=options.PATH, help=FEATURES)
-@options.flow_features
-@click.option(
-    "--annotations",
-    "annotations_path",
-    required=True,
-    type=options.PATH,
-    help="Annotations to score on.",
-)
-@options.durations
+@click.argument("runs", nargs=-1, type=options.PATH)
+@options.places("rgb", "flow", "annotations", "durations")
 @options.protocol
 @options.device
 @click.option(
@@ -37,13 +28,14 @@ from mmdist_e2e.structures import MmdistError
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate_command(
     runs: tuple[Path, ...],
-    flow_features: Path | None,
     out: Path | None,
     device: str,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Evaluate RUNS: R@n at IoU m and mIoU in percent, and four controls.
+
+    Without RUNS, the newest finished run in runs/: a student before a teacher before a baseline.
 
     Queries are answered as `mmdist ground` answers them. Of several runs (seeds of one recipe) the
     table shows mean ± standard deviation. Every combination of model, features, annotations and
@@ -57,11 +49,13 @@ def evaluate_command(
 
     if out is not None and len(runs) > 1:
         raise MmdistError("--out is for the results of one run; omit it for several.")
+    given |= {"runs": runs, "device": resolve_device(device)}
+    say(fill("evaluate", given, "runs", "annotations", "features"))
+    runs, given["features_path"] = given.pop("runs"), given.pop("rgb") or given["flow"]
+    for option, name in (("flow", "flow_features_path"), ("annotations", "annotations_path")):
+        given[name] = given.pop(option)
     with StepDisplay() as progress:
-        given |= {"device": resolve_device(device), "progress": progress}
-        evaluated = [
-            evaluate_run(run, flow_features_path=flow_features, out=out, **given) for run in runs
-        ]
+        evaluated = [evaluate_run(run, out=out, progress=progress, **given) for run in runs]
     if as_json:
         click.echo(json.dumps(evaluated[0] if len(runs) == 1 else evaluated, indent=2))
         return

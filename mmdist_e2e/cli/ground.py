@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 
 from mmdist_e2e.cli import common as options
 from mmdist_e2e.structures import Answer, MmdistError
+from mmdist_e2e.workspace import RECIPES, VIDEOS, newest_run
 
 
 @click.command("ground")
@@ -23,7 +25,12 @@ from mmdist_e2e.structures import Answer, MmdistError
     type=click.Path(path_type=Path, allow_dash=True),
     help="File of more queries, one per line, in UTF-8; - reads them from standard input.",
 )
-@click.option("--model", type=options.PATH, help="Folder of a training run; default: shipped.")
+@click.option(
+    "--model",
+    type=options.PATH,
+    help="Folder of a training run.  [default: the newest finished run in runs/, a student before "
+    "a teacher before a baseline; without any, the model that ships]",
+)
 @click.option(
     "--extractor",
     "extractors",
@@ -36,6 +43,13 @@ from mmdist_e2e.structures import Answer, MmdistError
 )
 @options.device
 @click.option(
+    "--features",
+    default=Path("features"),
+    show_default=True,
+    type=options.PATH,
+    help="Folder that mmdist extract wrote; its features of CLIP are used where they fit.",
+)
+@click.option(
     "--cache", type=options.PATH, help="Folder of cached features; default: the user's cache."
 )
 def ground_command(
@@ -47,9 +61,10 @@ def ground_command(
     top_k: int,
     as_json: bool,
     device: str,
+    features: Path,
     cache: Path | None,
 ) -> None:
-    """Find the moments of CLIP that each QUERY describes.
+    """Find the moments of CLIP, a file here or in videos/, that each QUERY describes.
 
     Prints start and end in seconds and a score, best first. Several queries read the video once.
     """
@@ -58,7 +73,12 @@ def ground_command(
     queries = [*query, *(_lines(file) if file else ())]
     if not queries:
         raise MmdistError("There is no query; give a sentence after the video, or --queries FILE.")
-    grounder = load(model, device=device, cache=cache or True, extractor=extractors)
+    if not clip.exists() and (VIDEOS / clip).is_file():
+        clip = VIDEOS / clip
+    run = newest_run(*RECIPES) if model is None else None
+    grounder = load(
+        model or run, device=device, cache=cache or True, extractor=extractors, features=features
+    )
     with ExitStack() as bars:
         show: Callable[[float], None] | None = None
 
@@ -69,6 +89,8 @@ def ground_command(
             show(done)
 
         answers = grounder.ground(clip, queries, top_k=top_k, progress=progress)
+    if run is not None:
+        answers = [replace(answer, model=f"{answer.model}, {run}") for answer in answers]
     if as_json:
         printed = [_rounded(answer) for answer in answers]
         click.echo(json.dumps(printed if len(printed) > 1 else printed[0], indent=2))

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from mmdist_e2e.weights.words import (
 FORMAT = 1
 CONFIG, MODEL, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
 WORDS = "words.safetensors"
+STATE = "state.safetensors"  # of a training, beside its checkpoint
 
 
 def save_checkpoint(
@@ -100,6 +102,20 @@ def load_checkpoint(folder: Path) -> GroundingModel:
             f"'{trained_with['name']}', and '{vectors.name}' is not the same; restore its {WORDS}."
         )
     return GroundingModel(model.eval(), recipe, Vocabulary(words, vectors), config)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the training of a checkpoint is done; a checkpoint without its state was not trained.
+
+    A damaged state tells nothing, so its training counts as unfinished.
+    """
+    if not (folder / STATE).is_file():
+        return (folder / CONFIG).is_file()
+    with suppress(OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError):
+        with safe_open(folder / STATE, framework="pt") as file:
+            known = {key: json.loads(value) for key, value in file.metadata().items()}
+        return bool(known["progress"]["epoch"] >= known["identity"]["settings"]["epochs"])
+    return False
 
 
 def command_of(config: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ from mmdist_e2e.grounding.answer import Progress
 from mmdist_e2e.grounding.checkpoint import (
     CONFIG,
     MODEL,
+    STATE,
     annotations_digest,
     model_digest,
     recipe_settings,
@@ -236,7 +237,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], TrainingState, dict[str, Ten
         ) from error
 
 
-STATE, HISTORY, LOG, LAST = "state.safetensors", "history.json", "log.csv", "last"
+HISTORY, LOG, LAST = "history.json", "log.csv", "last"
 CARVED_FRACTION = 0.1
 
 SELECTED_BY = {
