@@ -125,41 +125,38 @@ def _candidates(name: str) -> list[Path]:
     return splits["test"] or splits["val"] if name == "annotations" else splits[name]
 
 
-def fill(command: str, given: dict[str, Any], *needed: str) -> str:
+def fill(command: str, given: dict[str, Any], *needed: str | tuple[str, ...]) -> str:
     """Set what is None or () in `given`, by the names of OPTIONS; a line on what was chosen.
 
     () takes all that fits. Flow is not looked for where the place of RGB is given. needed: what
-    must be found; "features": of any modality.
-    Raises MmdistError that tells at once all that is missing or not clear.
+    must be found; of a tuple, one. Raises MmdistError that tells at once all that is missing or
+    not clear.
     """
-    chosen: list[str] = []
-    unclear: list[str] = []
-    missing: list[str] = []
+    chosen, unclear = list[str](), dict[str, str]()
     names = [n for n in OPTIONS if n in given and not (n == "flow" and given.get("rgb"))]
     for name in (name for name in names if not given[name]):
         option, found = OPTIONS[name], _candidates(name)
         if isinstance(given[name], tuple):
             given[name] = tuple(found)
         elif len(found) > 1:
-            unclear.append(f"{option} could be {' or '.join(map(str, found))}: give one.")
+            unclear[name] = f"{option} could be {' or '.join(map(str, found))}: give one."
             continue
         elif found:
             given[name] = found[0]
-        if not found and name in needed:
-            missing.append(name)
         if name != "flow" or found != [given["rgb"]]:  # one store holds both
             flag = [option] * option.startswith("-")
             chosen += [shlex.join([*flag, str(path)]) for path in found]
-    if "features" in needed and not given["rgb"] and not given["flow"]:
-        missing.append("rgb")
-    told, example = [f"mmdist {command}:", *unclear], ""
+    groups = [(group,) if isinstance(group, str) else group for group in needed]
+    open_groups = [g for g in groups if g[0] in names and not any(given[n] for n in g)]
+    missing = [group[0] for group in open_groups if not unclear.keys() & group]
+    told, example = [f"mmdist {command} looked in {Path.cwd()}", *unclear.values()], ""
     if missing:
-        kinds = " and ".join("no {} ({})".format(*NEEDED[name]) for name in missing)
-        only = f", only {' '.join(chosen)}" if chosen else ""
-        told[0] = f"mmdist {command} looked in {Path.cwd()} and found {kinds}{only}."
-        told.append(f"Give {' and '.join(OPTIONS[name] for name in missing)}, or make:")
+        kinds = ", ".join("{} ({})".format(*NEEDED[name]) for name in missing)
+        told[0] += f" and did not find: {kinds}"
+        told.append(f"Give {', '.join(OPTIONS[name] for name in missing)}, or make:")
         rows = {where: how for _, where, how in map(NEEDED.__getitem__, missing)}
         example = "".join(f"\n  {where:<24} {how}" for where, how in rows.items())
+    told[0] += f". It found: {' '.join(chosen)}." if chosen else "."
     if missing or unclear:
         raise MmdistError(" ".join(told) + example)
     return f"Found in this folder: {' '.join(chosen)}" if chosen else ""

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mmdist_e2e.cli import common
 from mmdist_e2e.cli.common import StepDisplay, results, say
-from mmdist_e2e.structures import MODALITIES, MmdistError
+from mmdist_e2e.structures import MODALITIES
 from mmdist_e2e.workspace import SPLITS, fill
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def data_group() -> None:
 )
 @common.protocol
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def check_command(modality: str | None, protocol: str, as_json: bool, **given: Any) -> None:
+def check_command(modality: str | None, as_json: bool, **given: Any) -> None:
     """Report what the files hold and everything that is wrong with them.
 
     Errors are what training or evaluation would refuse; with one, the exit code is 1.
@@ -52,25 +52,19 @@ def check_command(modality: str | None, protocol: str, as_json: bool, **given: A
 
     places = {modality or "rgb": given["rgb"]}
     given["flow"] = None
-    say(fill("data check", given))
+    say(fill("data check", given, tuple(SPLITS)))
     if not any(places.values()):  # those of the workspace
         found = {m: given[m] for m in MODALITIES if given[m] and modality in (None, m)}
         places = found or places
     files = {split: given[split] for split in SPLITS if given[split]}
-    if not files:
-        raise MmdistError(
-            "There is nothing to check; give --train, --val or --test, or put train.txt, val.txt "
-            "or test.txt into annotations/."
-        )
-    vectors = load_word_vectors(given["glove"])
     with StepDisplay() as progress:
-        options = {"word_vectors": vectors, "durations": given["durations"], "protocol": protocol}
-        report = _merged(
-            {
-                name: check_data(files, features=place, modality=name, progress=progress, **options)
-                for name, place in places.items()
-            }
-        )
+        options = {name: given[name] for name in ("durations", "protocol")}
+        options |= {"word_vectors": load_word_vectors(given["glove"]), "progress": progress}
+        reports = {
+            name: check_data(files, features=place, modality=name, **options)
+            for name, place in places.items()
+        }
+    report = _merged(reports)
     if as_json:
         click.echo(json.dumps(vars(report), indent=2, ensure_ascii=False))
     else:

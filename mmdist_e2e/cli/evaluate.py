@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mmdist_e2e.cli import common as options
 from mmdist_e2e.cli.common import StepDisplay, results, say
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MODALITIES, MmdistError
 from mmdist_e2e.workspace import fill
 
 
@@ -50,7 +50,7 @@ def evaluate_command(
     if out is not None and len(runs) > 1:
         raise MmdistError("--out is for the results of one run; omit it for several.")
     given |= {"runs": runs, "device": resolve_device(device)}
-    say(fill("evaluate", given, "runs", "annotations", "features"))
+    say(fill("evaluate", given, "runs", MODALITIES, "annotations"))
     runs, given["features_path"] = given.pop("runs"), given.pop("rgb") or given["flow"]
     for option, name in (("flow", "flow_features_path"), ("annotations", "annotations_path")):
         given[name] = given.pop(option)

@@ -27,8 +27,8 @@ SETTINGS = click.option(
 HELP = """\
 The checkpoint is the epoch that rebuilds the sentences of --val best or, without --val, those of a
 part of the training videos; the last line of output says which. This reads no timestamps; --set
-select_by=val_recall does. To compare settings on annotations that choose nothing, train without
---val, then run `mmdist evaluate RUN --features F --annotations val.json`.
+select_by=val_recall does. To compare settings on annotations that choose nothing, train with
+--carve 0.1, then run `mmdist evaluate RUN --annotations val.json`.
 
 The same command resumes an interrupted run and leaves a finished one as it is; with more --epochs
 it continues. A run of other features, annotations or settings is never overwritten.
@@ -119,7 +119,7 @@ def _train(
     if carve is not None and given.pop("val") is not None:
         raise MmdistError("--carve makes a validation split, and --val is one; give only one.")
     modalities = parse_modalities(modality)
-    found = fill(f"train {recipe}", given, "train", "teacher", *modalities)
+    found = fill(f"train {recipe}", given, "teacher", *modalities, "train")
     if out is None:
         out = RUNS / (f"{recipe}-seed{given['seed']}" if given["seed"] else recipe)
         found += f" --out {out}"
