@@ -92,9 +92,7 @@ class Grounder:
         except (RuntimeError, AssertionError) as error:
             raise MmdistError(f"The model cannot run on {device!r}: {error}") from error
         self._store = FeatureStore(_path("cache", cache)) if cache is not None else None
-        self._extracted = (
-            FeatureStore(_path("features", features)) if features is not None else None
-        )
+        self._extracted = None if features is None else FeatureStore(_path("features", features))
         self._warned = False
         self._given: dict[str, str] = {}
         given = [extractor] if isinstance(extractor, str | os.PathLike) else extractor or ()

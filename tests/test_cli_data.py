@@ -235,10 +235,11 @@ def test_what_a_person_reads(tmp_path: Path) -> None:
         assert part in result.stdout, (part, result.stdout)
 
 
-def test_nothing_to_check() -> None:
+def test_nothing_to_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["data", "check"])
     assert result.exit_code == 1
-    assert "give --train, --val or --test" in result.stderr
+    assert f"looked in {tmp_path} and did not find: training annotations" in result.stderr
 
 
 @pytest.mark.skipif("MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files")

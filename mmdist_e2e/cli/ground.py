@@ -43,11 +43,7 @@ from mmdist_e2e.workspace import RECIPES, VIDEOS, newest_run
 )
 @options.device
 @click.option(
-    "--features",
-    default=Path("features"),
-    show_default=True,
-    type=options.PATH,
-    help="Folder that mmdist extract wrote; its features of CLIP are used where they fit.",
+    "--features", type=options.PATH, default="features", help="Store to reuse; default: features/."
 )
 @click.option(
     "--cache", type=options.PATH, help="Folder of cached features; default: the user's cache."

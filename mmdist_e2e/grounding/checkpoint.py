@@ -105,10 +105,7 @@ def load_checkpoint(folder: Path) -> GroundingModel:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the training of a checkpoint is done; a checkpoint without its state was not trained.
-
-    A damaged state tells nothing, so its training counts as unfinished.
-    """
+    """Whether a checkpoint's training is done, as its state says; without a state, it is."""
     if not (folder / STATE).is_file():
         return (folder / CONFIG).is_file()
     with suppress(OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError):
