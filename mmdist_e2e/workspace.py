@@ -57,9 +57,9 @@ NEEDED = {  # what it is, where a message says to put it, and how
 
 def _files(folder: Path, *suffixes: str, begin: str = "") -> list[Path]:
     """Files of a folder by suffix and the begin of their names, sorted, without hidden ones."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    paths = sorted(folder.glob(f"{begin}*"))
     wanted = (p for p in paths if p.suffix.lower() in suffixes and not p.name.startswith("."))
-    return [path for path in wanted if path.is_file() and path.name.startswith(begin)]
+    return [path for path in wanted if path.is_file()]
 
 
 def _splits() -> dict[str, list[Path]]:

@@ -382,6 +382,7 @@ def test_extract_takes_videos(folder, tiny_extractor):
     run = mmdist("extract", "--extractor", tiny_extractor)
     assert run.exit_code == 0, run.output
     assert "Found in this folder: videos\n" in run.stderr
+    assert "Features are written to features.\n" in run.stderr
     assert FeatureStore(folder / "features").videos("rgb") == ["kitchen/a"]
 
 

@@ -12,7 +12,7 @@ import click
 from mmdist_e2e.cli import common
 from mmdist_e2e.cli.common import ExtractionProgress, extraction_summary, results, say
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
-from mmdist_e2e.workspace import fill
+from mmdist_e2e.workspace import FEATURES, fill
 
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.profiles import ExtractorSpec
@@ -33,7 +33,7 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
 @click.option(
     "--out",
     type=common.PATH,
-    default=Path("features"),
+    default=FEATURES,
     show_default=True,
     help="Folder for the feature files; made if missing.",
 )
@@ -103,6 +103,7 @@ def extract_command(
         say(f"failed: {problem.cause}")
     for spec in specs:
         say(f"{spec.modality} by {spec.name}: trained on {spec.trained_on}.")
+    say(f"Features are written to {out}." if out == FEATURES else "")
     with ExtractionProgress(len(found.videos)) as progress:
         report = extract_many(
             found.videos, specs, FeatureStore(out), flow_backend=flow, progress=progress, **settings
