@@ -365,6 +365,8 @@ def test_data_check_reads_all_that_is_there(material):
     assert one["features"]["channels"] == [4]
     one = json.loads(mmdist("data", "check", "--json", "--features", "features").stdout)
     assert one["features"]["channels"] == [6]
+    shutil.rmtree("features")
+    assert "No features are given or in features/" in mmdist("data", "check").stderr
 
 
 def test_data_check_takes_every_file_of_durations(material):
@@ -456,7 +458,9 @@ def test_the_answer_names_the_newest_finished_run(trained, folder):
         for file in ("config.json", "state.safetensors"):
             os.utime(folder / "runs" / name / file, (at, at))
     assert "Model: cpl (seed 0, rgb, 16 channels), runs/first\n" in trained().stdout
-    assert json.loads(trained("--json").stdout)["model"].endswith(", runs/first")
+    run = trained("--json")
+    assert json.loads(run.stdout)["model"].endswith(", runs/first")
+    assert run.stderr == "Found in this folder: --model runs/first\n"
     state = folder / "runs" / "first" / "state.safetensors"
     with safe_open(state, framework="np") as file:
         meta = file.metadata()

@@ -56,6 +56,7 @@ def check_command(modality: str | None, as_json: bool, **given: Any) -> None:
     if not any(places.values()):  # those of the workspace
         found = {m: given[m] for m in MODALITIES if given[m] and modality in (None, m)}
         places = found or places
+    say("" if any(places.values()) else "No features are given or in features/: none are checked.")
     files = {split: given[split] for split in SPLITS if given[split]}
     with StepDisplay() as progress:
         options = {name: given[name] for name in ("durations", "protocol")}
@@ -75,8 +76,6 @@ def check_command(modality: str | None, as_json: bool, **given: Any) -> None:
 def _merged(reports: Mapping[str, Report]) -> Report:
     """One report of all modalities; a sentence that not all have names its modality."""
     first, *others = reports.values()
-    if not others:
-        return first
     for kind in ("errors", "warnings"):
         said = {modality: getattr(report, kind) for modality, report in reports.items()}
         lines = [
@@ -85,7 +84,8 @@ def _merged(reports: Mapping[str, Report]) -> Report:
             for line in each
         ]
         setattr(first, kind, list(dict.fromkeys(lines)))
-    first.features = {modality: report.features for modality, report in reports.items()}
+    if others:
+        first.features = {modality: report.features for modality, report in reports.items()}
     return first
 
 

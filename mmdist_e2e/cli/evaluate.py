@@ -36,7 +36,6 @@ def evaluate_command(
     """Evaluate RUNS: R@n at IoU m and mIoU in percent, and four controls.
 
     Without RUNS, the newest finished run in runs/: a student before a teacher before a baseline.
-
     Queries are answered as `mmdist ground` answers them. Of several runs (seeds of one recipe) the
     table shows mean ± standard deviation. Every combination of model, features, annotations and
     protocol has its own folder.

@@ -75,6 +75,8 @@ def ground_command(
     grounder = load(
         model or run, device=device, cache=cache or True, extractor=extractors, features=features
     )
+    if run is not None:
+        click.echo(f"Found in this folder: --model {run}", err=True)
     with ExitStack() as bars:
         show: Callable[[float], None] | None = None
 
