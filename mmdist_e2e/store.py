@@ -9,17 +9,19 @@ A file holds `data` [S, D] float32, `times` [S, 2] float64 and `meta` (JSON, wit
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -71,6 +73,43 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target`; what is written there appears in `target` at the end.
+
+    Write a file or a folder of files. A folder may exist already: files are added to it. After an
+    exception, a kill or on a full disk nothing has changed.
+    Raises MmdistError when one of the files exists with another content, when the disk is full or
+    the place cannot be written.
+    """
+    temporary = target.with_name(TEMPORARY + secrets.token_hex(6))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        made = [p for p in (temporary, *temporary.rglob("*")) if p.is_file()]
+        places = {path: target / path.relative_to(temporary) for path in made}
+        for path, place in places.items():
+            if place.exists() and not (place.is_file() and filecmp.cmp(path, place, shallow=False)):
+                raise MmdistError(
+                    f"{place} exists and holds something else; give another target, or move it "
+                    f"away."
+                )
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        for path, place in places.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
+    except OSError as error:
+        raise MmdistError(
+            f"{target} could not be written ({error.strerror or error}). Free some space or choose "
+            f"another place, and run again."
+        ) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
 
 
 def check_out(out: Path) -> None:

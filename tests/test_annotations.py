@@ -14,20 +14,18 @@ import numpy as np
 import pytest
 
 from mmdist_e2e.grounding.data.annotations import (
-    PUBLISHED,
     Annotation,
     BadLinesError,
     carve_validation,
-    fingerprint,
     in_protocol,
     load_annotations,
     load_durations,
-    protocol_of,
     read_annotations,
     suspicions,
     video_id,
     with_durations,
 )
+from mmdist_e2e.grounding.data.published import PUBLISHED, fingerprint, protocol_of
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, MmdistError, Provenance
 

@@ -33,7 +33,7 @@ from mmdist_e2e.grounding.checkpoint import (
     refuse_other,
 )
 from mmdist_e2e.grounding.config import Recipe
-from mmdist_e2e.grounding.data.annotations import Annotation, load_annotations, protocol_of
+from mmdist_e2e.grounding.data.annotations import Annotation, load_annotations
 from mmdist_e2e.grounding.data.batches import Item, make_items
 from mmdist_e2e.grounding.data.features import (
     FeatureTable,
@@ -41,6 +41,7 @@ from mmdist_e2e.grounding.data.features import (
     places_of,
     read_features,
 )
+from mmdist_e2e.grounding.data.published import protocol_of
 from mmdist_e2e.grounding.network import GlobalBranch, GroundingNetwork, build_network
 from mmdist_e2e.store import check_out, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError, Moment

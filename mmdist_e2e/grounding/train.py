@@ -42,11 +42,11 @@ from mmdist_e2e.grounding.data.annotations import (
     Annotation,
     carve_validation,
     load_annotations,
-    protocol_of,
     world_of,
 )
 from mmdist_e2e.grounding.data.batches import Item, batches, draw_masks, make_items
 from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
+from mmdist_e2e.grounding.data.published import protocol_of
 from mmdist_e2e.grounding.data.text import Vocabulary, tokenize
 from mmdist_e2e.grounding.evaluate import (
     Windows,

@@ -24,13 +24,13 @@ from mmdist_e2e.grounding.data.annotations import (
     describe_suspicions,
     in_protocol,
     load_durations,
-    protocol_of,
     read_annotations,
     some,
     suspicions,
     with_durations,
 )
 from mmdist_e2e.grounding.data.features import FeatureSource, open_features
+from mmdist_e2e.grounding.data.published import protocol_of, published_as
 from mmdist_e2e.grounding.data.text import has_known_word, is_word, tokenize
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.words import WordVectors
@@ -116,6 +116,7 @@ def check_data(
                 splits[name] = in_protocol(queries, protocol)
         report.splits[name] = {
             "file": files[name].name,
+            "published_as": published_as(files[name]),
             "protocol": protocol_of(files[name], splits[name]),
             "queries": len(splits[name]),
             "queries_dropped_by_protocol": len(queries) - len(splits[name]),
