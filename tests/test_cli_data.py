@@ -151,7 +151,7 @@ def test_durations_come_from_the_store_where_the_file_has_none(tmp_path: Path) -
     assert check(*both)[0] == 0
     (tmp_path / "d.json").write_text('{"a": 8.5, "b": 25}')
     told = warnings_of(*both, "--durations", tmp_path / "d.json")
-    assert "1 videos are longer or shorter in the annotations than in the features" in told
+    assert "1 videos are longer or shorter in d.json than in the features by more than 1 s (b)" in told
     assert "(b)" in told
     save_features(tmp_path / "store", "b", 20.0, "another")
     assert (

@@ -1,4 +1,4 @@
-"""`mmdist data`: what is wrong with annotations and features, before training on them."""
+"""`mmdist data`: annotations by name, and what is wrong with data before training on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,33 @@ LABELS = {  # of facts whose key does not read well
 
 @click.group("data")
 def data_group() -> None:
-    """Check annotations and features before training on them."""
+    """Fetch annotations, and check annotations and features before training on them."""
+
+
+@data_group.command("pull")
+@click.argument("name")
+@click.option(
+    "--out",
+    default=Path("annotations"),
+    show_default=True,
+    type=common.PATH,
+    help="Folder of the files.",
+)
+def pull_command(name: str, out: Path) -> None:
+    """Fetch the annotations NAME and verify their digests.
+
+    NAME is charades-sta or activitynet-captions (train.json, test.json and, for the second,
+    val.json), or cpl-vocabulary-charades or cpl-vocabulary-activitynet (glove.pkl, for --glove and
+    --vocabulary). Videos may not be redistributed: their page is printed.
+    """
+    from mmdist_e2e.grounding.data.published import pull
+
+    dataset, paths = pull(name, out)
+    for path in paths:
+        click.echo(path)
+    click.echo(f"{dataset.what}.\nVideos may not be redistributed; get them at {dataset.page}.")
+    if any(path.suffix == ".json" for path in paths):
+        click.echo("Next: mmdist extract VIDEOS --out features, then mmdist data check.")
 
 
 @data_group.command("check")

@@ -37,6 +37,12 @@ from mmdist_e2e.weights.words import WordVectors
 
 MANY_UNKNOWN = 0.02  # warn of a larger share of words without a vector
 APART_SECONDS = 1.0  # warn of two durations of one video that differ by more
+USUAL_STRIDES = (4, 8, 16)  # frames between rows of published features
+RATE_TOLERANCE = 0.1  # warn of rows per second that differ from the median by a larger share
+RATIOS = {
+    a / b: f"{a}/{b}" for a, b in ((30, 25), (25, 30), (30, 24), (24, 30), (60, 30), (30, 60))
+}
+RATIO_TOLERANCE = 0.02
 
 
 @dataclass
@@ -86,18 +92,21 @@ def check_data(
     """
     report = Report()
     seconds: dict[str, float] = {}
+    said: dict[str, dict[str, float]] = {}  # durations by what says them
     for path in durations:
         with report.collecting():
-            seconds |= load_durations(path)
+            seconds |= said.setdefault(path.name, load_durations(path))
     splits: dict[str, list[Annotation]] = {}
     left_out: dict[str, int] = {}
     for name, path in files.items():
         with report.collecting():
             queries, left_out[name] = read_annotations(path)
+            said[name] = {a.video: a.duration_seconds for a in queries if a.duration_seconds}
             splits[name] = with_durations(queries, seconds)
     if features is not None and splits:
         with report.collecting():
             seconds = _check_features(report, splits, features, modality, progress)
+            said["the features"] = seconds
             for name, queries in splits.items():
                 lacking = {a.video for a in queries if not a.duration_seconds}
                 splits[name] = with_durations(queries, {v: seconds.get(v) for v in lacking})
@@ -126,6 +135,14 @@ def check_data(
         if not unknown:
             _check_moments(report, name, splits[name])
         _check_words(report, name, splits[name], word_vectors)
+    for one, other in combinations(said, 2):
+        known = said[one].keys() & said[other].keys()
+        report.tell(
+            {v for v in known if abs(said[one][v] - said[other][v]) > APART_SECONDS},
+            f"videos are longer or shorter in {one} than in {other} by more than "
+            f"{APART_SECONDS:g} s (NAMES); check that they are the same videos",
+            warning=True,
+        )
     for one, other in combinations(splits, 2):
         shared = {a.video for a in splits[one]} & {a.video for a in splits[other]}
         sentences = {tuple(tokenize(a.sentence)) for a in splits[one]}
@@ -178,8 +195,8 @@ def _check_features(
         videos = {a.video for a in queries}
         report.tell(
             videos & missing,
-            f"of {len(videos)} videos of {name} have no features (NAMES); extract them, or leave "
-            f"them out of the annotations",
+            f"of {len(videos)} videos of {name} have no features (NAMES); extract them, or give "
+            f"--skip-missing to train and evaluate",
         )
     for fault in dict.fromkeys(facts.fault for facts in each.values() if facts.fault):
         faulty = {video for video, facts in each.items() if facts.fault == fault}
@@ -196,19 +213,62 @@ def _check_features(
             f"different in {', '.join(keys)}; extract all videos alike",
         )
     known = {v: facts.duration for v, facts in each.items() if facts.duration is not None}
-    report.tell(
-        {v for v, d in known.items() if abs((said[v] or d) - d) > APART_SECONDS},
-        "videos are longer or shorter in the annotations than in the features by more than "
-        f"{APART_SECONDS:g} s (NAMES); check that they are the same videos",
-        warning=True,
-    )
+    rows = {video: facts.rows for video, facts in each.items()}
+    lengths = {v: known.get(v) or said[v] for v in rows}
+    report.features |= rate_facts(rows, lengths)
+    foreign = str(made_by.get("extractor")).startswith("external:")
+    if foreign and "fps_if" in report.features:  # of our own, the provenance tells
+        _check_rates(report, rows, lengths)
     return known
+
+
+def rate_facts(rows: Mapping[str, int], seconds: Mapping[str, float | None]) -> dict[str, Any]:
+    """Rows per second of video, and the fps that they imply, from videos of known duration.
+
+    Where all videos have one number of rows, these were spread evenly and imply no fps.
+    """
+    if len(rows) > 1 and len(counts := set(rows.values())) == 1:
+        return {"rows_in_every_video": counts.pop()}
+    rates = [count / length for video, count in rows.items() if (length := seconds.get(video))]
+    if not rates:
+        return {}
+    spread = {"median": float(np.median(rates)), "min": min(rates), "max": max(rates)}
+    fps = {f"stride {stride}": stride * spread["median"] for stride in USUAL_STRIDES}
+    return {
+        "rows_per_second": {name: round(value, 3) for name, value in spread.items()},
+        "fps_if": {name: round(value, 2) for name, value in fps.items()},
+    }
+
+
+def _check_rates(
+    report: Report, rows: Mapping[str, int], seconds: Mapping[str, float | None]
+) -> None:
+    """Warn of videos whose rows per second are far from the median, by the likely reason."""
+    rates = {v: count / length for v, count in rows.items() if (length := seconds[v])}
+    median = float(np.median(list(rates.values())))
+    outliers: dict[str, set[str]] = {}
+    for video, rate in rates.items():
+        if (
+            abs(rate / median - 1) > RATE_TOLERANCE
+            and abs(rate - median) * (seconds[video] or 0) > 2
+        ):
+            fits = (r for r in RATIOS if abs(rate / median / r - 1) < RATIO_TOLERANCE)
+            outliers.setdefault(next((RATIOS[r] for r in fits), ""), set()).add(video)
+    for ratio, videos in sorted(outliers.items()):
+        reason = f", by about {ratio}: check at which fps their frames were taken" if ratio else ""
+        report.tell(
+            videos,
+            f"videos have rows per second more than {RATE_TOLERANCE:.0%} off the median of "
+            f"{median:.3g} (NAMES){reason}",
+            warning=True,
+        )
 
 
 NOT_FINITE = "features that are not finite (NAMES)"
 
 
 class _VideoFacts(NamedTuple):
+    rows: int
     fault: str | None
     duration: float | None
     matters: Mapping[str, Any]
@@ -218,7 +278,7 @@ class _VideoFacts(NamedTuple):
 def _facts_of(source: FeatureSource, video: str) -> _VideoFacts:
     """Raises MmdistError when the features of the video cannot be read."""
     duration = None
-    if source.kind == "store":
+    if source.timed(video):
         features = source.features(video)
         raw_SF: NDArray[Any] = features.data
         matters, duration = features.provenance.matters, features.duration_seconds
@@ -233,7 +293,7 @@ def _facts_of(source: FeatureSource, video: str) -> _VideoFacts:
         fault = "only zeros as features (NAMES)"
     elif (data_SF == data_SF[0]).all():
         fault = "the same features in every row, so no moment can be found (NAMES)"
-    return _VideoFacts(fault, duration, matters, raw_SF.shape[1])
+    return _VideoFacts(len(raw_SF), fault, duration, matters, raw_SF.shape[1])
 
 
 def _check_moments(report: Report, name: str, queries: Sequence[Annotation]) -> None:

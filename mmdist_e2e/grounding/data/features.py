@@ -20,9 +20,15 @@ from torch import Tensor
 
 from mmdist_e2e.grounding.data.annotations import some, video_id
 from mmdist_e2e.store import FeatureStore
+from mmdist_e2e.store import read_features as read_feature_file
 from mmdist_e2e.structures import MODALITIES, Features, MmdistError, Provenance, differences
 
 GROUP_KEY = "c3d_features"  # where the published ActivityNet features keep a video's rows
+# What `mmdist features export` records beside arrays: JSON in an attribute of an HDF5 dataset, or
+# in a file of a folder of .npy files, under this key of each video.
+RECORD, FIELDS = "mmdist", "features.json"
+
+Record = Mapping[str, Any]  # modality, duration_seconds, provenance; times unless `row_times` are
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class FeatureTable:
     """Features of many videos at L positions, in one tensor.
 
     data_VLF: float32; the channels of several modalities are concatenated.
-    durations_seconds: None where the features do not record it (HDF5, .npy).
+    durations_seconds: None where the features do not record it (HDF5 and .npy of others).
     matters: by modality, in the order of the channels, the provenance that all videos share and
     that a model must agree with. channels: by modality, their number.
     digests: by modality, of the features as read, their times, durations and provenance.
@@ -56,19 +62,27 @@ class FeatureTable:
 class FeatureSource:
     """An open source of features of one modality.
 
-    names: by video id, the name that the source uses. raw: reads the array of a name.
+    names: by video id, the name that the source uses. load: reads the features of a name; None
+    for arrays of other programs. raw: reads such an array, and record what mmdist exported with it.
     """
 
     path: Path
     modality: str
     kind: Literal["store", "hdf5", "npy"]
     names: Mapping[str, str]
-    raw: Callable[[str], NDArray[Any]]
+    load: Callable[[str], Features] | None = None
+    raw: Callable[[str], NDArray[Any]] = np.load
+    record: Callable[[str], Record | None] = lambda _: None
+
+    def timed(self, video: str) -> bool:
+        """Whether the source records the duration and the provenance of a video."""
+        return self.load is not None or self.record(self.names[video]) is not None
 
     def array(self, video: str) -> NDArray[Any]:
         """[S, F] of any number type, finite or not. Raises MmdistError for anything else."""
         try:
-            array = self.raw(self.names[video])
+            name = self.names[video]
+            array = self.load(name).data if self.load else self.raw(name)
         except MmdistError:
             raise
         except (OSError, EOFError, KeyError, ValueError, RuntimeError) as error:
@@ -85,28 +99,77 @@ class FeatureSource:
 
     def features(self, video: str) -> Features:
         """Checked features of a video. Raises MmdistError as `array`, and for infinite values."""
-        if self.kind == "store":
-            features = FeatureStore(self.path).load(self.names[video], self.modality)
-            if features.modality != self.modality:
-                raise MmdistError(
-                    f"The {self.modality} file of '{video}' in '{self.path}' holds "
-                    f"{features.modality} features; extract {self.modality} again."
-                )
-            return features
+        features = self.load(self.names[video]) if self.load else self._imported(video)
+        if features.modality != self.modality:
+            raise MmdistError(
+                f"The {self.modality} file of '{video}' in '{self.path}' holds "
+                f"{features.modality} features; give those of {self.modality}."
+            )
+        return features
+
+    def _imported(self, video: str) -> Features:
+        """Arrays without a record have no times: rows are spread over a video of length 1."""
         data_SF = self.array(video).astype(np.float32)
-        # Imported arrays have no times: rows are spread evenly over a video of length 1.
-        edges = np.linspace(0.0, 1.0, len(data_SF) + 1)
-        times_S2 = np.stack([edges[:-1], edges[1:]], axis=1)
         try:
-            return Features(data_SF, times_S2, 1.0, self.modality, Provenance.external(self.kind))
-        except MmdistError as error:
+            record = self.record(self.names[video]) or {
+                "duration_seconds": 1.0,
+                "modality": self.modality,
+                "provenance": Provenance.external(self.kind).to_json(),
+            }
+            provenance = Provenance.from_json(record["provenance"])
+            seconds = float(record["duration_seconds"])
+            times_S2 = np.array(record.get("times", row_times(provenance, len(data_SF), seconds)))
+            return Features(data_SF, times_S2, seconds, record["modality"], provenance)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MmdistError(f"The features of '{video}' in '{self.path}': {error}") from error
+
+
+def row_times(provenance: Provenance, rows: int, seconds: float) -> NDArray[np.float64]:
+    """[S, 2]: start and end of rows in seconds, as the provenance has their grid.
+
+    Row i starts at (i · stride + offset) / fps and lasts window / fps, or to the end of the video;
+    the last row always ends there. Without a grid, rows divide the video evenly.
+    """
+    known = {**provenance.matters, **provenance.info}
+    fps, stride, window = (known.get(key) for key in ("effective_fps", "stride", "window"))
+    if not (fps and stride and window):
+        edges = np.linspace(0.0, seconds, rows + 1)
+        return np.stack([edges[:-1], edges[1:]], axis=1)
+    starts = (np.arange(rows, dtype=np.float64) * stride + known.get("offset", 0)) / fps
+    times_S2: NDArray[np.float64] = np.minimum(
+        np.stack([starts, starts + window / fps], axis=1), seconds
+    )
+    times_S2[-1, 1] = seconds
+    return times_S2
+
+
+def require_h5py(path: Path) -> Any:
+    """The module h5py. Raises MmdistError where it is not installed."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise MmdistError(
+            f"The HDF5 file '{path}' needs h5py; run pip install 'mmdist-e2e[hdf5]'."
+        ) from error
+    return h5py
+
+
+def modalities_of(path: Path) -> list[str]:
+    """The modalities of a source; rgb for arrays that do not tell. Raises as `open_features`."""
+    if path.suffix == ".npz" and path.is_file():
+        return [read_feature_file(path).modality]
+    if path.is_dir() and (own := [m for m in MODALITIES if FeatureStore(path).videos(m)]):
+        return own
+    with open_features(path) as source:
+        record = next(filter(None, map(source.record, source.names.values())), {})
+        return [str(record.get("modality", "rgb"))]
 
 
 @contextmanager
 def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
     """Open a feature store (a folder of `VIDEO.<modality>.npz`), a folder of `VIDEO.npy`, or HDF5.
 
+    A single .npz or .npy file is a source of one video.
     HDF5: one dataset per video, or one group per video that holds `c3d_features`. A video is named
     by its id, with or without the suffix of a video file. Raises MmdistError for anything else, and
     where two names mean one video.
@@ -116,12 +179,12 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
         return
     if not path.is_file():
         raise MmdistError(f"There are no features at '{path}'; give a feature folder or HDF5 file.")
-    try:
-        import h5py
-    except ImportError as error:
-        raise MmdistError(
-            f"Reading '{path}' needs h5py; run pip install 'mmdist-e2e[hdf5]'."
-        ) from error
+    if path.suffix in (".npz", ".npy"):
+        one = {video_id(path.stem.removesuffix(f".{modality}")): str(path)}
+        load = (lambda _: read_feature_file(path)) if path.suffix == ".npz" else None
+        yield FeatureSource(path, modality, "store" if load else "npy", one, load)
+        return
+    h5py = require_h5py(path)
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -138,8 +201,14 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
             node = node[GROUP_KEY]
         return np.asarray(node[()])
 
+    def record(name: str) -> Record | None:
+        text = file[name].attrs.get(RECORD)
+        return None if text is None else dict(json.loads(text))
+
     with file:
-        yield FeatureSource(path, modality, "hdf5", _by_id(path, _names_in(file)), raw)
+        yield FeatureSource(
+            path, modality, "hdf5", _by_id(path, _names_in(file)), None, raw, record
+        )
 
 
 def _names_in(group: Any, prefix: str = "") -> Iterator[str]:
@@ -154,17 +223,34 @@ def _folder(path: Path, modality: str) -> FeatureSource:
     store = FeatureStore(path)
     if names := _by_id(path, store.videos(modality)):
         return FeatureSource(
-            path, modality, "store", names, lambda name: store.load(name, modality).data
+            path, modality, "store", names, lambda name: store.load(name, modality)
         )
     files = {p.relative_to(path).as_posix().removesuffix(".npy"): p for p in path.rglob("*.npy")}
     if names := _by_id(path, sorted(files)):
-        return FeatureSource(path, modality, "npy", names, lambda name: np.load(files[name]))
+        fields = _fields(path / FIELDS)
+        return FeatureSource(
+            path, modality, "npy", names, None, lambda name: np.load(files[name]), fields.get
+        )
     others = [other for other in MODALITIES if store.videos(other)]
     raise MmdistError(
         f"The folder '{path}' holds no {modality} features"
         + (f", only {' and '.join(others)}" if others else "")
         + f"; it needs files VIDEO.{modality}.npz (made by mmdist extract) or VIDEO.npy."
     )
+
+
+def _fields(path: Path) -> dict[str, Record]:
+    """By video, what was recorded beside exported .npy files; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        videos = json.loads(path.read_bytes())["database"].items()
+        return {video: entry[RECORD] for video, entry in videos if RECORD in entry}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MmdistError(
+            f"'{path}' is not what mmdist features export wrote ({type(error).__name__}: {error}); "
+            f"restore it, or delete it to read the arrays alone."
+        ) from error
 
 
 def _by_id(path: Path, names: Iterable[str]) -> dict[str, str]:
@@ -212,8 +298,8 @@ def load_features(
             if missing:
                 raise MmdistError(
                     f"{len(missing)} of {len(wanted)} videos have no {modality} features in "
-                    f"'{path}' ({some(missing)}); extract them first, or leave them out of the "
-                    f"annotations."
+                    f"'{path}' ({some(missing)}); extract them first, or give --skip-missing to "
+                    f"leave their queries out."
                 )
             first = source.features(wanted[0])
             matters[modality] = dict(first.provenance.matters)
@@ -223,7 +309,7 @@ def load_features(
                 features = source.features(video) if row else first
                 _refuse_unlike(first, features, f"Features in '{path}'", (wanted[0], video))
                 data_VLF[row] = features.resample(length).data
-                seconds = features.duration_seconds if source.kind == "store" else None
+                seconds = features.duration_seconds if source.timed(video) else None
                 durations[video] = durations[video] or seconds
                 digest.update(f"{video} {features.data.shape} {seconds}".encode())
                 digest.update(np.ascontiguousarray(features.data, np.float32).data)
