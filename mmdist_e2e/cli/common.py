@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,6 +103,13 @@ class StepDisplay(_Bars):
         self._said = what
 
 
+def skipped(name: str, left_out: Mapping[str, int]) -> str:
+    """What --skip-missing left out of annotations."""
+    return "{}: left out {queries} queries of {videos} videos without features".format(
+        name, **left_out
+    )
+
+
 def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
     """The final table: videos done, skipped and failed with causes; rows per modality."""
     table = Table(title="Extraction", title_justify="left", show_edge=False)
@@ -138,6 +145,12 @@ glove = click.option(
 
 durations = click.option(
     "--durations", type=PATH, help="Durations of videos in seconds: JSON, CSV or a feature store."
+)
+
+skip_missing = click.option(
+    "--skip-missing",
+    is_flag=True,
+    help="Leave out queries of videos without features, and count them.",
 )
 
 protocol = click.option(

@@ -34,13 +34,7 @@ def data_group() -> None:
 
 @data_group.command("pull")
 @click.argument("name")
-@click.option(
-    "--out",
-    default=Path("annotations"),
-    show_default=True,
-    type=common.PATH,
-    help="Folder of the files.",
-)
+@click.option("--out", default="annotations", show_default=True, type=common.PATH, help="Folder.")
 def pull_command(name: str, out: Path) -> None:
     """Fetch the annotations NAME and verify their digests.
 
@@ -50,12 +44,8 @@ def pull_command(name: str, out: Path) -> None:
     """
     from mmdist_e2e.grounding.data.published import pull
 
-    dataset, paths = pull(name, out)
-    for path in paths:
-        click.echo(path)
-    click.echo(f"{dataset.what}.\nVideos may not be redistributed; get them at {dataset.page}.")
-    if any(path.suffix == ".json" for path in paths):
-        click.echo("Next: mmdist extract VIDEOS --out features, then mmdist data check.")
+    click.echo("\n".join(pull(name, out)))
+    click.echo("Next: mmdist extract VIDEOS --out features, then mmdist data check.")
 
 
 @data_group.command("check")

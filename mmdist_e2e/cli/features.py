@@ -8,8 +8,11 @@ from typing import Any
 
 import click
 
-from mmdist_e2e.cli.common import PATH, StepDisplay, durations, results
+from mmdist_e2e.cli import common
+from mmdist_e2e.cli.common import PATH, StepDisplay, results
 from mmdist_e2e.structures import MODALITIES, MmdistError
+
+ABOVE_0 = click.FloatRange(0, min_open=True)
 
 modality = click.option(
     "--modality",
@@ -41,16 +44,15 @@ def info_command(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     for facts in found:
-        made_by = facts.pop("made_by")
-        lines = [f"{key.replace('_', ' ')}: {_text(value)}" for key, value in facts.items()]
-        lines += [f"made by: {_text(how)}" for how in made_by]
-        results.print("\n".join(lines), markup=False, soft_wrap=True)
+        click.echo("\n".join(f"{key.replace('_', ' ')}: {_text(facts[key])}" for key in facts))
 
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(each)}" for key, each in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return "; ".join(map(_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @features_group.command("export")
@@ -62,7 +64,7 @@ def _text(value: Any) -> str:
     required=True,
     type=click.Choice(["hdf5", "npy", "opentad"]),
     help="hdf5: one file. npy: a folder of VIDEO.npy and features.json. opentad: the same, where "
-    "OpenTAD's and ActionFormer's fields give the times of rows.",
+    "features.json has the fields that OpenTAD and ActionFormer compute times from.",
 )
 @modality
 @click.option(
@@ -75,64 +77,44 @@ def _text(value: Any) -> str:
 def export_command(store: Path, target: Path, **options: Any) -> None:
     """Write the features of STORE in a format of other programs.
 
-    Durations, times and provenance are kept beside the arrays: mmdist reads an export as it reads
-    a store. An existing target with other content is never changed.
+    Durations, times and provenance go with them: mmdist reads an export as it reads a store. A
+    target with other content is never changed.
     """
     from mmdist_e2e.grounding.data.exchange import export_features
 
     with StepDisplay() as progress:
-        videos, fields = export_features(store, target, progress=progress, **options)
+        videos = export_features(store, target, progress=progress, **options)
     results.print(f"{target}: {videos} videos", markup=False, soft_wrap=True)
-    if fields and options["form"] == "opentad":
-        results.print(f"Fields of all videos: {_text(fields)}", markup=False, soft_wrap=True)
 
 
 @features_group.command("import")
 @click.argument("path", type=PATH)
 @click.option("--out", required=True, type=PATH, help="Feature store to write or to add to.")
 @modality
-@durations
-@click.option("--fps", type=float, help="Frames per second that the features were made at.")
-@click.option("--stride", type=float, help="Frames from row to row.")
-@click.option("--window", type=float, help="Frames of a row.  [default: as --stride]")
-@click.option("--offset", type=float, help="Frame where the first row starts.  [default: 0]")
+@common.durations
+@click.option("--fps", "effective_fps", type=ABOVE_0, help="Frames per second that were read.")
+@click.option("--stride", type=ABOVE_0, help="Frames from row to row.")
+@click.option("--window", type=ABOVE_0, help="Frames of a row.")
+@click.option("--offset", type=click.FloatRange(0), help="Frame of the first row's start [0].")
 def import_command(
-    path: Path,
-    out: Path,
-    modality: str,
-    durations: Path | None,
-    fps: float | None,
-    stride: float | None,
-    window: float | None,
-    offset: float | None,
+    path: Path, out: Path, modality: str, durations: Path | None, **grid: float | None
 ) -> None:
     """Write the features of PATH, made elsewhere, to the feature store OUT.
 
     PATH is an HDF5 file, a folder of VIDEO.npy, or one .npy file. Row i starts at
     (i · stride + offset) / fps seconds and lasts window / fps; OpenTAD's offset_frames is offset +
-    window / 2. Without --fps and --stride, rows divide the video evenly. What mmdist features
-    export wrote needs no options.
+    window / 2. Without these options, rows divide the video evenly. What mmdist features export
+    wrote needs no options.
     """
     from mmdist_e2e.grounding.data.annotations import load_durations
     from mmdist_e2e.grounding.data.exchange import import_features
 
-    fields: dict[str, float] = {}
-    if fps is not None and stride is not None:
-        window = stride if window is None else window
-        fields = {"effective_fps": fps, "stride": stride, "window": window, "offset": offset or 0.0}
-        if min(fps, stride, window) <= 0 or (offset or 0) < 0:
-            raise MmdistError(
-                "--fps, --stride and --window must be above 0, and --offset at least 0."
-            )
-    elif any(value is not None for value in (fps, stride, window, offset)):
-        raise MmdistError("Times of rows need both --fps and --stride; give both or none.")
+    given = {name: value for name, value in grid.items() if value is not None}
+    if given and not {"effective_fps", "stride", "window"} <= given.keys():
+        raise MmdistError("Times of rows need --fps, --stride and --window; give all three.")
+    seconds = load_durations(durations) if durations else None
     with StepDisplay() as progress:
         videos = import_features(
-            path,
-            out,
-            modality=modality,
-            durations=load_durations(durations) if durations else None,
-            fields=fields,
-            progress=progress,
+            path, out, modality=modality, durations=seconds, grid=given, progress=progress
         )
     results.print(f"{out}: {videos} videos", markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mmdist_e2e.cli import common as options
+from mmdist_e2e.store import row_writer
 from mmdist_e2e.structures import Answer, MmdistError
 
 
@@ -34,6 +35,9 @@ from mmdist_e2e.structures import Answer, MmdistError
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: an object, or a list for several queries."
 )
+@click.option(
+    "--out", type=options.PATH, help="File of the moments, a row each: .parquet or .jsonl."
+)
 @options.device
 @click.option(
     "--cache", type=options.PATH, help="Folder of cached features; default: the user's cache."
@@ -46,6 +50,7 @@ def ground_command(
     extractors: tuple[str, ...],
     top_k: int,
     as_json: bool,
+    out: Path | None,
     device: str,
     cache: Path | None,
 ) -> None:
@@ -58,6 +63,7 @@ def ground_command(
     queries = [*query, *(_lines(file) if file else ())]
     if not queries:
         raise MmdistError("There is no query; give a sentence after the video, or --queries FILE.")
+    write = row_writer(out) if out else None
     grounder = load(model, device=device, cache=cache or True, extractor=extractors)
     with ExitStack() as bars:
         show: Callable[[float], None] | None = None
@@ -69,6 +75,8 @@ def ground_command(
             show(done)
 
         answers = grounder.ground(clip, queries, top_k=top_k, progress=progress)
+    if write:
+        write([row for answer in answers for row in answer.rows()])
     if as_json:
         printed = [_rounded(answer) for answer in answers]
         click.echo(json.dumps(printed if len(printed) > 1 else printed[0], indent=2))

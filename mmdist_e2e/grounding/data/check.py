@@ -30,7 +30,7 @@ from mmdist_e2e.grounding.data.annotations import (
     with_durations,
 )
 from mmdist_e2e.grounding.data.features import FeatureSource, open_features
-from mmdist_e2e.grounding.data.published import protocol_of, published_as
+from mmdist_e2e.grounding.data.published import protocol_of
 from mmdist_e2e.grounding.data.text import has_known_word, is_word, tokenize
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.words import WordVectors
@@ -39,10 +39,10 @@ MANY_UNKNOWN = 0.02  # warn of a larger share of words without a vector
 APART_SECONDS = 1.0  # warn of two durations of one video that differ by more
 USUAL_STRIDES = (4, 8, 16)  # frames between rows of published features
 RATE_TOLERANCE = 0.1  # warn of rows per second that differ from the median by a larger share
+ROUNDED_ROWS = 2  # that a short video may have more or less
 RATIOS = {
     a / b: f"{a}/{b}" for a, b in ((30, 25), (25, 30), (30, 24), (24, 30), (60, 30), (30, 60))
 }
-RATIO_TOLERANCE = 0.02
 
 
 @dataclass
@@ -125,7 +125,6 @@ def check_data(
                 splits[name] = in_protocol(queries, protocol)
         report.splits[name] = {
             "file": files[name].name,
-            "published_as": published_as(files[name]),
             "protocol": protocol_of(files[name], splits[name]),
             "queries": len(splits[name]),
             "queries_dropped_by_protocol": len(queries) - len(splits[name]),
@@ -217,7 +216,7 @@ def _check_features(
     lengths = {v: known.get(v) or said[v] for v in rows}
     report.features |= rate_facts(rows, lengths)
     foreign = str(made_by.get("extractor")).startswith("external:")
-    if foreign and "fps_if" in report.features:  # of our own, the provenance tells
+    if foreign and "implied_fps" in report.features:  # of our own, the provenance tells
         _check_rates(report, rows, lengths)
     return known
 
@@ -227,16 +226,15 @@ def rate_facts(rows: Mapping[str, int], seconds: Mapping[str, float | None]) -> 
 
     Where all videos have one number of rows, these were spread evenly and imply no fps.
     """
-    if len(rows) > 1 and len(counts := set(rows.values())) == 1:
-        return {"rows_in_every_video": counts.pop()}
     rates = [count / length for video, count in rows.items() if (length := seconds.get(video))]
+    if len(rows) > 1 and len(set(rows.values())) == 1:
+        return {"rows_in_every_video": next(iter(rows.values()))}
     if not rates:
         return {}
-    spread = {"median": float(np.median(rates)), "min": min(rates), "max": max(rates)}
-    fps = {f"stride {stride}": stride * spread["median"] for stride in USUAL_STRIDES}
+    median = float(np.median(rates))
     return {
-        "rows_per_second": {name: round(value, 3) for name, value in spread.items()},
-        "fps_if": {name: round(value, 2) for name, value in fps.items()},
+        "rows_per_second": {"median": median, "min": min(rates), "max": max(rates)},
+        "implied_fps": {f"at stride {stride}": stride * median for stride in USUAL_STRIDES},
     }
 
 
@@ -244,22 +242,18 @@ def _check_rates(
     report: Report, rows: Mapping[str, int], seconds: Mapping[str, float | None]
 ) -> None:
     """Warn of videos whose rows per second are far from the median, by the likely reason."""
-    rates = {v: count / length for v, count in rows.items() if (length := seconds[v])}
-    median = float(np.median(list(rates.values())))
+    median = report.features["rows_per_second"]["median"]
     outliers: dict[str, set[str]] = {}
-    for video, rate in rates.items():
-        if (
-            abs(rate / median - 1) > RATE_TOLERANCE
-            and abs(rate - median) * (seconds[video] or 0) > 2
-        ):
-            fits = (r for r in RATIOS if abs(rate / median / r - 1) < RATIO_TOLERANCE)
-            outliers.setdefault(next((RATIOS[r] for r in fits), ""), set()).add(video)
+    for video, count in rows.items():
+        expected = median * (seconds[video] or 0)
+        if abs(count - expected) > max(RATE_TOLERANCE * expected, ROUNDED_ROWS) and expected:
+            fits = [name for r, name in RATIOS.items() if abs(count / expected / r - 1) < 0.02]
+            outliers.setdefault(f", by about {fits[0]}" if fits else "", set()).add(video)
     for ratio, videos in sorted(outliers.items()):
-        reason = f", by about {ratio}: check at which fps their frames were taken" if ratio else ""
         report.tell(
             videos,
             f"videos have rows per second more than {RATE_TOLERANCE:.0%} off the median of "
-            f"{median:.3g} (NAMES){reason}",
+            f"{median:.3g}{ratio} (NAMES); check at which fps their frames were taken",
             warning=True,
         )
 

@@ -2,8 +2,6 @@
 
 Exports record durations, times and provenance beside the arrays, so that what is read back is what
 was written, and commands that read a feature store read an export alike. See docs/features.md.
-
-Shape suffixes: S rows of one video.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,12 +30,12 @@ from mmdist_e2e.grounding.data.features import (
     row_times,
 )
 from mmdist_e2e.store import FeatureStore, staged, write_json
-from mmdist_e2e.structures import Features, MmdistError, check_choice
+from mmdist_e2e.structures import Features, MmdistError
 
 FORMATS = ("hdf5", "npy", "opentad")
 LAYOUTS = ("charades", "activitynet")
 
-Write = Callable[[str, Features, Mapping[str, Any]], None]
+Write = Callable[[str, Features, Mapping[str, Any], Mapping[str, Any]], None]
 
 
 def export_features(
@@ -48,31 +46,27 @@ def export_features(
     modality: str = "rgb",
     layout: str = "charades",
     progress: Progress | None = None,
-) -> tuple[int, dict[str, float]]:
-    """Write the features of one modality in another format: of all videos, or nothing.
+) -> int:
+    """Write the features of one modality in another format; returns the number of videos.
 
-    form: "hdf5" (one file; the layout "charades" has a dataset VIDEO, "activitynet" a dataset
-    VIDEO/c3d_features), "npy" (a folder of VIDEO.npy and features.json), or "opentad" (the same,
-    where every video has the fields that OpenTAD and ActionFormer compute times from).
-    Returns the number of videos, and the fields if all videos share them.
-    Raises MmdistError for features that cannot be read, and where `target` holds something else.
+    form: "hdf5" (layout "charades": a dataset VIDEO, "activitynet": VIDEO/c3d_features), "npy" (a
+    folder of VIDEO.npy and features.json) or "opentad" (the same, but every video must have the
+    fields that OpenTAD and ActionFormer compute times from).
+    Raises MmdistError, and writes nothing, for features that cannot be read or where `target` holds
+    something else.
     """
-    check_choice("The format", form, FORMATS)
-    check_choice("The layout", layout, LAYOUTS)
-    shared: list[dict[str, float]] = []
     writer = _hdf5(target, layout) if form == "hdf5" else _npy(target)
     with open_features(path, modality) as source, writer as write:
         for video, features in _each(source, progress):
             record = _record(features) if source.timed(video) else {}
-            fields = {} if "times" in record else fields_of(features)
+            fields = {} if "times" in record else _fields(features)
             if form == "opentad" and not fields:
                 raise MmdistError(
                     f"The rows of '{video}' in '{path}' are not at a known stride, window and fps, "
                     f"which opentad needs; export them as npy or hdf5."
                 )
-            shared.append(fields)
-            write(video, features, record)
-    return len(shared), shared[0] if all(one == shared[0] for one in shared) else {}
+            write(video, features, record, fields)
+        return len(source.names)
 
 
 def _each(source: FeatureSource, progress: Progress | None) -> Iterator[tuple[str, Features]]:
@@ -83,21 +77,18 @@ def _each(source: FeatureSource, progress: Progress | None) -> Iterator[tuple[st
 
 
 def _record(features: Features) -> dict[str, Any]:
-    """What the array alone does not hold; times only where `row_times` does not give them."""
+    """What the array does not hold; times only where `row_times` would not give the same."""
     seconds, provenance = features.duration_seconds, features.provenance
     regular = np.array_equal(row_times(provenance, len(features.data), seconds), features.times)
-    return {
-        "modality": features.modality,
-        "duration_seconds": seconds,
-        "provenance": provenance.to_json(),
-        **({} if regular else {"times": features.times.tolist()}),
-    }
+    record = {"modality": features.modality, "duration_seconds": seconds}
+    record |= {"provenance": provenance.to_json()}
+    return record if regular else record | {"times": features.times.tolist()}
 
 
-def fields_of(features: Features) -> dict[str, float]:
+def _fields(features: Features) -> dict[str, float]:
     """As OpenTAD names them: row i is centered at (i · feature_stride + offset_frames) / fps.
 
-    num_frames, the window in frames, is ActionFormer's name. Empty where they are unknown.
+    num_frames, the window, is ActionFormer's name. Empty where they are not known.
     """
     known = {**features.provenance.matters, **features.provenance.info}
     if not all(known.get(key) for key in ("effective_fps", "stride", "window")):
@@ -107,19 +98,13 @@ def fields_of(features: Features) -> dict[str, float]:
         "num_frames": known["window"],
         "offset_frames": known.get("offset", 0) + known["window"] / 2,
         "fps": known["effective_fps"],
+        "frame": known["effective_fps"] * features.duration_seconds,
     }
 
 
 @contextmanager
 def _hdf5(target: Path, layout: str) -> Iterator[Write]:
-    names: set[str] = set()
-
-    def write(video: str, features: Features, record: Mapping[str, Any]) -> None:
-        if parents := names & {str(parent) for parent in PurePosixPath(video).parents}:
-            raise MmdistError(
-                f"HDF5 cannot hold both '{min(parents)}' and '{video}'; export them as npy."
-            )
-        names.add(video)
+    def write(video: str, features: Features, record: Mapping[str, Any], _: object) -> None:
         name = f"{video}/{GROUP_KEY}" if layout == "activitynet" else video
         file.create_dataset(name, data=features.data)
         if record:
@@ -130,7 +115,7 @@ def _hdf5(target: Path, layout: str) -> Iterator[Write]:
         try:
             with h5py.File(temporary, "w") as file:
                 yield write
-        except RuntimeError as error:  # how h5py reports a disk that is full when it closes a file
+        except RuntimeError as error:  # of h5py, when the disk is full as it closes the file
             raise OSError(str(error)) from error
 
 
@@ -138,20 +123,19 @@ def _hdf5(target: Path, layout: str) -> Iterator[Write]:
 def _npy(target: Path) -> Iterator[Write]:
     database: dict[str, Any] = {}
 
-    def write(video: str, features: Features, record: Mapping[str, Any]) -> None:
+    def write(
+        video: str, features: Features, record: Mapping[str, Any], fields: Mapping[str, Any]
+    ) -> None:
         file = folder / f"{video}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, features.data)
         if record:
-            fields, seconds = fields_of(features), features.duration_seconds
-            frames = {"frame": fields["fps"] * seconds} if fields else {}
-            facts = {"subset": "all", "annotations": [], "duration": seconds}
-            database[video] = {**facts, **frames, **fields, RECORD: record}
+            facts = {"subset": "all", "annotations": [], "duration": features.duration_seconds}
+            database[video] = {**facts, **fields, RECORD: record}
 
     with staged(target) as folder:
         yield write
-        if database:
-            write_json(folder / FIELDS, {"database": database})
+        write_json(folder / FIELDS, {"database": database})
 
 
 def import_features(
@@ -160,18 +144,17 @@ def import_features(
     *,
     modality: str = "rgb",
     durations: Mapping[str, float] | None = None,
-    fields: Mapping[str, float] | None = None,
+    grid: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Write features of any source that `open_features` opens to the feature store `out`.
+    """Write the features of any source to the feature store `out`; returns the number of videos.
 
-    durations: seconds by video; needed of videos that the source records none of. fields: fps,
-    stride, window and offset, in frames, of all videos (see `row_times`); by default as recorded,
-    else the rows divide the video evenly. Returns the number of videos.
-    Raises MmdistError when durations are missing or the features cannot be read, and where the
-    store holds other features of a video; then nothing is written.
+    durations: seconds by video, needed where the source records none. grid: effective_fps, stride,
+    window and offset of the rows, see `row_times`; by default as recorded, else rows divide the
+    video evenly. Raises MmdistError, and writes nothing, when durations are missing, for features
+    that cannot be read, and where the store holds other features of a video.
     """
-    durations, fields = durations or {}, dict(fields or {})
+    durations, grid = durations or {}, grid or {}
     with open_features(path, modality) as source, staged(out) as temporary:
         unknown = sorted(v for v in source.names if v not in durations and not source.timed(v))
         if unknown:
@@ -181,16 +164,15 @@ def import_features(
             )
         for video, features in _each(source, progress):
             seconds = durations.get(video, features.duration_seconds)
-            provenance = features.provenance
-            if fields:
-                provenance = replace(provenance, info={**provenance.info, **fields})
-            if fields or seconds != features.duration_seconds:
-                times_S2 = row_times(provenance, len(features.data), seconds)
+            if grid or seconds != features.duration_seconds:
+                made = features.provenance
+                made = replace(made, info={**made.info, **grid})
+                times_S2 = row_times(made, len(features.data), seconds)
                 features = replace(
-                    features, times=times_S2, duration_seconds=seconds, provenance=provenance
+                    features, times=times_S2, duration_seconds=seconds, provenance=made
                 )
             FeatureStore(temporary).save(video, features)
-    return len(source.names)
+        return len(source.names)
 
 
 def features_info(path: Path, *, progress: Progress | None = None) -> list[dict[str, Any]]:
@@ -215,10 +197,9 @@ def features_info(path: Path, *, progress: Progress | None = None) -> list[dict[
             "kind": source.kind,
             "modality": modality,
             "videos": len(rows),
+            "videos_with_duration": len(seconds),
             "rows": sum(rows.values()),
             "channels": sorted(channels),
-            "videos_with_duration": len(seconds),
-            "hours": round(sum(seconds.values()) / 3600, 4),
             **rate_facts(rows, seconds),
             "made_by": [json.loads(how) | {"videos": n} for how, n in made.most_common()],
         }

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmdist_e2e.grounding.data.annotations import some, video_id
+from mmdist_e2e.grounding.data.annotations import Annotation, some, video_id
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.store import read_features as read_feature_file
 from mmdist_e2e.structures import MODALITIES, Features, MmdistError, Provenance, differences
@@ -277,6 +277,25 @@ def places_of(
     return {modality: own.get(modality, features_path) for modality in modalities}
 
 
+def having_features(
+    annotations: Sequence[Annotation], places: Mapping[str, Path]
+) -> tuple[list[Annotation], dict[str, int]]:
+    """The annotations whose videos have features at all places, and what is left out.
+
+    Raises MmdistError when nothing is left.
+    """
+    found = {a.video for a in annotations}
+    for modality, path in places.items():
+        with open_features(path, modality) as source:
+            found &= source.names.keys()
+    if not found:
+        where = " and ".join(f"'{path}'" for path in dict.fromkeys(places.values()))
+        raise MmdistError(f"No video of the annotations has features in {where}; check the names.")
+    kept = [a for a in annotations if a.video in found]
+    videos = len({a.video for a in annotations} - found)
+    return kept, {"queries": len(annotations) - len(kept), "videos": videos}
+
+
 def load_features(
     places: Mapping[str, Path], videos: Sequence[str], *, length: int
 ) -> FeatureTable:
@@ -298,8 +317,8 @@ def load_features(
             if missing:
                 raise MmdistError(
                     f"{len(missing)} of {len(wanted)} videos have no {modality} features in "
-                    f"'{path}' ({some(missing)}); extract them first, or give --skip-missing to "
-                    f"leave their queries out."
+                    f"'{path}' ({some(missing)}); extract them first, or leave their queries "
+                    f"out (--skip-missing of train and evaluate)."
                 )
             first = source.features(wanted[0])
             matters[modality] = dict(first.provenance.matters)
