@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from mmdist_e2e.cli import common
 from mmdist_e2e.cli.common import PATH, StepDisplay, results
 from mmdist_e2e.structures import MODALITIES, MmdistError
 
@@ -91,7 +90,7 @@ def export_command(store: Path, target: Path, **options: Any) -> None:
 @click.argument("path", type=PATH)
 @click.option("--out", required=True, type=PATH, help="Feature store to write or to add to.")
 @modality
-@common.durations
+@click.option("--durations", type=PATH, help="Seconds by video: JSON, CSV or a feature store.")
 @click.option("--fps", "effective_fps", type=ABOVE_0, help="Frames per second that were read.")
 @click.option("--stride", type=ABOVE_0, help="Frames from row to row.")
 @click.option("--window", type=ABOVE_0, help="Frames of a row.")

@@ -106,7 +106,13 @@ def _fields(features: Features) -> dict[str, float]:
 def _hdf5(target: Path, layout: str) -> Iterator[Write]:
     def write(video: str, features: Features, record: Mapping[str, Any], _: object) -> None:
         name = f"{video}/{GROUP_KEY}" if layout == "activitynet" else video
-        file.create_dataset(name, data=features.data)
+        try:
+            file.create_dataset(name, data=features.data)
+        except (TypeError, ValueError) as error:
+            raise MmdistError(
+                f"HDF5 cannot hold '{video}' beside a video that its name begins with ({error}); "
+                f"export them as npy."
+            ) from error
         if record:
             file[video].attrs[RECORD] = json.dumps(record, sort_keys=True)
 

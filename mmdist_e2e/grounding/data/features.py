@@ -192,14 +192,7 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
 
     def raw(name: str) -> NDArray[Any]:
         node = file[name]
-        if isinstance(node, h5py.Group):
-            if GROUP_KEY not in node:
-                raise MmdistError(
-                    f"The group '{name}' of '{path}' holds {some(sorted(node)) or 'nothing'} and "
-                    f"not {GROUP_KEY}; store each video's features as one dataset."
-                )
-            node = node[GROUP_KEY]
-        return np.asarray(node[()])
+        return np.asarray((node[GROUP_KEY] if isinstance(node, h5py.Group) else node)[()])
 
     def record(name: str) -> Record | None:
         text = file[name].attrs.get(RECORD)
@@ -212,10 +205,12 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
 
 
 def _names_in(group: Any, prefix: str = "") -> Iterator[str]:
-    """Members of an HDF5 group, recursively: a group is a video or a folder of videos."""
+    """Names of the videos inside an HDF5 group: datasets, and groups that hold GROUP_KEY."""
     for key, member in group.items():
-        yield f"{prefix}{key}"
-        if hasattr(member, "items") and GROUP_KEY not in member:
+        is_group = hasattr(member, "items")
+        if GROUP_KEY in member if is_group else key != GROUP_KEY:
+            yield f"{prefix}{key}"
+        if is_group:
             yield from _names_in(member, f"{prefix}{key}/")
 
 
@@ -315,6 +310,13 @@ def load_features(
         with open_features(path, modality) as source:
             missing = [video for video in wanted if video not in source.names]
             if missing:
+                inside = [n for n in source.names if n.startswith(f"{missing[0]}/")]
+                if inside and source.kind == "hdf5":
+                    raise MmdistError(
+                        f"The group '{missing[0]}' of '{path}' holds "
+                        f"{some([n.rpartition('/')[2] for n in inside])} and not {GROUP_KEY}; "
+                        f"store each video's features as one dataset."
+                    )
                 raise MmdistError(
                     f"{len(missing)} of {len(wanted)} videos have no {modality} features in "
                     f"'{path}' ({some(missing)}); extract them first, or leave their queries "
