@@ -316,14 +316,10 @@ class Quiet(SimpleHTTPRequestHandler):
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of a server on loopback that stands for CPL's repository."""
     root = tmp_path / "served"
-    for name, (_, origin, files) in list(pulled.DATASETS.items()):
-        (root / origin).mkdir(parents=True, exist_ok=True)
-        known = {}
-        for file, (there, _) in files.items():
-            rows = [[f"{name} {file}", 9.0, [1, 2], "person runs."]]
-            path = write_rows(root / origin / there, rows)
-            known[file] = (there, git_blob_sha1(path))
-        monkeypatch.setitem(pulled.DATASETS, name, (f"What {name} is", origin, known))
+    for there in list(pulled.DIGESTS):
+        (root / there).parent.mkdir(parents=True, exist_ok=True)
+        path = write_rows(root / there, [[there, 9.0, [1, 2], "person runs."]])
+        monkeypatch.setitem(pulled.DIGESTS, there, git_blob_sha1(path))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(pulled, "URL", f"http://127.0.0.1:{server.server_port}/")
@@ -347,7 +343,7 @@ def test_annotations_are_pulled_by_name(
     monkeypatch.chdir(tmp_path)
     result = pull("activitynet-captions")
     assert result.exit_code == 0, result.output
-    assert "What activitynet-captions is." in result.output
+    assert "ActivityNet Captions in CPL's rows (protocol official" in result.output
     assert "not be redistributed; get them at activity-net.org" in result.output
     assert "Next: mmdist extract" in result.output
     names = ("train", "val", "test")
@@ -399,13 +395,10 @@ def test_a_failed_pull_leaves_nothing(
 @needs_data
 def test_published_files_are_known_by_their_digests() -> None:
     root = Path(os.environ["MMDIST_DATA"]) / "charades_sta"
-    files = pulled.DATASETS["charades-sta"][2]
     for name in ("train", "test"):
-        assert git_blob_sha1(root / f"cpl_{name}.json") == files[f"{name}.json"][1]
-    assert git_blob_sha1(root / "glove.pkl") == DATASETS["CharadesSTA"].vocabulary_id
+        assert git_blob_sha1(root / f"cpl_{name}.json") == pulled.DIGESTS[f"charades/{name}.json"]
     for name, data in (("charades", "CharadesSTA"), ("activitynet", "ActivityNet")):
-        known = pulled.DATASETS[f"cpl-vocabulary-{name}"][2]["glove.pkl"][1]
-        assert known == DATASETS[data].vocabulary_id
+        assert pulled.DIGESTS[f"{name}/glove.pkl"] == DATASETS[data].vocabulary_id
     _, report = check("--train", root / "charades_sta_train.txt")
     assert report["splits"]["train"]["protocol"].startswith("charades_sta official, training")
 

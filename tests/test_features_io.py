@@ -322,7 +322,7 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     FeatureStore(tmp_path / "s").save("v", extracted(3))
     done("features", "export", tmp_path / "s", "--to", tmp_path / "n", "--format", "npy")
     record = json.loads((tmp_path / "n" / "features.json").read_text())
-    del record["database"]["v"]["mmdist"]["provenance"]
+    del record["database"]["v"]["duration"]
     (tmp_path / "n" / "features.json").write_text(json.dumps(record))
     assert "'v' in" in sentence("features", "info", tmp_path / "n")
     (tmp_path / "n" / "features.json").write_text("[1]")

@@ -35,7 +35,7 @@ from mmdist_e2e.structures import Features, MmdistError
 FORMATS = ("hdf5", "npy", "opentad")
 LAYOUTS = ("charades", "activitynet")
 
-Write = Callable[[str, Features, Mapping[str, Any], Mapping[str, Any]], None]
+Write = Callable[[str, Features, Mapping[str, Any]], None]
 
 
 def export_features(
@@ -59,13 +59,12 @@ def export_features(
     with open_features(path, modality) as source, writer as write:
         for video, features in _each(source, progress):
             record = _record(features) if source.timed(video) else {}
-            fields = {} if "times" in record else _fields(features)
-            if form == "opentad" and not fields:
+            if form == "opentad" and "fps" not in record:
                 raise MmdistError(
                     f"The rows of '{video}' in '{path}' are not at a known stride, window and fps, "
                     f"which opentad needs; export them as npy or hdf5."
                 )
-            write(video, features, record, fields)
+            write(video, features, record)
         return len(source.names)
 
 
@@ -77,34 +76,27 @@ def _each(source: FeatureSource, progress: Progress | None) -> Iterator[tuple[st
 
 
 def _record(features: Features) -> dict[str, Any]:
-    """What the array does not hold; times only where `row_times` would not give the same."""
-    seconds, provenance = features.duration_seconds, features.provenance
-    regular = np.array_equal(row_times(provenance, len(features.data), seconds), features.times)
-    record = {"modality": features.modality, "duration_seconds": seconds}
-    record |= {"provenance": provenance.to_json()}
-    return record if regular else record | {"times": features.times.tolist()}
+    """What the array does not hold, and the fields by which OpenTAD places rows if they do.
 
-
-def _fields(features: Features) -> dict[str, float]:
-    """As OpenTAD names them: row i is centered at (i · feature_stride + offset_frames) / fps.
-
-    num_frames, the window, is ActionFormer's name. Empty where they are not known.
+    Row i is centered at (i · feature_stride + offset_frames) / fps; num_frames, the window, is
+    ActionFormer's name.
     """
-    known = {**features.provenance.matters, **features.provenance.info}
-    if not all(known.get(key) for key in ("effective_fps", "stride", "window")):
-        return {}
-    return {
-        "feature_stride": known["stride"],
-        "num_frames": known["window"],
-        "offset_frames": known.get("offset", 0) + known["window"] / 2,
-        "fps": known["effective_fps"],
-        "frame": known["effective_fps"] * features.duration_seconds,
-    }
+    seconds, made = features.duration_seconds, features.provenance
+    record = {"subset": "all", "annotations": [], "duration": seconds}
+    record |= {"modality": features.modality, "provenance": made.to_json()}
+    if not np.array_equal(row_times(made, len(features.data), seconds), features.times):
+        return record | {"times": features.times.tolist()}
+    known = {**made.matters, **made.info}
+    if all(known.get(key) for key in ("effective_fps", "stride", "window")):
+        record |= {"fps": known["effective_fps"], "frame": known["effective_fps"] * seconds}
+        record |= {"feature_stride": known["stride"], "num_frames": known["window"]}
+        record |= {"offset_frames": known.get("offset", 0) + known["window"] / 2}
+    return record
 
 
 @contextmanager
 def _hdf5(target: Path, layout: str) -> Iterator[Write]:
-    def write(video: str, features: Features, record: Mapping[str, Any], _: object) -> None:
+    def write(video: str, features: Features, record: Mapping[str, Any]) -> None:
         name = f"{video}/{GROUP_KEY}" if layout == "activitynet" else video
         try:
             file.create_dataset(name, data=features.data)
@@ -129,15 +121,12 @@ def _hdf5(target: Path, layout: str) -> Iterator[Write]:
 def _npy(target: Path) -> Iterator[Write]:
     database: dict[str, Any] = {}
 
-    def write(
-        video: str, features: Features, record: Mapping[str, Any], fields: Mapping[str, Any]
-    ) -> None:
+    def write(video: str, features: Features, record: Mapping[str, Any]) -> None:
         file = folder / f"{video}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, features.data)
         if record:
-            facts = {"subset": "all", "annotations": [], "duration": features.duration_seconds}
-            database[video] = {**facts, **fields, RECORD: record}
+            database[video] = record
 
     with staged(target) as folder:
         yield write

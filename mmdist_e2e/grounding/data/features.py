@@ -24,11 +24,10 @@ from mmdist_e2e.store import read_features as read_feature_file
 from mmdist_e2e.structures import MODALITIES, Features, MmdistError, Provenance, differences
 
 GROUP_KEY = "c3d_features"  # where the published ActivityNet features keep a video's rows
-# What `mmdist features export` records beside arrays: JSON in an attribute of an HDF5 dataset, or
-# in a file of a folder of .npy files, under this key of each video.
+# What `mmdist features export` records beside an array (duration, modality, provenance, and times
+# that `row_times` does not give): JSON in an attribute in HDF5, in one file beside .npy files.
 RECORD, FIELDS = "mmdist", "features.json"
-
-Record = Mapping[str, Any]  # modality, duration_seconds, provenance; times unless `row_times` are
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -111,15 +110,13 @@ class FeatureSource:
         """Arrays without a record have no times: rows are spread over a video of length 1."""
         data_SF = self.array(video).astype(np.float32)
         try:
-            record = self.record(self.names[video]) or {
-                "duration_seconds": 1.0,
-                "modality": self.modality,
-                "provenance": Provenance.external(self.kind).to_json(),
-            }
-            provenance = Provenance.from_json(record["provenance"])
-            seconds = float(record["duration_seconds"])
+            record = self.record(self.names[video]) or {"duration": 1.0}
+            own = Provenance.external(self.kind).to_json()
+            provenance = Provenance.from_json(record.get("provenance", own))
+            seconds = float(record["duration"])
             times_S2 = np.array(record.get("times", row_times(provenance, len(data_SF), seconds)))
-            return Features(data_SF, times_S2, seconds, record["modality"], provenance)
+            modality = record.get("modality", self.modality)
+            return Features(data_SF, times_S2, seconds, modality, provenance)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MmdistError(f"The features of '{video}' in '{self.path}': {error}") from error
 
@@ -239,8 +236,7 @@ def _fields(path: Path) -> dict[str, Record]:
     if not path.is_file():
         return {}
     try:
-        videos = json.loads(path.read_bytes())["database"].items()
-        return {video: entry[RECORD] for video, entry in videos if RECORD in entry}
+        return dict(json.loads(path.read_bytes())["database"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MmdistError(
             f"'{path}' is not what mmdist features export wrote ({type(error).__name__}: {error}); "
@@ -310,17 +306,11 @@ def load_features(
         with open_features(path, modality) as source:
             missing = [video for video in wanted if video not in source.names]
             if missing:
-                inside = [n for n in source.names if n.startswith(f"{missing[0]}/")]
-                if inside and source.kind == "hdf5":
-                    raise MmdistError(
-                        f"The group '{missing[0]}' of '{path}' holds "
-                        f"{some([n.rpartition('/')[2] for n in inside])} and not {GROUP_KEY}; "
-                        f"store each video's features as one dataset."
-                    )
                 raise MmdistError(
                     f"{len(missing)} of {len(wanted)} videos have no {modality} features in "
-                    f"'{path}' ({some(missing)}); extract them first, or leave their queries "
-                    f"out (--skip-missing of train and evaluate)."
+                    f"'{path}' ({some(missing)}), which has '{min(source.names)}' for one; extract "
+                    f"them first, or leave their queries out (--skip-missing of train and "
+                    f"evaluate)."
                 )
             first = source.features(wanted[0])
             matters[modality] = dict(first.provenance.matters)

@@ -14,38 +14,24 @@ from mmdist_e2e.structures import MmdistError, check_choice
 from mmdist_e2e.weights.download import Entry, fetch, git_blob_sha1
 
 URL = "https://github.com/minghangz/cpl/raw/main/data/"
+DIGESTS = {  # of files there, as git objects
+    "charades/train.json": "5f7e6554d1e101db7c08ff63144f379dfcebeac4",
+    "charades/test.json": "5d9687e7d1c6977bbe6ae52c8075fa001a01be17",
+    "charades/glove.pkl": "e0320a97dc583316c2b56ace462b1fafc326691b",
+    "activitynet/train_data.json": "debbd00e24bc7bf0595de5fd2effec5b48a7e32c",
+    "activitynet/val_data.json": "d57356fceedf5580bee0afa06fa176e4fbb3ec3b",
+    "activitynet/test_data.json": "2ea972a413add2523b0a17f71af4406dd4da511d",
+    "activitynet/glove.pkl": "4384500e128d5c450b4b8de9e46f34b1223f8e64",
+}
 PAGES = {"charades": "prior.allenai.org/projects/charades", "activitynet": "activity-net.org"}
-
-# By name: what it is, its folder at URL, and by the name of a file here its name there and its id
-# as a git object.
-DATASETS: dict[str, tuple[str, str, dict[str, tuple[str, str]]]] = {
-    "charades-sta": (
-        "Charades-STA in CPL's rows (protocol cpl: without queries that end past their video)",
-        "charades",
-        {
-            "train.json": ("train.json", "5f7e6554d1e101db7c08ff63144f379dfcebeac4"),
-            "test.json": ("test.json", "5d9687e7d1c6977bbe6ae52c8075fa001a01be17"),
-        },
-    ),
+DATASETS = {  # by name: what it is, and which files of DIGESTS
+    "charades-sta": ("Charades-STA in CPL's rows (protocol cpl)", "charades/*.json"),
     "activitynet-captions": (
         "ActivityNet Captions in CPL's rows (protocol official; val is val_1, test is val_2)",
-        "activitynet",
-        {
-            "train.json": ("train_data.json", "debbd00e24bc7bf0595de5fd2effec5b48a7e32c"),
-            "val.json": ("val_data.json", "d57356fceedf5580bee0afa06fa176e4fbb3ec3b"),
-            "test.json": ("test_data.json", "2ea972a413add2523b0a17f71af4406dd4da511d"),
-        },
+        "activitynet/*.json",
     ),
-    "cpl-vocabulary-charades": (
-        "CPL's words and GloVe vectors for Charades-STA",
-        "charades",
-        {"glove.pkl": ("glove.pkl", "e0320a97dc583316c2b56ace462b1fafc326691b")},
-    ),
-    "cpl-vocabulary-activitynet": (
-        "CPL's words and GloVe vectors for ActivityNet Captions",
-        "activitynet",
-        {"glove.pkl": ("glove.pkl", "4384500e128d5c450b4b8de9e46f34b1223f8e64")},
-    ),
+    "cpl-vocabulary-charades": ("CPL's word vectors for Charades-STA", "charades/*.pkl"),
+    "cpl-vocabulary-activitynet": ("CPL's word vectors for ActivityNet", "activitynet/*.pkl"),
 }
 
 
@@ -57,23 +43,24 @@ def pull(name: str, out: Path) -> list[str]:
     digest than the known one, and where `out` holds another file of that name.
     """
     check_choice("The data set", name, list(DATASETS))
-    what, origin, files = DATASETS[name]
     check_out(out)
+    what, pattern = DATASETS[name]
+    found = [there for there in DIGESTS if Path(there).match(pattern)]
+    files = {out / Path(there).name.replace("_data", ""): there for there in found}
     with staged(out) as folder:
         folder.mkdir()
-        for file, (there, digest) in files.items():
-            path = out / file
-            if path.exists() and not (path.is_file() and git_blob_sha1(path) == digest):
+        for path, there in files.items():
+            if path.exists() and not (path.is_file() and git_blob_sha1(path) == DIGESTS[there]):
                 raise MmdistError(
                     f"{path} exists and is not that of {name}; move it, or give another --out."
                 )
             if not path.exists():
-                url = f"{URL}{origin}/{there}"
-                entry = Entry(f"{name}: {file}", "public", what, url=url, git_sha1=digest)
+                entry = Entry(there, "public", what, url=URL + there, git_sha1=DIGESTS[there])
                 with tempfile.TemporaryDirectory(dir=folder) as downloads:
-                    fetch(entry, Path(downloads)).replace(folder / file)
-    videos = f"Videos may not be redistributed; get them at {PAGES[origin]}."
-    return [*(str(out / file) for file in files), f"{what}.", videos]
+                    fetch(entry, Path(downloads)).replace(folder / path.name)
+    page = PAGES[pattern.partition("/")[0]]
+    videos = f"Videos may not be redistributed; get them at {page}."
+    return [*map(str, files), f"{what}.", videos]
 
 
 # The splits that papers report on, by `fingerprint`.
