@@ -278,6 +278,14 @@ def test_durations_of_a_charades_csv(tmp_path: Path) -> None:
     assert annotations[0].duration_seconds == 18.33
 
 
+def test_durations_as_activitynet_has_them(tmp_path: Path) -> None:
+    videos = {"v_a": {"duration": 9.5, "subset": "training"}, "v_b.mp4": {"duration": 7}}
+    for raw in (videos, {"version": "1.3", "database": videos}):
+        assert load_durations(write(tmp_path / "d.json", raw)) == {"v_a": 9.5, "v_b": 7}
+    with pytest.raises(MmdistError, match=r"The video 'v' .* duration"):
+        load_durations(write(tmp_path / "d.json", {"v": {"subset": "x"}}))
+
+
 def test_durations_of_a_feature_store(tmp_path: Path) -> None:
     features = Features(
         np.ones((2, 3), np.float32), np.array([[0, 1], [1, 2.0]]), 12.5, "flow", Provenance({})

@@ -416,6 +416,7 @@ def with_durations(
 def load_durations(path: Path) -> dict[str, float]:
     """Seconds by video: JSON {video: seconds}, Charades' CSV (`id`, `length`), or a feature store.
 
+    Also JSON {video: {duration, …}}, alone or under "database", as ActivityNet has it.
     Raises BadLinesError naming every bad entry, MmdistError for anything else.
     """
     if path.is_dir():
@@ -442,7 +443,9 @@ def _duration_pairs(path: Path, text: str) -> Iterator[tuple[str, str | None, An
         raw = _read_json(path, text)
         if not isinstance(raw, dict):
             raise none
-        yield from ((f"The video '{video}'", video, value) for video, value in raw.items())
+        for video, value in raw.get("database", raw).items():
+            seconds = value.get("duration") if isinstance(value, dict) else value
+            yield f"The video '{video}'", video, seconds
         return
     rows = csv.DictReader(io.StringIO(text, newline=""))
     try:

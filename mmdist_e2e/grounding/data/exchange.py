@@ -32,9 +32,6 @@ from mmdist_e2e.grounding.data.features import (
 from mmdist_e2e.store import FeatureStore, staged, write_json
 from mmdist_e2e.structures import Features, MmdistError
 
-FORMATS = ("hdf5", "npy", "opentad")
-LAYOUTS = ("charades", "activitynet")
-
 Write = Callable[[str, Features, Mapping[str, Any]], None]
 
 
@@ -55,6 +52,7 @@ def export_features(
     Raises MmdistError, and writes nothing, for features that cannot be read or where `target` holds
     something else.
     """
+    assert form in ("hdf5", "npy", "opentad")
     writer = _hdf5(target, layout) if form == "hdf5" else _npy(target)
     with open_features(path, modality) as source, writer as write:
         for video, features in _each(source, progress):
@@ -82,8 +80,7 @@ def _record(features: Features) -> dict[str, Any]:
     ActionFormer's name.
     """
     seconds, made = features.duration_seconds, features.provenance
-    record = {"subset": "all", "annotations": [], "duration": seconds}
-    record |= {"modality": features.modality, "provenance": made.to_json()}
+    record = {"modality": features.modality, "duration": seconds, "provenance": made.to_json()}
     if not np.array_equal(row_times(made, len(features.data), seconds), features.times):
         return record | {"times": features.times.tolist()}
     known = {**made.matters, **made.info}
@@ -126,7 +123,7 @@ def _npy(target: Path) -> Iterator[Write]:
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, features.data)
         if record:
-            database[video] = record
+            database[video] = {"subset": "all", "annotations": [], **record}
 
     with staged(target) as folder:
         yield write

@@ -89,6 +89,8 @@ class FeatureSource:
                 f"The features of '{video}' in '{self.path}' cannot be read ({error}); "
                 f"extract them again."
             ) from error
+        if array.ndim > 2 and array.size == len(array) * array.shape[-1]:
+            array = array.reshape(len(array), -1)  # [S, 1, 1, F], as some files have it
         if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
             raise MmdistError(
                 f"The features of '{video}' in '{self.path}' are {array.dtype} of the shape "
