@@ -282,6 +282,10 @@ def test_durations_as_activitynet_has_them(tmp_path: Path) -> None:
     videos = {"v_a": {"duration": 9.5, "subset": "training"}, "v_b.mp4": {"duration": 7}}
     for raw in (videos, {"version": "1.3", "database": videos}):
         assert load_durations(write(tmp_path / "d.json", raw)) == {"v_a": 9.5, "v_b": 7}
+    assert load_durations(write(tmp_path / "d.json", {"database": 3, "v": 4})) == {
+        "database": 3,
+        "v": 4,
+    }
     with pytest.raises(MmdistError, match=r"The video 'v' .* duration"):
         load_durations(write(tmp_path / "d.json", {"v": {"subset": "x"}}))
 

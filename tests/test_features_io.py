@@ -298,8 +298,8 @@ def test_what_a_source_holds(store: Path, tmp_path: Path) -> None:
     rates = sorted(
         f.data.shape[0] / f.duration_seconds for f in (extracted(40), extracted(77, fps=24.0))
     )
-    assert facts["rows_per_second"]["min"] == rates[0]
-    assert facts["implied_fps"]["at stride 8"] == pytest.approx(8 * np.mean(rates))
+    assert facts["rows_per_second"]["min"] == pytest.approx(rates[0], abs=1e-3)
+    assert facts["implied_fps"]["at stride 8"] == pytest.approx(8 * np.mean(rates), abs=1e-2)
     assert facts["made_by"][0] == {
         "extractor": "toy", "fps": 25.0, "stride": 8, "window": 16, "videos": 2,
     }  # fmt: skip

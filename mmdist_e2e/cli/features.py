@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mmdist_e2e.cli.common import PATH, StepDisplay, results
+from mmdist_e2e.cli.common import PATH, StepDisplay
 from mmdist_e2e.structures import MODALITIES, MmdistError
 
 ABOVE_0 = click.FloatRange(0, min_open=True)
@@ -62,16 +62,14 @@ def _text(value: Any) -> str:
     "form",
     required=True,
     type=click.Choice(["hdf5", "npy", "opentad"]),
-    help="hdf5: one file. npy: a folder of VIDEO.npy and features.json. opentad: the same, where "
-    "features.json has the fields that OpenTAD and ActionFormer compute times from.",
+    help="One HDF5 file; a folder of .npy files; the same with the fields that OpenTAD needs.",
 )
 @modality
 @click.option(
     "--layout",
     default="charades",
-    show_default=True,
     type=click.Choice(["charades", "activitynet"]),
-    help="Of hdf5, as CPL reads it: a dataset VIDEO, or VIDEO/c3d_features.",
+    help="Of hdf5: a dataset VIDEO, or VIDEO/c3d_features.  [default: charades]",
 )
 def export_command(store: Path, target: Path, **options: Any) -> None:
     """Write the features of STORE in a format of other programs.
@@ -82,8 +80,9 @@ def export_command(store: Path, target: Path, **options: Any) -> None:
     from mmdist_e2e.grounding.data.exchange import export_features
 
     with StepDisplay() as progress:
-        videos = export_features(store, target, progress=progress, **options)
-    results.print(f"{target}: {videos} videos", markup=False, soft_wrap=True)
+        click.echo(
+            f"{target}: {export_features(store, target, progress=progress, **options)} videos"
+        )
 
 
 @features_group.command("import")
@@ -111,9 +110,9 @@ def import_command(
     given = {name: value for name, value in grid.items() if value is not None}
     if given and not {"effective_fps", "stride", "window"} <= given.keys():
         raise MmdistError("Times of rows need --fps, --stride and --window; give all three.")
-    seconds = load_durations(durations) if durations else None
+    options = {"durations": load_durations(durations)} if durations else {}
     with StepDisplay() as progress:
         videos = import_features(
-            path, out, modality=modality, durations=seconds, grid=given, progress=progress
+            path, out, modality=modality, grid=given, progress=progress, **options
         )
-    results.print(f"{out}: {videos} videos", markup=False, soft_wrap=True)
+    click.echo(f"{out}: {videos} videos")

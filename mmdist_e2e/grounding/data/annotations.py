@@ -443,7 +443,8 @@ def _duration_pairs(path: Path, text: str) -> Iterator[tuple[str, str | None, An
         raw = _read_json(path, text)
         if not isinstance(raw, dict):
             raise none
-        for video, value in raw.get("database", raw).items():
+        videos = raw.get("database")
+        for video, value in (videos if isinstance(videos, dict) else raw).items():
             seconds = value.get("duration") if isinstance(value, dict) else value
             yield f"The video '{video}'", video, seconds
         return

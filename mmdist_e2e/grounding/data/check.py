@@ -95,7 +95,8 @@ def check_data(
     said: dict[str, dict[str, float]] = {}  # durations by what says them
     for path in durations:
         with report.collecting():
-            seconds |= said.setdefault(path.name, load_durations(path))
+            seconds |= (found := load_durations(path))
+            said[path.name] = said.get(path.name, {}) | found
     splits: dict[str, list[Annotation]] = {}
     left_out: dict[str, int] = {}
     for name, path in files.items():
@@ -232,10 +233,10 @@ def rate_facts(rows: Mapping[str, int], seconds: Mapping[str, float | None]) -> 
     if not rates:
         return {}
     median = float(np.median(rates))
-    return {
-        "rows_per_second": {"median": median, "min": min(rates), "max": max(rates)},
-        "implied_fps": {f"at stride {stride}": stride * median for stride in USUAL_STRIDES},
-    }
+    spread = {"median": median, "min": min(rates), "max": max(rates)}
+    fps = {f"at stride {stride}": stride * median for stride in USUAL_STRIDES}
+    facts = {"rows_per_second": spread, "implied_fps": fps}
+    return {name: {k: round(v, 3) for k, v in each.items()} for name, each in facts.items()}
 
 
 def _check_rates(

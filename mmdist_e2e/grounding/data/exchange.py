@@ -187,7 +187,7 @@ def features_info(path: Path, *, progress: Progress | None = None) -> list[dict[
                     seconds[video] = features.duration_seconds
         facts = {
             "kind": source.kind,
-            "modality": modality,
+            "modality": modality if seconds else "not recorded",
             "videos": len(rows),
             "videos_with_duration": len(seconds),
             "rows": sum(rows.values()),

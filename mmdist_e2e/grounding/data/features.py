@@ -282,11 +282,11 @@ def having_features(
         with open_features(path, modality) as source:
             found &= source.names.keys()
     if not found:
-        where = " and ".join(f"'{path}'" for path in dict.fromkeys(places.values()))
+        where = " and ".join(map(str, dict.fromkeys(places.values())))
         raise MmdistError(f"No video of the annotations has features in {where}; check the names.")
-    kept = [a for a in annotations if a.video in found]
-    videos = len({a.video for a in annotations} - found)
-    return kept, {"queries": len(annotations) - len(kept), "videos": videos}
+    left_out = [a for a in annotations if a.video not in found]
+    counts = {"queries": len(left_out), "videos": len({a.video for a in left_out})}
+    return [a for a in annotations if a.video in found], counts
 
 
 def load_features(
