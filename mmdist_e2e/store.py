@@ -27,7 +27,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mmdist_e2e.structures import Features, MmdistError, Provenance
+from mmdist_e2e.structures import Features, MmdistError, Provenance, check_choice
 
 VIDEO_SUFFIXES = (
     ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
@@ -62,16 +62,18 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -
 
 @contextlib.contextmanager
 def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path beside `target`; what is written there appears in `target` at the end.
+    """A temporary path; what is written there appears in `target` at the end.
 
+    It lies beside `target`, or in it if that is a folder: on the same file system in any case.
     Write a file, or a folder of files, which are added to those of an existing folder. After an
     exception, a kill or on a full disk nothing has changed.
     Raises MmdistError when a file exists with another content (unless `overwrite`), when the disk
     is full or the place cannot be written.
     """
-    temporary = target.with_name(TEMPORARY + secrets.token_hex(6))
+    folder = target if target.is_dir() else target.parent
+    temporary = folder / (TEMPORARY + secrets.token_hex(6))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         yield temporary
         made = [path for path in (temporary, *temporary.rglob("*")) if path.is_file()]
         places = {path: target / path.relative_to(temporary) for path in made}
@@ -135,8 +137,7 @@ def row_writer(path: Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
         return lambda rows: write_atomically(
             path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         )
-    if path.suffix != ".parquet":
-        raise MmdistError(f"Rows are written as .parquet or .jsonl; {path} has another suffix.")
+    check_choice(f"The suffix of {path}", path.suffix, (".parquet", ".jsonl"))
     try:
         import pyarrow
         from pyarrow import parquet
@@ -260,6 +261,8 @@ class FeatureStore:
     def _id(self, path: Path, modality: str) -> str | None:
         """The id of a feature file; None for a hidden file that is none (macOS `._NAME`)."""
         name = path.relative_to(self.root).as_posix().removesuffix(f".{modality}.npz")
+        if name.startswith(TEMPORARY):
+            return None  # of an import that was killed
         hidden = any(part.startswith(".") for part in name.split("/"))
         if not hidden and SHORTENED.search(name) is None:
             return video_key(name)

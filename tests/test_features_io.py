@@ -273,6 +273,24 @@ def test_nothing_is_written_by_halves(
     assert not (tmp_path / "o").exists()
 
 
+def test_the_current_folder_is_a_target_as_any_other(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("npy", "back"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.chdir(tmp_path / kind)
+        made = ("export", store, "--to", ".", "--format", "npy")
+        done("features", *(made if kind == "npy" else ("import", tmp_path / "npy", "--out", ".")))
+    assert contents(tmp_path / "back") == contents(store)
+    # What a killed call leaves is no video.
+    for folder, name in (("back", "3MSZA.rgb.npz"), ("npy", "3MSZA.npy")):
+        left = tmp_path / folder / ".tmp-0123456789ab" / name
+        left.parent.mkdir()
+        left.write_bytes((tmp_path / folder / name).read_bytes())
+        with open_features(tmp_path / folder) as source:
+            assert len(source.names) == 5
+
+
 def test_names_that_hdf5_cannot_hold_together(tmp_path: Path) -> None:
     for video in ("a", "a/b"):
         FeatureStore(tmp_path / "s").save(video, extracted(3))
@@ -345,7 +363,7 @@ def test_rows_as_parquet_and_json_lines(tmp_path: Path, monkeypatch: pytest.Monk
     assert [json.loads(line) for line in lines] == rows
     row_writer(tmp_path / "r.jsonl")([])
     assert (tmp_path / "r.jsonl").read_bytes() == b""
-    with pytest.raises(MmdistError, match=r"\.parquet or \.jsonl"):
+    with pytest.raises(MmdistError, match=r"valid: \.parquet, \.jsonl"):
         row_writer(tmp_path / "r.csv")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
@@ -363,7 +381,7 @@ def test_answers_and_predictions_as_parquet(tiny_run: Path, tmp_path: Path) -> N
     assert parquet.read_table(tmp_path / "p.parquet").to_pylist() == [json.loads(x) for x in lines]
     told = sentence("evaluate", run, "--features", features, "--annotations",
                     tiny_run / "test.txt", "--predictions", tmp_path / "p.csv")  # fmt: skip
-    assert ".parquet or .jsonl" in told
+    assert "valid: .parquet, .jsonl" in told
 
 
 def test_moments_as_parquet(tiny_run: Path, tiny_extractor: Path, tmp_path: Path) -> None:
@@ -380,7 +398,7 @@ def test_moments_as_parquet(tiny_run: Path, tiny_extractor: Path, tmp_path: Path
         assert row["video"] == answers[0]["video"]
         for name in ("start", "end", "score"):
             assert row[name] == pytest.approx(moment[name], abs=1e-3)
-    assert "another suffix" in sentence(*ask, "--out", tmp_path / "m.csv")
+    assert "The suffix of" in sentence(*ask, "--out", tmp_path / "m.csv")
 
 
 def partly(root: Path, tmp_path: Path) -> list[object]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdist_e2e.grounding.data.annotations import Annotation, some, video_id
-from mmdist_e2e.store import FeatureStore
+from mmdist_e2e.store import TEMPORARY, FeatureStore
 from mmdist_e2e.store import read_features as read_feature_file
 from mmdist_e2e.structures import MODALITIES, Features, MmdistError, Provenance, differences
 
@@ -220,7 +220,7 @@ def _folder(path: Path, modality: str) -> FeatureSource:
             path, modality, "store", names, lambda name: store.load(name, modality)
         )
     files = {p.relative_to(path).as_posix().removesuffix(".npy"): p for p in path.rglob("*.npy")}
-    if names := _by_id(path, sorted(files)):
+    if names := _by_id(path, sorted(name for name in files if not name.startswith(TEMPORARY))):
         fields = _fields(path / FIELDS)
         return FeatureSource(
             path, modality, "npy", names, None, lambda name: np.load(files[name]), fields.get
