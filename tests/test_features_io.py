@@ -343,11 +343,13 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     del record["database"]["v"]["duration"]
     (tmp_path / "n" / "features.json").write_text(json.dumps(record))
     assert "'v' in" in sentence("features", "info", tmp_path / "n")
-    (tmp_path / "n" / "features.json").write_text("[1]")
-    assert "restore it, or delete it" in sentence("features", "info", tmp_path / "n")
-    (tmp_path / "n" / "features.json").unlink()
-    with open_features(tmp_path / "n") as source:
-        assert not source.timed("v")
+    for text in ("{", '{"database": 3}'):
+        (tmp_path / "n" / "features.json").write_text(text)
+        assert "restore it, or move it away" in sentence("features", "info", tmp_path / "n")
+    for text in ("[1]", '{"other": 1}', '{"database": {"w": {}}}'):  # of somebody else
+        (tmp_path / "n" / "features.json").write_text(text)
+        with open_features(tmp_path / "n") as source:
+            assert not source.timed("v")
 
 
 def test_rows_as_parquet_and_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,12 +77,7 @@ def export_command(store: Path, target: Path, **options: Any) -> None:
     Durations, times and provenance go with them: mmdist reads an export as it reads a store. A
     target with other content is never changed.
     """
-    from mmdist_e2e.grounding.data.exchange import export_features
-
-    with StepDisplay() as progress:
-        click.echo(
-            f"{target}: {export_features(store, target, progress=progress, **options)} videos"
-        )
+    _convert(store, target, **options)
 
 
 @features_group.command("import")
@@ -90,10 +85,10 @@ def export_command(store: Path, target: Path, **options: Any) -> None:
 @click.option("--out", required=True, type=PATH, help="Feature store to write or to add to.")
 @modality
 @click.option("--durations", type=PATH, help="Seconds by video: JSON, CSV or a feature store.")
-@click.option("--fps", "effective_fps", type=ABOVE_0, help="Frames per second that were read.")
+@click.option("--fps", "effective_fps", type=ABOVE_0, help="Rate at which frames were read.")
 @click.option("--stride", type=ABOVE_0, help="Frames from row to row.")
 @click.option("--window", type=ABOVE_0, help="Frames of a row.")
-@click.option("--offset", type=click.FloatRange(0), help="Frame of the first row's start [0].")
+@click.option("--offset", type=click.FloatRange(0), help="Frame at which row 0 starts [0].")
 def import_command(
     path: Path, out: Path, modality: str, durations: Path | None, **grid: float | None
 ) -> None:
@@ -105,14 +100,17 @@ def import_command(
     wrote needs no options.
     """
     from mmdist_e2e.grounding.data.annotations import load_durations
-    from mmdist_e2e.grounding.data.exchange import import_features
 
     given = {name: value for name, value in grid.items() if value is not None}
     if given and not {"effective_fps", "stride", "window"} <= given.keys():
         raise MmdistError("Times of rows need --fps, --stride and --window; give all three.")
-    options = {"durations": load_durations(durations)} if durations else {}
+    seconds = load_durations(durations) if durations else None
+    _convert(path, out, form="store", modality=modality, durations=seconds, grid=given)
+
+
+def _convert(path: Path, target: Path, **options: Any) -> None:
+    from mmdist_e2e.grounding.data.exchange import convert_features
+
     with StepDisplay() as progress:
-        videos = import_features(
-            path, out, modality=modality, grid=given, progress=progress, **options
-        )
-    click.echo(f"{out}: {videos} videos")
+        videos = convert_features(path, target, progress=progress, **options)
+    click.echo(f"{target}: {videos} videos")

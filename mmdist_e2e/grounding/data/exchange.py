@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +33,51 @@ from mmdist_e2e.grounding.data.features import (
 from mmdist_e2e.store import FeatureStore, staged, write_json
 from mmdist_e2e.structures import Features, MmdistError
 
-Write = Callable[[str, Features, Mapping[str, Any]], None]
+Write = Callable[[str, Features, Mapping[str, Any]], object]
 
 
-def export_features(
+def convert_features(
     path: Path,
     target: Path,
     *,
     form: str,
     modality: str = "rgb",
     layout: str = "charades",
+    durations: Mapping[str, float] | None = None,
+    grid: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Write the features of one modality in another format; returns the number of videos.
 
-    form: "hdf5" (layout "charades": a dataset VIDEO, "activitynet": VIDEO/c3d_features), "npy" (a
-    folder of VIDEO.npy and features.json) or "opentad" (the same, but every video must have the
-    fields that OpenTAD and ActionFormer compute times from).
-    Raises MmdistError, and writes nothing, for features that cannot be read or where `target` holds
-    something else.
+    form: "store", "hdf5" (layout "charades": a dataset VIDEO, "activitynet": VIDEO/c3d_features),
+    "npy" (a folder of VIDEO.npy and features.json), or "opentad" (the same, but every video must
+    have the fields that OpenTAD and ActionFormer compute times from).
+    durations: seconds by video; a store needs those that the source does not record. grid:
+    effective_fps, stride, window and offset of the rows, see `row_times`; by default as recorded,
+    else rows divide the video evenly.
+    Raises MmdistError, and writes nothing, when durations are missing, for features that cannot be
+    read, and where `target` holds something else.
     """
-    assert form in ("hdf5", "npy", "opentad")
-    writer = _hdf5(target, layout) if form == "hdf5" else _npy(target)
-    with open_features(path, modality) as source, writer as write:
+    durations, grid = durations or {}, grid or {}
+    writers: dict[str, Callable[[Path], AbstractContextManager[Write]]]
+    writers = {"store": _store, "hdf5": partial(_hdf5, layout=layout), "npy": _npy, "opentad": _npy}
+    with open_features(path, modality) as source, writers[form](target) as write:
+        untimed = {v for v in source.names if v not in durations and not source.timed(v)}
+        if form == "store" and untimed:
+            raise MmdistError(
+                f"{len(untimed)} of {len(source.names)} videos in '{path}' have no duration "
+                f"({some(sorted(untimed))}); give --durations."
+            )
         for video, features in _each(source, progress):
-            record = _record(features) if source.timed(video) else {}
+            seconds = durations.get(video, features.duration_seconds)
+            if grid or seconds != features.duration_seconds:
+                made = features.provenance
+                made = replace(made, info={**made.info, **grid})
+                times_S2 = row_times(made, len(features.data), seconds)
+                features = replace(
+                    features, times=times_S2, duration_seconds=seconds, provenance=made
+                )
+            record = {} if video in untimed else _record(features)
             if form == "opentad" and "fps" not in record:
                 raise MmdistError(
                     f"The rows of '{video}' in '{path}' are not at a known stride, window and fps, "
@@ -89,6 +110,12 @@ def _record(features: Features) -> dict[str, Any]:
         record |= {"feature_stride": known["stride"], "num_frames": known["window"]}
         record |= {"offset_frames": known.get("offset", 0) + known["window"] / 2}
     return record
+
+
+@contextmanager
+def _store(target: Path) -> Iterator[Write]:
+    with staged(target) as root:
+        yield lambda video, features, _: FeatureStore(root).save(video, features)
 
 
 @contextmanager
@@ -128,43 +155,6 @@ def _npy(target: Path) -> Iterator[Write]:
     with staged(target) as folder:
         yield write
         write_json(folder / FIELDS, {"database": database})
-
-
-def import_features(
-    path: Path,
-    out: Path,
-    *,
-    modality: str = "rgb",
-    durations: Mapping[str, float] | None = None,
-    grid: Mapping[str, float] | None = None,
-    progress: Progress | None = None,
-) -> int:
-    """Write the features of any source to the feature store `out`; returns the number of videos.
-
-    durations: seconds by video, needed where the source records none. grid: effective_fps, stride,
-    window and offset of the rows, see `row_times`; by default as recorded, else rows divide the
-    video evenly. Raises MmdistError, and writes nothing, when durations are missing, for features
-    that cannot be read, and where the store holds other features of a video.
-    """
-    durations, grid = durations or {}, grid or {}
-    with open_features(path, modality) as source, staged(out) as temporary:
-        unknown = sorted(v for v in source.names if v not in durations and not source.timed(v))
-        if unknown:
-            raise MmdistError(
-                f"{len(unknown)} of {len(source.names)} videos in '{path}' have no duration "
-                f"({some(unknown)}); give --durations."
-            )
-        for video, features in _each(source, progress):
-            seconds = durations.get(video, features.duration_seconds)
-            if grid or seconds != features.duration_seconds:
-                made = features.provenance
-                made = replace(made, info={**made.info, **grid})
-                times_S2 = row_times(made, len(features.data), seconds)
-                features = replace(
-                    features, times=times_S2, duration_seconds=seconds, provenance=made
-                )
-            FeatureStore(temporary).save(video, features)
-        return len(source.names)
 
 
 def features_info(path: Path, *, progress: Progress | None = None) -> list[dict[str, Any]]:

@@ -238,11 +238,12 @@ def _fields(path: Path) -> dict[str, Record]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_bytes())["database"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raw = json.loads(path.read_bytes())
+        return dict(raw["database"]) if isinstance(raw, dict) and "database" in raw else {}
+    except (OSError, ValueError, TypeError) as error:
         raise MmdistError(
-            f"'{path}' is not what mmdist features export wrote ({type(error).__name__}: {error}); "
-            f"restore it, or delete it to read the arrays alone."
+            f"'{path}' is not what mmdist features export wrote ({error}); restore it, or move it "
+            f"away to read the arrays alone."
         ) from error
 
 
