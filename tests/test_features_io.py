@@ -305,32 +305,36 @@ def test_what_a_source_holds(store: Path, tmp_path: Path) -> None:
     FeatureStore(store).save("v_a.b", extracted(77, fps=24.0))
     done("features", "export", store, "--to", tmp_path / "f.hdf5", "--format", "hdf5")
     done("features", "export", store, "--to", tmp_path / "npy", "--format", "npy")
-    found = [
-        json.loads(done("features", "info", path, "--json").stdout)
-        for path in (store, tmp_path / "f.hdf5", tmp_path / "npy")
-    ]
-    assert [one.pop("kind") for (one,) in found] == ["store", "hdf5", "npy"]
+
+    def info(path: Path) -> dict[str, Any]:
+        """Of the one modality that is there."""
+        (report,) = json.loads(done("features", "info", path, "--json").stdout).values()
+        return report["features"] | {"said": report["errors"] + report["warnings"]}
+
+    found = [info(path) for path in (store, tmp_path / "f.hdf5", tmp_path / "npy")]
+    assert [one.pop("kind") for one in found] == ["store", "hdf5", "npy"]
     assert found[0] == found[1] == found[2]
-    (facts,) = found[0]
+    facts = found[0]
     assert (facts["videos"], facts["rows"], facts["channels"]) == (2, 117, [6])
-    rates = sorted(
-        f.data.shape[0] / f.duration_seconds for f in (extracted(40), extracted(77, fps=24.0))
-    )
-    assert facts["rows_per_second"]["min"] == pytest.approx(rates[0], abs=1e-3)
+    rates = [len(f.data) / f.duration_seconds for f in (extracted(40), extracted(77, fps=24.0))]
+    assert facts["rows_per_second"]["min"] == pytest.approx(min(rates), abs=1e-3)
     assert facts["implied_fps"]["at stride 8"] == pytest.approx(8 * np.mean(rates), abs=1e-2)
-    assert facts["made_by"][0] == {
-        "extractor": "toy", "fps": 25.0, "stride": 8, "window": 16, "videos": 2,
-    }  # fmt: skip
+    assert facts["made_by"] == {"extractor": "toy", "fps": 25.0, "stride": 8, "window": 16}
+    assert facts["said"] == []
     text = done("features", "info", store).stdout
-    assert "made by: extractor toy, fps 25, stride 8, window 16, videos 2" in text
-    assert "videos with duration: 2" in text
-    one = done("features", "info", store / "3MSZA.rgb.npz", "--json")
-    assert json.loads(one.stdout)[0]["rows"] == 40
-    plain = foreign(tmp_path / "plain", a=np.ones((3, 2)), b=np.ones((3, 2)))
-    (facts,) = json.loads(done("features", "info", plain, "--json").stdout)
+    assert "extractor: toy, fps: 25.0, stride: 8, window: 16" in text
+    assert info(store / "3MSZA.rgb.npz")["rows"] == 40
+    plain = foreign(tmp_path / "plain", a=np.ones((3, 2)), b=np.full((3, 2), np.nan))
+    facts = info(plain)
     assert (facts["videos_with_duration"], facts["rows_in_every_video"]) == (0, 3)
-    assert facts["made_by"] == [{"extractor": "external:npy", "videos": 2}]
-    assert json.loads(done("features", "info", plain / "a.npy", "--json").stdout)[0]["rows"] == 3
+    assert facts["made_by"] == {"extractor": "external:npy"}
+    assert "1 videos have features that are not finite (b)." in facts["said"]
+    assert info(plain / "a.npy")["rows"] == 3
+    FeatureStore(store).save("other", extracted(5, modality="flow"))
+    both = json.loads(done("features", "info", store, "--json").stdout)
+    assert [(name, each["features"]["rows"]) for name, each in both.items()] == [
+        ("rgb", 117), ("flow", 5),
+    ]  # fmt: skip
     assert "no features at" in sentence("features", "info", tmp_path / "none")
     (tmp_path / "x.npz").write_bytes(b"no")
     assert "not a whole feature file" in sentence("features", "info", tmp_path / "x.npz")
@@ -342,7 +346,8 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "n" / "features.json").read_text())
     del record["database"]["v"]["duration"]
     (tmp_path / "n" / "features.json").write_text(json.dumps(record))
-    assert "'v' in" in sentence("features", "info", tmp_path / "n")
+    told = json.loads(done("features", "info", tmp_path / "n", "--json").stdout)["rgb"]["errors"]
+    assert "'v' in" in told[0]
     for text in ("{", '{"database": 3}'):
         (tmp_path / "n" / "features.json").write_text(text)
         assert "restore it, or move it away" in sentence("features", "info", tmp_path / "n")

@@ -91,11 +91,11 @@ def check_command(glove: Path | None, as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(vars(report), indent=2, ensure_ascii=False))
     else:
-        _show(report)
+        show_report(report)
     sys.exit(1 if report.errors else 0)
 
 
-def _show(report: Report) -> None:
+def show_report(report: Report) -> None:
     for columns in (report.splits, {"features": report.features}):
         if any(columns.values()):
             _print_table(columns)

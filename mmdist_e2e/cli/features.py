@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mmdist_e2e.cli.common import PATH, StepDisplay
+from mmdist_e2e.cli.data import show_report
 from mmdist_e2e.structures import MODALITIES, MmdistError
 
 ABOVE_0 = click.FloatRange(0, min_open=True)
@@ -29,29 +30,22 @@ def features_group() -> None:
 
 @features_group.command("info")
 @click.argument("path", type=PATH)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def info_command(path: Path, as_json: bool) -> None:
-    """Show what PATH holds and how it was made.
+    """Show what PATH holds, how it was made, and what is wrong with it.
 
     PATH is a feature store, an HDF5 file, a folder of VIDEO.npy, or one .npz or .npy file.
     """
-    from mmdist_e2e.grounding.data.exchange import features_info
+    from mmdist_e2e.grounding.data.check import check_source
 
     with StepDisplay() as progress:
-        found = features_info(path, progress=progress)
+        reports = check_source(path, progress=progress)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        facts = {modality: vars(report) for modality, report in reports.items()}
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    for facts in found:
-        click.echo("\n".join(f"{key.replace('_', ' ')}: {_text(facts[key])}" for key in facts))
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(each)}" for key, each in value.items())
-    if isinstance(value, list):
-        return "; ".join(map(_text, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    for report in reports.values():
+        show_report(report)
 
 
 @features_group.command("export")

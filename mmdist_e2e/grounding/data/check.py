@@ -29,7 +29,7 @@ from mmdist_e2e.grounding.data.annotations import (
     suspicions,
     with_durations,
 )
-from mmdist_e2e.grounding.data.features import FeatureSource, open_features
+from mmdist_e2e.grounding.data.features import FeatureSource, modalities_of, open_features
 from mmdist_e2e.grounding.data.published import protocol_of
 from mmdist_e2e.grounding.data.text import has_known_word, is_word, tokenize
 from mmdist_e2e.structures import MmdistError, Provenance
@@ -160,14 +160,16 @@ def _check_features(
     modality: str,
     progress: Progress | None,
 ) -> dict[str, float]:
-    """Read the features of all videos; gives the durations that they record.
+    """Read the features of all videos of the splits; gives the durations that they record.
 
-    Raises MmdistError when the path cannot be opened at all.
+    Without splits, of all videos that have features. Raises MmdistError when the path cannot be
+    opened at all.
     """
     said = {a.video: a.duration_seconds for queries in splits.values() for a in queries}
     each: dict[str, _VideoFacts] = {}
     unreadable: list[str] = []
     with open_features(path, modality) as source:
+        said = said or dict.fromkeys(source.names)
         for done, video in enumerate(sorted(said), start=1):
             if video in source.names:
                 try:
@@ -181,11 +183,14 @@ def _check_features(
     made_by = next((facts.matters for facts in each.values()), {})
     report.features = {
         "kind": source.kind,
+        "modality": modality,
         "made_by": dict(made_by),
         "videos": len(said) - len(missing),
         "videos_missing": len(missing),
         "videos_unused": len(source.names.keys() - said.keys()),
         "videos_unreadable": len(unreadable),
+        "videos_with_duration": sum(facts.duration is not None for facts in each.values()),
+        "rows": sum(facts.rows for facts in each.values()),
         "channels": sorted(channels),
     }
     report.errors += unreadable[:NAMED_AT_MOST]
@@ -215,14 +220,25 @@ def _check_features(
     known = {v: facts.duration for v, facts in each.items() if facts.duration is not None}
     rows = {video: facts.rows for video, facts in each.items()}
     lengths = {v: known.get(v) or said[v] for v in rows}
-    report.features |= rate_facts(rows, lengths)
+    report.features |= _rate_facts(rows, lengths)
     foreign = str(made_by.get("extractor")).startswith("external:")
     if foreign and "implied_fps" in report.features:  # of our own, the provenance tells
         _check_rates(report, rows, lengths)
     return known
 
 
-def rate_facts(rows: Mapping[str, int], seconds: Mapping[str, float | None]) -> dict[str, Any]:
+def check_source(path: Path, *, progress: Progress | None = None) -> dict[str, Report]:
+    """By modality, what a source of features holds and what is wrong with it.
+
+    Raises MmdistError when the path cannot be opened at all.
+    """
+    reports = {modality: Report() for modality in modalities_of(path)}
+    for modality, report in reports.items():
+        _check_features(report, {}, path, modality, progress)
+    return reports
+
+
+def _rate_facts(rows: Mapping[str, int], seconds: Mapping[str, float | None]) -> dict[str, Any]:
     """Rows per second of video, and the fps that they imply, from videos of known duration.
 
     Where all videos have one number of rows, these were spread evenly and imply no fps.

@@ -7,7 +7,6 @@ was written, and commands that read a feature store read an export alike. See do
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -19,13 +18,10 @@ import numpy as np
 
 from mmdist_e2e.grounding.answer import Progress
 from mmdist_e2e.grounding.data.annotations import some
-from mmdist_e2e.grounding.data.check import rate_facts
 from mmdist_e2e.grounding.data.features import (
     FIELDS,
     GROUP_KEY,
     RECORD,
-    FeatureSource,
-    modalities_of,
     open_features,
     require_h5py,
     row_times,
@@ -68,7 +64,8 @@ def convert_features(
                 f"{len(untimed)} of {len(source.names)} videos in '{path}' have no duration "
                 f"({some(sorted(untimed))}); give --durations."
             )
-        for video, features in _each(source, progress):
+        for done, video in enumerate(sorted(source.names), start=1):
+            features = source.features(video)
             seconds = durations.get(video, features.duration_seconds)
             if grid or seconds != features.duration_seconds:
                 made = features.provenance
@@ -84,14 +81,9 @@ def convert_features(
                     f"which opentad needs; export them as npy or hdf5."
                 )
             write(video, features, record)
+            if progress:
+                progress("converting features", done, len(source.names))
         return len(source.names)
-
-
-def _each(source: FeatureSource, progress: Progress | None) -> Iterator[tuple[str, Features]]:
-    for done, video in enumerate(sorted(source.names), start=1):
-        yield video, source.features(video)
-        if progress:
-            progress("reading features", done, len(source.names))
 
 
 def _record(features: Features) -> dict[str, Any]:
@@ -155,35 +147,3 @@ def _npy(target: Path) -> Iterator[Write]:
     with staged(target) as folder:
         yield write
         write_json(folder / FIELDS, {"database": database})
-
-
-def features_info(path: Path, *, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """What a source holds, for each modality: videos, rows, channels, rates, and how it was made.
-
-    Raises MmdistError for features that cannot be read.
-    """
-    found = []
-    for modality in modalities_of(path):
-        rows: dict[str, int] = {}
-        seconds: dict[str, float] = {}
-        channels: set[int] = set()
-        made: Counter[str] = Counter()
-        with open_features(path, modality) as source:
-            for video, features in _each(source, progress):
-                rows[video], width = features.data.shape
-                channels.add(width)
-                made[json.dumps(dict(features.provenance.matters), sort_keys=True)] += 1
-                if source.timed(video):
-                    seconds[video] = features.duration_seconds
-        facts = {
-            "kind": source.kind,
-            "modality": modality if seconds else "not recorded",
-            "videos": len(rows),
-            "videos_with_duration": len(seconds),
-            "rows": sum(rows.values()),
-            "channels": sorted(channels),
-            **rate_facts(rows, seconds),
-            "made_by": [json.loads(how) | {"videos": n} for how, n in made.most_common()],
-        }
-        found.append(facts)
-    return found
