@@ -476,5 +476,8 @@ def test_the_words_to_predict_come_from_a_file(tiny_run: Path, tmp_path: Path, f
     known = json.loads((tmp_path / "r" / "vocabulary.json").read_text())["words"]
     assert known == ["door", "person", "the"]
     assert "vocabulary" in sentence(*train)  # a run of other words
+    if form != "pickle":
+        file.write_text("\n" if form == "lines" else "[]")
+        assert "holds no words" in sentence(*train, "--vocabulary", file)
     file.write_bytes(b"\x80no" if form == "pickle" else b"\xff" if form == "lines" else b"{}[")
     assert "glove.pkl" in sentence(*train, "--vocabulary", file)

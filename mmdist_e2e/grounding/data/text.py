@@ -102,7 +102,7 @@ def read_words(path: Path) -> list[str]:
         else:
             text = path.read_text(encoding="utf-8-sig")
             words = json.loads(text) if path.suffix == ".json" else text.split("\n")
-        words = [word.strip().lower() for word in words]
+        words = list(dict.fromkeys(filter(None, (word.strip().lower() for word in words))))
     except MmdistError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -110,7 +110,9 @@ def read_words(path: Path) -> list[str]:
             f"'{path}' is no list of words ({error}); give one word per line, a JSON list (.json) "
             f"or CPL's glove.pkl."
         ) from error
-    return list(dict.fromkeys(filter(None, words)))
+    if not words:
+        raise MmdistError(f"'{path}' holds no words; give those to predict.")
+    return words
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ class Vocabulary:
         counts = Counter(t for s in sentences for t in tokenize(s) if t in vectors)
         if not counts:
             raise MmdistError(
-                f"None of the training sentences has a word with a vector in '{vectors.name}'."
+                f"None of the words to predict has a vector in '{vectors.name}'; give others with "
+                f"--glove."
             )
         # most_common is stable: ties keep the order of first appearance.
         return cls([word for word, _ in counts.most_common(size)], vectors)
