@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +105,13 @@ class StepDisplay(_Bars):
         self._said = what
 
 
+def skipped(name: str, left_out: Mapping[str, int]) -> str:
+    """What --skip-missing left out of annotations."""
+    return "{}: left out {queries} queries of {videos} videos without features".format(
+        name, **left_out
+    )
+
+
 def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
     """The final table: videos done, skipped and failed with causes; rows per modality."""
     table = Table(title="Extraction", title_justify="left", show_edge=False)
@@ -157,6 +164,12 @@ def places(*names: str, **more: Any) -> Callable[[Any], Any]:
 
     return add
 
+
+skip_missing = click.option(
+    "--skip-missing",
+    is_flag=True,
+    help="Leave out queries of videos without features, and count them.",
+)
 
 protocol = click.option(
     "--protocol",

@@ -1,10 +1,11 @@
-"""`mmdist data`: what is wrong with annotations and features, before training on them."""
+"""`mmdist data`: annotations by name, and what is wrong with data before training on it."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,7 +30,23 @@ LABELS = {  # of facts whose key does not read well
 
 @click.group("data")
 def data_group() -> None:
-    """Check annotations and features before training on them."""
+    """Fetch annotations, and check annotations and features before training on them."""
+
+
+@data_group.command("pull")
+@click.argument("name")
+@click.option("--out", default="annotations", show_default=True, type=common.PATH, help="Folder.")
+def pull_command(name: str, out: Path) -> None:
+    """Fetch the annotations NAME and verify their digests.
+
+    NAME is charades-sta or activitynet-captions (train.json, test.json and, for the second,
+    val.json), or cpl-vocabulary-charades or cpl-vocabulary-activitynet (glove.pkl, for --glove and
+    --vocabulary). Videos may not be redistributed: their page is printed.
+    """
+    from mmdist_e2e.grounding.data.published import pull
+
+    click.echo("\n".join(pull(name, out)))
+    click.echo("Next: mmdist extract VIDEOS --out features, then mmdist data check.")
 
 
 @data_group.command("check")
@@ -69,7 +86,7 @@ def check_command(modality: str | None, as_json: bool, **given: Any) -> None:
     if as_json:
         click.echo(json.dumps(vars(report), indent=2, ensure_ascii=False))
     else:
-        _show(report)
+        show_report(report)
     sys.exit(1 if report.errors else 0)
 
 
@@ -89,7 +106,7 @@ def _merged(reports: Mapping[str, Report]) -> Report:
     return first
 
 
-def _show(report: Report) -> None:
+def show_report(report: Report) -> None:
     several = set(report.features) <= set(MODALITIES)
     for columns in (report.splits, report.features if several else {"features": report.features}):
         if any(columns.values()):

@@ -18,12 +18,19 @@ from mmdist_e2e.workspace import fill
 @click.command("evaluate")
 @click.argument("runs", nargs=-1, type=options.PATH)
 @options.places("rgb", "flow", "annotations", "durations")
+@options.skip_missing
 @options.protocol
 @options.device
 @click.option(
     "--out",
     type=options.PATH,
     help="Folder of metrics.json and predictions.jsonl.  [default: RUN/evaluations/NAME-DIGEST]",
+)
+@click.option(
+    "--predictions",
+    "predictions_path",
+    type=options.PATH,
+    help="File for the predictions of one run too: .parquet or .jsonl.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate_command(
@@ -46,8 +53,8 @@ def evaluate_command(
     from mmdist_e2e.extractors.runner import resolve_device
     from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
 
-    if out is not None and len(runs) > 1:
-        raise MmdistError("--out is for the results of one run; omit it for several.")
+    if len(runs) > 1 and (out or given["predictions_path"]):
+        raise MmdistError("--out and --predictions are for one run; omit them for several.")
     given |= {"runs": runs, "device": resolve_device(device)}
     say(fill("evaluate", given, "runs", MODALITIES, "annotations"))
     runs, given["features_path"] = given.pop("runs"), given.pop("rgb") or given["flow"]
@@ -70,6 +77,8 @@ def evaluate_command(
     results.print(table)
     for result in evaluated:
         say(f"Written to {result['out']}.")
+    if "skipped" in result:
+        say(options.skipped(result["annotations"], result["skipped"]))
     seeds = ", ".join(str(each["seed"]) for each in evaluated)
     say(
         f"Protocol {result['protocol']}, recipe {result['recipe']}, seeds {seeds}, checkpoints "

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from mmdist_e2e.cli import common as options
+from mmdist_e2e.store import row_writer
 from mmdist_e2e.structures import Answer, MmdistError
 from mmdist_e2e.workspace import RECIPES, VIDEOS, newest_run
 
@@ -41,6 +42,9 @@ from mmdist_e2e.workspace import RECIPES, VIDEOS, newest_run
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: an object, or a list for several queries."
 )
+@click.option(
+    "--out", type=options.PATH, help="File of the moments, a row each: .parquet or .jsonl."
+)
 @options.device
 @click.option(
     "--features", type=options.PATH, default="features", help="Store to reuse; default: features/."
@@ -56,6 +60,7 @@ def ground_command(
     extractors: tuple[str, ...],
     top_k: int,
     as_json: bool,
+    out: Path | None,
     device: str,
     features: Path,
     cache: Path | None,
@@ -69,6 +74,7 @@ def ground_command(
     queries = [*query, *(_lines(file) if file else ())]
     if not queries:
         raise MmdistError("There is no query; give a sentence after the video, or --queries FILE.")
+    write = row_writer(out) if out else None
     if not clip.exists() and (VIDEOS / clip).is_file():
         clip = VIDEOS / clip
     run = newest_run(*RECIPES) if model is None else None
@@ -89,6 +95,8 @@ def ground_command(
         answers = grounder.ground(clip, queries, top_k=top_k, progress=progress)
     if run is not None:
         answers = [replace(answer, model=f"{answer.model}, {run}") for answer in answers]
+    if write:
+        write([row for answer in answers for row in answer.rows()])
     if as_json:
         printed = [_rounded(answer) for answer in answers]
         click.echo(json.dumps(printed if len(printed) > 1 else printed[0], indent=2))

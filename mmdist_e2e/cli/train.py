@@ -62,6 +62,14 @@ OPTIONS = (  # of every recipe, in the order of the help
         help="Seed of weights, order, masks and dropout.",
     ),
     options.places("glove", "durations"),
+    click.option(
+        "--vocabulary",
+        "vocabulary_path",
+        type=PATH,
+        help="Words to predict: one per line, a JSON list or CPL's glove.pkl; default: those of "
+        "--train.",
+    ),
+    options.skip_missing,
     options.protocol,
     options.length,
     click.option(
@@ -152,6 +160,7 @@ def _train(
         f"best epoch {summary['best_epoch']} of {summary['epochs']} "
         f"(chosen by {summary['selected_by']}): {validation or 'no validation'}"
     )
+    notes += [options.skipped(name, left) for name, left in summary["skipped"].items()]
     for line in (*notes, *summary["continued"], result):
         results.print(f"{out}: {line}", markup=False, soft_wrap=True)
 
