@@ -13,7 +13,7 @@ from mmdist_e2e.cli.main import main
 from mmdist_e2e.grounding import evaluate as evaluation
 
 ACTIONS = ("opens", "sits", "reads", "eats")
-SMALL = [
+SMALL = ["--preset=small"] + [
     f"--set={setting}"
     for setting in (
         "hidden=16", "heads=2", "layers=1", "feed_forward=24", "frame_divisor=1", "batch_size=8",

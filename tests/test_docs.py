@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.grounding.config import RECIPES
+from mmdist_e2e.grounding.config import RECIPES, configure
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,8 +20,7 @@ DERIVED = {"feature_dim", "word_dim", "vocabulary_size", "length", "channels"}  
 
 
 def recipes() -> list:
-    shape = {"feature_dim": 8, "word_dim": 4, "vocabulary_size": 3, "length": 64}
-    return [make(**shape, queries=10_000, channels=(4, 4)) for make in RECIPES.values()]
+    return [configure(name, modalities=2) for name in RECIPES]
 
 
 def test_the_settings_page_names_every_setting_and_its_default():

@@ -96,7 +96,7 @@ def test_differences_are_paired_by_seed() -> None:
     scores = {"cpl": (10.0, 12.0, 14.0), "baseline": (11.0, 15.0, 19.0)}
     done = {(n, i): one(n, score) for n, each in scores.items() for i, score in enumerate(each)}
     jobs = [(row, seed) for row in rows_of([1]) for seed in range(3)]
-    lines = table(done, jobs, "toys").splitlines()
+    lines = table(done, jobs, "toys", "preset small, L 16, 16 channels").splitlines()
     (line,) = [line for line in lines if line.startswith("| baseline − cpl")]
     # 1, 3 and 5: their mean is 3, their deviation 2, and 2 / √3 = 1.15.
     assert line == "| baseline − cpl | 3 | +3.00 | 1.15 | +1.00 +3.00 +5.00 |"

@@ -69,9 +69,9 @@ def run(
 ) -> dict[str, Any]:
     settings = {**SMALL, **overrides}
     return train.train_run(
-        recipe_name=recipe, features_path=world / "features", train_path=world / "train.txt",
-        val_path=settings.pop("val", world / "val.txt"), out=out, seed=seed,
-        carve=settings.pop("carve", 0.0),
+        recipe_name=recipe, preset="small", features_path=world / "features",
+        train_path=world / "train.txt", val_path=settings.pop("val", world / "val.txt"),
+        out=out, seed=seed, carve=settings.pop("carve", 0.0),
         word_vectors=settings.pop("vectors", shipped_word_vectors()), overrides=settings,
     )  # fmt: skip
 

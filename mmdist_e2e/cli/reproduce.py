@@ -45,6 +45,7 @@ from mmdist_e2e.structures import MmdistError
 @options.glove
 @options.durations
 @options.protocol
+@options.preset
 @options.length
 @options.device
 @SETTINGS
@@ -77,7 +78,9 @@ def reproduce_command(
     chosen = parse_settings(settings)
     source = world_of(given["test"]) or f"{given['features'].name} with {given['train'].name}"
     vectors, device = word_vectors_of(glove), resolve_device(device)
-    material = paper.Material(source=source, word_vectors=vectors, device=device, **given)
+    material = paper.Material(
+        source=source, word_vectors=vectors, glove=glove, device=device, **given
+    )
     if dry_run:
         done = paper.finished(out, paper.inputs_of(material, jobs, chosen))
         for row, seed in jobs:

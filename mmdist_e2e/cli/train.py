@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.table import Table
 
 from mmdist_e2e.cli import common as options
-from mmdist_e2e.cli.common import PATH, StepDisplay, results
+from mmdist_e2e.cli.common import PATH, StepDisplay, notes, results, say
 from mmdist_e2e.cli.extract import parse_modalities
+from mmdist_e2e.grounding.config import OURS, advice, configure
 from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError
 
@@ -46,6 +49,7 @@ def train_group() -> None:
 
 
 OPTIONS = (  # of every recipe, in the order of the help
+    options.preset,
     click.option("--features", "features_path", required=True, type=PATH, help=FEATURES),
     options.flow_features,
     click.option(
@@ -82,6 +86,11 @@ OPTIONS = (  # of every recipe, in the order of the help
     ),
     options.device,
     SETTINGS,
+    click.option(
+        "--tensorboard",
+        is_flag=True,
+        help="Also write the figures of log.csv for TensorBoard, to OUT/tensorboard.",
+    ),
 )
 
 TEACHER = click.option(
@@ -146,7 +155,9 @@ def _train(
             out=out,
             word_vectors=vectors,
             overrides=overrides,
+            glove=glove,
             device=device,
+            started=partial(_show, recipe, given["preset"]) if first else None,
             progress=display if first else None,
             **given,
         )
@@ -161,6 +172,28 @@ def _train(
     )
     for line in (*notes, *summary["continued"], result):
         results.print(f"{out}: {line}", markup=False, soft_wrap=True)
+
+
+def _show(recipe: str, preset: str, settings: Mapping[str, Any], queries: int) -> None:
+    """Print every setting of a training, with the paper's value where it differs."""
+    paper = preset if preset != "small" else "paper"
+    standard = configure(recipe, preset=paper, modalities=2)
+    table = Table(title=f"Settings (preset {preset})", title_justify="left", show_edge=False)
+    for column in ("setting", "value", "paper or CPL, where it differs"):
+        table.add_column(column)
+    for name, value in settings.items():
+        part = standard.parts.get(standard.homes.get(name, ""))
+        other = getattr(part, name, value)
+        told = "" if other == value else _shown(other) + (" (ours)" if name in OURS else "")
+        table.add_row(name, _shown(value), told)
+    notes.print(table)
+    if text := advice(preset, queries):
+        say(text)
+
+
+def _shown(value: object) -> str:
+    """A setting's value as --set takes it."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def word_vectors_of(glove: Path | None) -> WordVectors:
