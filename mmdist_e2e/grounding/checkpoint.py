@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,18 @@ def load_checkpoint(folder: Path) -> GroundingModel:
             f"'{trained_with['name']}', and '{vectors.name}' is not the same; restore its {WORDS}."
         )
     return GroundingModel(model.eval(), recipe, Vocabulary(words, vectors), config)
+
+
+def command_line(recipe: str, options: Mapping[str, object], settings: Mapping[str, object]) -> str:
+    """`mmdist train` with these options, for a shell; absolute paths are cut to their names."""
+    words = ["mmdist", "train", recipe]
+    for name, value in options.items():
+        if value is not None:
+            absolute = isinstance(value, Path) and value.is_absolute()
+            words += [f"--{name}", Path(str(value)).name if absolute else str(value)]
+    for name, value in settings.items():
+        words += ["--set", f"{name}={str(value).lower()}"]
+    return shlex.join(words)
 
 
 def model_card(config: Mapping[str, Any]) -> str:

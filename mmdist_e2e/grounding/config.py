@@ -70,7 +70,7 @@ class GlobalConfig(Settings):
     feature_dim: Count  # F, channels of the features
     word_dim: Count  # E, channels of the word vectors
     vocabulary_size: Count  # V - 1, words that can be predicted
-    length: Count  # L, positions of a video
+    length: Count = 200  # L, positions of a video
     hidden: Annotated[int, Range(at_least=4)] = 256  # D
     heads: Count = 4
     layers: Count = 3  # of each of the two stacks
@@ -317,33 +317,23 @@ REFERENCE_STEPS = 49
 MINIMUM_KEPT_FRAMES = 40
 
 
-class Preset(NamedTuple):
-    """L, and the settings of each part that differ from the defaults; λ and α₂ at N = 50."""
-
-    length: int = 200
-    model: Mapping[str, Any] = {}
-    loss: Mapping[str, Any] = {}
-    local: Mapping[str, Any] = {}
-    training: Mapping[str, Any] = {}
-
-
-PRESETS = {
-    "paper": Preset(),
-    "paper-activitynet": Preset(  # the paper's or CPL's values on ActivityNet Captions
-        loss={
+# The settings of each part that differ from the defaults; λ and α₂ are those at N = 50.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {},
+    "paper-activitynet": {  # the paper's or CPL's values on ActivityNet Captions
+        "loss": {
             "contrast_weight": 2.0,
             "diversity_weight": 0.1,
             "diversity_prior": 0.13,
             "negative_growth": 0.0,
         },
-        training={"vocabulary_limit": 8000},
-    ),
-    "small": Preset(  # chosen on few queries (docs/method.md)
-        length=64,
-        model={"hidden": 128, "feed_forward": 256, "dropout": 0.3},
-        local={"ranking": "contrast"},
-        training={"warmup_updates": None, "vocabulary_limit": None},
-    ),
+        "training": {"vocabulary_limit": 8000},
+    },
+    "small": {  # chosen on few queries (docs/method.md)
+        "model": {"length": 64, "hidden": 128, "feed_forward": 256, "dropout": 0.3},
+        "local": {"ranking": "contrast"},
+        "training": {"warmup_updates": None, "vocabulary_limit": None},
+    },
 }
 
 # The settings of which neither the paper nor CPL's code gives a value: the defaults are ours.
@@ -367,11 +357,7 @@ def advice(preset: str, queries: int) -> str | None:
 
 
 def cpl(
-    *,
-    preset: str = "paper",
-    length: int | None = None,
-    channels: Sequence[int] = (),
-    **sizes: int,
+    *, preset: str = "paper", length: int | None = None, channels: Sequence[int] = (), **sizes: int
 ) -> Recipe:
     """CPL (Zheng et al., CVPR 2022).
 
@@ -381,19 +367,19 @@ def cpl(
     Raises MmdistError for an unknown preset, and for a length that is not valid.
     """
     check_choice("The preset", preset, list(PRESETS))
-    chosen = PRESETS[preset]
-    length = chosen.length if length is None else length
-    check_setting("length", length, Count)
+    model, loss, training = (PRESETS[preset].get(p, {}) for p in ("model", "loss", "training"))
+    model = sizes | model | ({} if length is None else {"length": length})
     # CPL's divisor 4 keeps 50 of 200 frames; shorter videos keep more of them, in quarters.
-    divisor = min(4.0, max(1.0, int(4 * length / MINIMUM_KEPT_FRAMES) / 4))
-    model = GlobalConfig(length=length, frame_divisor=divisor, **sizes, **chosen.model)
-    loss, steps = LossConfig(**chosen.loss), model.kept_frames - 1
-    loss = replace(
-        loss,
-        diversity_prior=loss.diversity_prior * REFERENCE_STEPS / steps,
-        diversity_weight=loss.diversity_weight * (steps / REFERENCE_STEPS) ** 2,
+    L = GlobalConfig(**model, frame_divisor=1).length
+    divisor = min(4.0, max(1.0, int(4 * L / MINIMUM_KEPT_FRAMES) / 4))
+    shape, terms = GlobalConfig(**model, frame_divisor=divisor), LossConfig(**loss)
+    steps = shape.kept_frames - 1
+    terms = replace(
+        terms,
+        diversity_prior=terms.diversity_prior * REFERENCE_STEPS / steps,
+        diversity_weight=terms.diversity_weight * (steps / REFERENCE_STEPS) ** 2,
     )
-    return Recipe("cpl", model, loss, TrainingConfig(**chosen.training))
+    return Recipe("cpl", shape, terms, TrainingConfig(**training))
 
 
 def baseline(*, preset: str = "paper", **shape: Any) -> Recipe:
@@ -402,25 +388,22 @@ def baseline(*, preset: str = "paper", **shape: Any) -> Recipe:
     shape: as of `cpl`, whose network, negatives and diversity it keeps.
     """
     standard = cpl(preset=preset, **shape)
+    eq_3: Any = {"reconstruction_weight": 1.0, "whole_weight": 1.0, "contrast_weight": 1.0}
     return replace(
         standard,
         name="baseline",
-        loss=replace(  # Eq. 3
-            standard.loss, reconstruction_weight=1.0, whole_weight=1.0, contrast_weight=1.0
-        ),
+        loss=replace(standard.loss, **eq_3),
         training=replace(standard.training, epochs=15),
-        local=LocalConfig(**PRESETS[preset].local),
+        local=LocalConfig(**PRESETS[preset].get("local", {})),
         matching=MatchingConfig(),
     )
 
 
 def teacher(*, channels: Sequence[int], **shape: Any) -> Recipe:
     """The paper's teacher of two modalities: the baseline's terms, Eqs. 13 and 14."""
-    standard = baseline(**shape)
+    standard, mutual = baseline(**shape), MutualConfig(tuple(channels))
     training = replace(standard.training, learning_rate=3.5e-4)
-    return replace(
-        standard, name="teacher", training=training, mutual=MutualConfig(tuple(channels))
-    )
+    return replace(standard, name="teacher", training=training, mutual=mutual)
 
 
 def student(**shape: Any) -> Recipe:
@@ -454,10 +437,6 @@ def configure(
     Raises MmdistError for an unknown recipe, preset or setting, and for a value that is not valid.
     """
     settings = dict(settings or {})
-    recipe = get_recipe(name)(
-        preset=preset,
-        length=settings.pop("length", length),
-        channels=(1,) * modalities,
-        **dict.fromkeys(("feature_dim", "word_dim", "vocabulary_size"), 1),
-    )
-    return recipe.overridden(settings)
+    length, sizes = settings.pop("length", length), dict.fromkeys(GIVEN[:3], 1)
+    made = get_recipe(name)(preset=preset, length=length, channels=(1,) * modalities, **sizes)
+    return made.overridden(settings)

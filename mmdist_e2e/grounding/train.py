@@ -14,11 +14,11 @@ import io
 import json
 import math
 import os
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from mmdist_e2e.grounding.checkpoint import (
     CONFIG,
     MODEL,
     annotations_digest,
+    command_line,
     model_digest,
     recipe_settings,
     refuse_other,
@@ -235,6 +236,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], TrainingState, dict[str, Ten
 
 STATE, HISTORY, LOG, LAST = "state.safetensors", "history.json", "log.csv", "last"
 EVENTS = "tensorboard"
+History = Sequence[Mapping[str, Any]]  # of every epoch its number, losses and validation
 CARVED_FRACTION = 0.1
 
 SELECTED_BY = {
@@ -299,17 +301,14 @@ def train_run(
     """
     check_out(out)
     overrides = dict(overrides or {})
-    recipe = configure(
-        recipe_name,
-        preset=preset,
-        length=length,
-        settings=overrides,
-        modalities=len(modalities),
-    )
+    shape: Any = {"preset": preset, "length": length, "modalities": len(modalities)}
+    recipe = configure(recipe_name, settings=overrides, **shape)
     length = recipe.model.length
+    if tensorboard and find_spec("tensorboard") is None:
+        raise MmdistError(
+            "--tensorboard needs a further package; run: pip install 'mmdist-e2e[tensorboard]'."
+        )
     events = out / EVENTS if tensorboard and rank() == 0 else None
-    if tensorboard:
-        _summary_writer()  # a missing package is said before the work
     train_annotations = load_annotations(train_path, durations=durations, protocol=protocol)
     val_annotations: list[Annotation] = []
     where = "no validation"
@@ -451,38 +450,14 @@ def train_run(
     return summary | trainer.state.summary() | {"how": how}
 
 
-def command_line(recipe: str, options: Mapping[str, object], settings: Mapping[str, object]) -> str:
-    """`mmdist train` with these options, for a shell; absolute paths are cut to their names."""
-    words = ["mmdist", "train", recipe]
-    for name, value in options.items():
-        if value is not None:
-            absolute = isinstance(value, Path) and value.is_absolute()
-            words += [f"--{name}", Path(str(value)).name if absolute else str(value)]
-    for name, value in settings.items():
-        words += ["--set", f"{name}={str(value).lower()}"]
-    return shlex.join(words)
-
-
 def _figures(entry: Mapping[str, Any]) -> dict[str, float]:
     """Of an epoch of the history: every term of the loss, every figure of validation."""
     validation = {f"validation {name}": value for name, value in entry["validation"].items()}
     return {**entry["losses"], **validation}
 
 
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MmdistError(
-            "--tensorboard needs a further package; run: pip install 'mmdist-e2e[tensorboard]'."
-        ) from error
-    return SummaryWriter
-
-
 @contextmanager
-def _event_log(
-    folder: Path | None, history: Sequence[Mapping[str, Any]]
-) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
+def _event_log(folder: Path | None, history: History) -> Iterator[Callable[[History], None]]:
     """Gives a function that adds epochs to TensorBoard's events in `folder`; None: it does nothing.
 
     What earlier calls wrote is replaced by `history`, so that no step appears twice.
@@ -490,11 +465,13 @@ def _event_log(
     if folder is None:
         yield lambda entries: None
         return
+    from torch.utils.tensorboard import SummaryWriter
+
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
-    with _summary_writer()(folder) as writer:
+    with SummaryWriter(folder) as writer:
 
-        def add(entries: Sequence[Mapping[str, Any]]) -> None:
+        def add(entries: History) -> None:
             for entry in entries:
                 for name, value in _figures(entry).items():
                     writer.add_scalar(name, value, entry["epoch"])
@@ -504,7 +481,7 @@ def _event_log(
         yield add
 
 
-def _csv(history: Sequence[Mapping[str, Any]]) -> str:
+def _csv(history: History) -> str:
     """One line per epoch: its number and its figures."""
     rows = [{"epoch": entry["epoch"]} | _figures(entry) for entry in history]
     text = io.StringIO()
