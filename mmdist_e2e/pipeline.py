@@ -24,6 +24,7 @@ from mmdist_e2e.weights.registry import (
     SHIPPED_MODEL,
     cache_folder,
     checkpoint_folder,
+    file_of_digest,
     read_config,
 )
 
@@ -118,13 +119,14 @@ class Grounder:
                 f"This model was trained on {name!r} features, which mmdist cannot extract by "
                 f"name; give the extractor's folder, or features instead of a video."
             )
-        if "pca" in matters:
+        pca = file_of_digest(matters["pca"]) if "pca" in matters else None
+        if "pca" in matters and pca is None:
             raise MmdistError(
-                f"This model reads {modality} features that a PCA reduced; make them with "
-                f"mmdist extract --pca, and give features instead of a video."
+                f"This model reads {modality} features that a PCA reduced, and the cache does not "
+                f"hold it; put it there once: mmdist pull activitynet-pca --from FILE"
             )
         chosen = {key: matters[key] for key in ("mode", "fps_policy", "layer") if key in matters}
-        spec = describe(name, **chosen)
+        spec = describe(name, **chosen, pca=pca)
         if unlike := differences(matters, spec.matters):
             raise MmdistError(
                 f"The extractor {name!r} does not make the {modality} features that this model "
@@ -278,15 +280,22 @@ def load(
     """Load a grounding model; by default the shipped one.
 
     Args:
-        model: folder of a training run or a checkpoint.
+        model: folder of a training run or a checkpoint, or a name (see: mmdist weights list); a
+            public model is downloaded on first use, with its extractor and vocabulary.
         cache: folder of cached features; True for the user's cache folder, None for no caching.
         device, precision, extractor: see Grounder.
 
-    Raises MmdistError when the folder is no checkpoint, and as Grounder.
+    Raises MmdistError for an unknown name, a failed download, or a folder that is no checkpoint,
+    and as Grounder.
     """
     from mmdist_e2e.grounding.checkpoint import load_checkpoint
 
-    loaded = load_checkpoint(SHIPPED_MODEL if model is None else _path("model", model))
+    folder = SHIPPED_MODEL if model is None else _path("model", model)
+    if not folder.is_dir():
+        from mmdist_e2e.weights.pull import model_folder
+
+        folder = model_folder(folder)
+    loaded = load_checkpoint(folder)
     if cache is True:
         cache = cache_folder() / "features"
     return Grounder(loaded, device=device, precision=precision, cache=cache, extractor=extractor)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -125,6 +125,24 @@ def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
 
 
 PATH = click.Path(path_type=Path)
+
+
+class Model(click.Path):
+    """A model by its folder or its name; a public one is downloaded on first use."""
+
+    def convert(self, value: Any, *_: object) -> Path:
+        """Raises MmdistError as model_folder."""
+        folder = Path(value)
+        if folder.is_dir():
+            return folder
+
+        from mmdist_e2e.weights.pull import model_folder
+
+        with StepDisplay() as progress:
+            return model_folder(folder, progress)
+
+
+MODEL = Model()
 
 flow_features = click.option(
     "--flow-features",

@@ -16,7 +16,7 @@ from mmdist_e2e.structures import MmdistError
 
 
 @click.command("evaluate")
-@click.argument("runs", nargs=-1, required=True, type=options.PATH)
+@click.argument("runs", nargs=-1, required=True, type=options.MODEL)
 @click.option("--features", "features_path", required=True, type=options.PATH, help=FEATURES)
 @options.flow_features
 @click.option(

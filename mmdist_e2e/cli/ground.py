@@ -23,7 +23,12 @@ from mmdist_e2e.structures import Answer, MmdistError
     type=click.Path(path_type=Path, allow_dash=True),
     help="File of more queries, one per line, in UTF-8; - reads them from standard input.",
 )
-@click.option("--model", type=options.PATH, help="Folder of a training run; default: shipped.")
+@click.option(
+    "--model",
+    type=options.MODEL,
+    help="Name of a model (see: mmdist weights list), or folder of a training run; by default "
+    "the model that ships.",
+)
 @click.option(
     "--extractor",
     "extractors",

@@ -1,9 +1,8 @@
-"""`mmdist weights`: list weights by name, and convert public files to checkpoint folders."""
+"""`mmdist weights` and `mmdist pull`: what is known by name, and getting it into the cache."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,35 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from mmdist_e2e.cli.common import PATH, results
+from mmdist_e2e.cli.common import PATH, StepDisplay, results
 from mmdist_e2e.store import check_out
-from mmdist_e2e.structures import MmdistError, Provenance
-from mmdist_e2e.weights.download import Entry, check_digest, file_sha256
+from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.weights.download import Entry
 
 CPL = "cpl"
 
 
 @click.group("weights")
 def weights_group() -> None:
-    """List the weights that are known by name, and convert public files."""
+    """List and verify what is known by name, and convert public files."""
 
 
 @weights_group.command("list")
 def list_command() -> None:
-    """Show every extractor by name, what it is, and whether it needs a download."""
-    from mmdist_e2e.weights.registry import ENTRIES, checkpoint_folder, is_available, read_config
+    """Show all extractors, files and models by name, and whether they need a download."""
+    from mmdist_e2e.weights.registry import cached_folder, is_available, known, read_config
 
     table = Table(show_edge=False)
     for column in ("name", "kind", "modality", "network", "in the cache"):
         table.add_column(column, no_wrap=True)
     table.add_column("facts", overflow="fold")
-    for entry in ENTRIES.values():
-        config = entry.config or read_config(checkpoint_folder(entry.name))
+    for entry in known().values():
+        held, shipped = is_available(entry), entry.kind == "shipped"
+        config = entry.config or (read_config(cached_folder(entry)) if shipped else {})
         missing = "no" if entry.has_digest else "no, supply it"
-        held = "ships" if entry.kind == "shipped" else "yes" if is_available(entry) else missing
-        row = entry.name, entry.kind, config["modality"], config["network"], held, entry.facts
-        table.add_row(*map(escape, row))
+        state = "ships" if shipped else "yes" if held else missing
+        what = config.get("modality", ""), config.get("network", "")
+        table.add_row(*map(escape, (entry.name, entry.kind, *what, state, entry.facts)))
     results.print(table)
 
 
@@ -67,29 +67,25 @@ def convert_command(
     CPL's code (its folder is for evaluate and ground). FILE is verified if its digest is known,
     and opened without running any code in it.
     """
-    from mmdist_e2e.weights.registry import ENTRIES
+    from mmdist_e2e.weights.pull import check_file, write_network
+    from mmdist_e2e.weights.registry import find, read_config
 
-    grounding = Entry(CPL, "public", "", config={}, url="https://github.com/minghangz/cpl")
-    entry = grounding if name == CPL else ENTRIES.get(name)
-    if entry is None or entry.config is None:
-        valid = ", ".join([CPL, *(e.name for e in ENTRIES.values() if e.kind == "public")])
-        problem = "are unknown" if entry is None else "ship with mmdist and need no conversion"
-        raise MmdistError(f"The weights {name!r} {problem}; valid names: {valid}.")
+    own = Entry(CPL, "model", "", url="https://github.com/minghangz/cpl")
+    entry = own if name == CPL else find(name)
+    if entry is not own and entry.kind != "public":
+        raise MmdistError(
+            f"Only {CPL!r} and public extractors are converted, and {name!r} is neither; see: "
+            f"mmdist weights show {name}"
+        )
     if name != CPL and (vocabulary is not None or extractor is not None):
         raise MmdistError(
             f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
         )
-    if not file.is_file():
-        raise MmdistError(f"There is no file '{file}'; download it from {entry.url}.")
+    check_file(entry, file, digest)
     check_out(out)
-    check_digest(entry, file)
-    if digest is not None:
-        digest = digest.strip().lower()
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise MmdistError(f"--digest needs a SHA-256 of 64 hexadecimal digits; got {digest!r}.")
-        check_digest(replace(entry, git_sha1=None, sha256=digest), file)
     if name != CPL:
-        convert_network(entry, file, out)
+        write_network(entry, out, file)
+        click.echo(f"{out}: {name}, {_source(read_config(out))}")
     elif vocabulary is None:
         raise MmdistError(
             f"{CPL!r} needs --vocabulary: the glove.pkl that the checkpoint was trained with."
@@ -101,6 +97,7 @@ def convert_command(
 def convert_grounding(file: Path, vocabulary: Path, out: Path, extractor: str | None) -> None:
     """Convert a checkpoint of CPL. Raises MmdistError for files that do not fit."""
     from mmdist_e2e.weights.cpl import convert_cpl, read_cpl
+    from mmdist_e2e.weights.pull import extracted_features
 
     released = read_cpl(file)
     extractor = "external:hdf5" if extractor is None else extractor
@@ -113,43 +110,90 @@ def convert_grounding(file: Path, vocabulary: Path, out: Path, extractor: str | 
     )
 
 
-def extracted_features(extractor: str, channels: int) -> tuple[str, Mapping[str, Any]]:
-    """Modality and provenance of an extractor's features, or of imported ones (external:NAME).
+def _source(config: Mapping[str, Any]) -> str:
+    """Size and SHA-256 of the public file that a folder with this config.json was made from."""
+    source = config.get("source")
+    if source is None:
+        return "ships with mmdist"
+    return f"{source['bytes']:,} bytes, SHA-256 {source['sha256']}"
 
-    Raises MmdistError for an unknown extractor, or one that does not give so many channels.
+
+@weights_group.command("show")
+@click.argument("name")
+def show_command(name: str) -> None:
+    """Show how NAME's features are made, its files, its licence and that of its training data."""
+    from mmdist_e2e.extractors.profiles import profile_of
+    from mmdist_e2e.weights.registry import TERMS, cached_folder, find, is_available, read_config
+
+    entry = find(name)
+    folder, held = cached_folder(entry), is_available(entry)
+    facts, _, licence = entry.facts.rpartition("; ")
+    lines = {"kind": entry.kind, "what": facts, "licence": licence}
+    terms = [f"{data}: {text}" for data, text in TERMS.items() if data in facts]
+    lines["training data"] = "\n".join(terms) or "unknown"
+    if entry.url:
+        digest = entry.git_sha1 and f"{entry.git_sha1} (of the file as a git object)"
+        known = digest or entry.sha256 or "none known, so you supply the file"
+        lines |= {"address": entry.url, "digest": known}
+    lines["needs"] = ", ".join(entry.needs)
+    lines["folder"] = str(folder) if held else "not in the cache; get it with: mmdist pull " + name
+    if held and entry.url:
+        lines["file"] = _source(read_config(folder))
+    config = entry.config or (read_config(folder) if entry.kind == "shipped" else {})
+    if "network" in config:
+        lines |= {"network": config["network"], **profile_of(config)}
+    table = Table(show_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in lines.items():
+        if value:
+            table.add_row(escape(key), escape(str(value)))
+    results.print(table)
+
+
+@weights_group.command("verify")
+@click.argument("names", nargs=-1)
+def verify_command(names: tuple[str, ...]) -> None:
+    """Check files against the digests that were recorded when they were made.
+
+    NAMES: of weights, or folders; by default all that ship or are in the cache.
     """
-    if extractor.startswith("external:"):
-        return "rgb", Provenance.external(extractor.removeprefix("external:")).matters
+    from mmdist_e2e.weights.pull import damage
+    from mmdist_e2e.weights.registry import is_available, known
 
-    import torch
-
-    from mmdist_e2e.extractors.profiles import describe
-    from mmdist_e2e.extractors.runner import build
-
-    spec = describe(extractor)
-    with torch.device("meta"):
-        own = build(spec.config).feature_channels
-    if own != channels:
-        raise MmdistError(
-            f"The checkpoint reads features of {channels} channels and the extractor "
-            f"{extractor!r} gives {own}; name another, or leave --extractor out to use the "
-            f"published features."
-        )
-    return spec.modality, spec.matters
+    damaged = []
+    for name in names or [entry.name for entry in known().values() if is_available(entry)]:
+        problem = damage(name)
+        damaged += [f"{name}: {problem}"] if problem else []
+        if not problem:
+            click.echo(f"{name}: as recorded")
+    if damaged:
+        raise MmdistError("\n".join(damaged))
 
 
-def convert_network(entry: Entry, file: Path, out: Path) -> None:
-    """Convert a video network's public weights. Raises MmdistError when they do not fit it."""
-    from mmdist_e2e.extractors.runner import build
-    from mmdist_e2e.weights.registry import misfits, read_state, write_checkpoint
+@click.command("pull")
+@click.argument("names", nargs=-1, required=True)
+@click.option("--from", "file", type=PATH, help="The public file of NAME, if you have it.")
+@click.option("--digest", metavar="SHA256", help="SHA-256 that the file of NAME must have.")
+def pull_command(names: tuple[str, ...], file: Path | None, digest: str | None) -> None:
+    """Fetch everything that NAMES need into the cache, so that they work without a network.
 
-    assert entry.config is not None
-    state = read_state(entry, file)
-    if problems := misfits(build(entry.config).state_dict(), state):
-        raise MmdistError(
-            f"The file does not hold the weights {entry.name!r} ({problems}); give the file of "
-            f"{entry.url}."
-        )
-    sha256 = file_sha256(file)
-    write_checkpoint(out, entry, state, f"from a file of SHA-256 {sha256[:16]}…")
-    click.echo(f"{out}: {entry.name}, SHA-256 of the file {sha256}")
+    NAMES: of models, extractors or files (see: mmdist weights list). An interrupted download
+    continues where it stopped. MMDIST_CACHE is the folder of the cache; MMDIST_MIRROR, the address
+    of a server that has the same paths, is asked instead of the public ones.
+    """
+    from mmdist_e2e.weights.pull import pull
+    from mmdist_e2e.weights.registry import cached_folder, check_supplied, find, read_config
+
+    if len(names) > 1 and (file or digest):
+        raise MmdistError("--from and --digest are for one file; give one NAME with them.")
+    entries = [find(name) for name in names]
+    wanted = dict.fromkeys(n for entry in entries for n in (*entry.needs, entry.name))
+    if not file and not digest:
+        check_supplied(find(name) for name in wanted)
+    with StepDisplay() as progress:
+        for name in names:
+            pull(name, file=file, digest=digest, progress=progress)
+    for name in wanted:
+        folder = cached_folder(find(name))
+        click.echo(f"{name}: {_source(read_config(folder))}, in {folder}")

@@ -1,40 +1,50 @@
-"""Downloading public weights and checking them against their digests."""
+"""Downloading public files, continuing partial downloads, and checking digests."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from mmdist_e2e.structures import MmdistError
 
 TIMEOUT_SECONDS = 60
+ATTEMPTS = 3  # of one download, each continuing the one before
+BLOCK_BYTES = 1 << 16
+MEGABYTE = 10**6
+
+Progress = Callable[[str, int, int], None] | None  # what, done, of how many
 
 
 @dataclass(frozen=True)
 class Entry:
-    r"""The weights of one video network.
+    r"""Public weights, or what belongs to them.
 
     Attributes:
-        kind: "shipped" (a folder in the wheel) or "public" (downloaded, or supplied by the user).
-        facts: origin and licence, for people.
+        kind: "shipped" (a folder in the wheel), or downloaded or supplied by the user: "public"
+            (a video network), "file" (used as it is) or "model" (a grounding checkpoint of CPL).
+        facts: origin, training data and, after the last semicolon, the licence.
         config: the network's shape, preprocessing and sampling, as in a checkpoint's config.json.
         url: address of a public file.
         git_sha1: the file's id as a git object: SHA-1 of b"blob <size>\\0" and the content.
         sha256: SHA-256 of the content.
         rename: converts a key of the public file to ours, where they differ.
+        needs: of a model, names of its extractor, its vocabulary and, if any, its PCA.
     """
 
     name: str
-    kind: Literal["shipped", "public"]
+    kind: Literal["shipped", "public", "file", "model"]
     facts: str
     config: Mapping[str, Any] | None = None
     url: str | None = None
     git_sha1: str | None = None
     sha256: str | None = None
     rename: Callable[[str], str] | None = None
+    needs: tuple[str, ...] = ()
 
     @property
     def has_digest(self) -> bool:
@@ -69,37 +79,92 @@ def check_digest(entry: Entry, path: Path) -> None:
             ) from error
         if actual != expected:
             raise MmdistError(
-                f"The file has the digest {actual}, not {expected}: it is not the file of the "
-                f"weights {entry.name!r}; download it again from {entry.url}."
+                f"The file has the digest {actual}, not {expected}: it is not the file "
+                f"{entry.name!r}; download it again from {entry.url}."
             )
 
 
-def fetch(entry: Entry, folder: Path) -> Path:
-    """Download an entry's file into an existing `folder` and verify it.
+def address(url: str) -> str:
+    """Where `url` is downloaded from: MMDIST_MIRROR replaces its scheme and host."""
+    mirror = os.environ.get("MMDIST_MIRROR")
+    return mirror.rstrip("/") + urlsplit(url).path if mirror else url
 
-    Raises MmdistError when the download fails or the digest is wrong.
+
+def fetch(entry: Entry, part: Path, progress: Progress = None) -> None:
+    """Download an entry's file to `part`, continuing what is there, and verify it.
+
+    An interrupted download stays at `part` for the next call. A wrong digest or a full disk
+    deletes it. Raises MmdistError when the download fails or the digest is wrong.
     """
-    import pooch
+    import requests
 
+    assert entry.url is not None
     assert entry.has_digest
-    pooch.get_logger().setLevel("ERROR")
-    downloader = pooch.HTTPDownloader(timeout=TIMEOUT_SECONDS)
-    raw = folder / "download.pt"
+    url = address(entry.url)
+    if _size(part) and _is_whole(entry, part):
+        return
+    for attempt in range(1, ATTEMPTS + 1):
+        before = _size(part)
+        try:
+            _download(url, part, f"downloading {entry.name}, MB", progress)
+            break
+        except requests.RequestException as error:
+            size = _size(part)
+            if size != before and attempt < ATTEMPTS:
+                continue
+            kept = f", which continues after the {size:,} bytes that are kept" if size else ""
+            raise MmdistError(
+                f"{entry.name!r} could not be downloaded from {url} ({_reason(error)}); connect to "
+                f"the network and try again{kept}, or bring the file from another machine "
+                f"(mmdist pull NAME --from FILE)."
+            ) from error
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise MmdistError(
+                f"{entry.name!r} could not be written to {part.parent} "
+                f"({error.strerror or error}), and the partial file was deleted; make room, or "
+                f"set MMDIST_CACHE to another folder."
+            ) from error
     try:
-        pooch.retrieve(entry.url, None, raw.name, folder, downloader=downloader)
-    except OSError as error:  # those of requests are OSErrors without a number
-        advice = (
-            "connect to the network and try again, or use weights that need no download (see: "
-            "mmdist weights list)"
-            if error.errno is None
-            else "make room, or set MMDIST_CACHE to another folder"
-        )
-        raise MmdistError(
-            f"The weights {entry.name!r} could not be downloaded from {entry.url} "
-            f"({_reason(error)}); {advice}."
-        ) from error
-    check_digest(entry, raw)
-    return raw
+        check_digest(entry, part)
+    except MmdistError as error:
+        part.unlink()
+        raise MmdistError(f"{error} What {url} sent was deleted.") from error
+
+
+def _download(url: str, part: Path, what: str, progress: Progress) -> None:
+    """Append what `part` lacks; from the start where the server does not send parts of files."""
+    import requests
+
+    have = _size(part)
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+        if have and response.status_code == requests.codes.requested_range_not_satisfiable:
+            part.unlink()  # it is not the beginning of this file
+            _download(url, part, what, progress)
+            return
+        response.raise_for_status()
+        continued = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        done = have if continued else 0
+        total = done + int(response.headers.get("Content-Length", 0))
+        with part.open("ab" if continued else "wb") as stream:
+            for block in response.iter_content(BLOCK_BYTES):
+                stream.write(block)
+                done += len(block)
+                if progress:
+                    progress(what, done // MEGABYTE, total // MEGABYTE)
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.is_file() else 0
+
+
+def _is_whole(entry: Entry, part: Path) -> bool:
+    try:
+        check_digest(entry, part)
+    except MmdistError:
+        return False
+    return True
 
 
 def _reason(error: BaseException) -> str:

@@ -1,24 +1,24 @@
-"""Every name that `--extractor` takes: address, digest, licence, and what its network reads.
+"""Every name that `--extractor`, `--model` and `mmdist pull` take: address, digest, licence.
 
-`shipped` networks are ours: small, trained on our synthetic world, and part of the wheel. `public`
-ones are downloaded on first use, verified by digest, and converted to safetensors in the user's
-cache. Without a digest nothing can be verified: the user supplies the file (`mmdist weights
-convert`).
+`shipped` networks are ours: small, trained on our synthetic world, and part of the wheel. The
+others are downloaded on first use, verified by digest, and converted to safetensors in the user's
+cache. Without a digest nothing can be verified: the user supplies the file (`mmdist pull --from`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.weights.download import Entry, fetch, file_sha256
+from mmdist_e2e.weights.download import Entry, Progress, fetch, file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,8 @@ def _backbone(name: str, file: str, frames: int, rate: int, side: int, crop: int
     )
 
 
-KINETICS, THEN_CHARADES = "ImageNet inflated, Kinetics-400", "the same, then Charades"
+KINETICS = "ImageNet inflated, Kinetics-400"
+THEN_CHARADES = f"{KINETICS}, then Charades"
 FLOW_KINETICS = "ImageNet inflated, flow of Kinetics-400"
 
 PUBLIC: tuple[Entry, ...] = (
@@ -128,14 +129,104 @@ SHIPPED_ROOT = Path(__file__).parent / "data"
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry("world2-rgb", "shipped", "ours, trained on the synthetic world, version 2"),
-        Entry("world2-flow", "shipped", "ours, trained on the synthetic world's flow, version 2"),
+        Entry(
+            "world2-rgb",
+            "shipped",
+            "ours, trained on the synthetic world, version 2; Apache-2.0",
+            sha256="6e666b81d09a5d6f63bd9a6b06d203aea31e106390c673ddb1ddadd899a75e95",
+        ),
+        Entry(
+            "world2-flow",
+            "shipped",
+            "ours, trained on the synthetic world's flow, version 2; Apache-2.0",
+            sha256="e22ab5e476217c34a191db25e7f9ada08a1f4a381f0e622077c0985e313854f4",
+        ),
         *PUBLIC,
     )
 }
 
+_CPL = "https://github.com/minghangz/cpl/raw/main"
+_NO_LICENCE = "unknown, its repository holds no licence"
+
+
+def _vocabulary(data: str, git_sha1: str) -> Entry:
+    return Entry(
+        f"cpl-vocabulary-{data}",
+        "file",
+        f"CPL's words of {data}, with GloVe vectors of 300 numbers; {_NO_LICENCE}",
+        url=f"{_CPL}/data/{data}/glove.pkl",
+        git_sha1=git_sha1,
+    )
+
+
+FILES: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        _vocabulary("charades", "e0320a97dc583316c2b56ace462b1fafc326691b"),
+        _vocabulary("activitynet", "4384500e128d5c450b4b8de9e46f34b1223f8e64"),
+        Entry(
+            "activitynet-pca",
+            "file",
+            "PCA_activitynet_v1-3.hdf5, ActivityNet's PCA of C3D's fc7; unknown",
+            url="http://activity-net.org/challenges/2016/download.html",
+        ),
+    )
+}
+
+
+def _cpl(data: str, title: str, git_sha1: str, *needs: str) -> Entry:
+    return Entry(
+        f"cpl-{data}",
+        "model",
+        f"CPL (CVPR 2022), trained on {title}; {_NO_LICENCE}",
+        url=f"{_CPL}/checkpoints/{data}/model-best.pt",
+        git_sha1=git_sha1,
+        needs=needs,
+    )
+
+
+MODELS: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "student-world2",
+            "shipped",
+            "ours, trained on the synthetic world, version 2; Apache-2.0",
+            sha256="cf54ada94cb2d9b4e2e20225adde90694df2131e345ef8d448aa7665a9bdf9a3",
+        ),
+        _cpl(
+            "charades",
+            "Charades-STA",
+            "fce37334803d3d937de27e60f95c0bb63730c215",
+            "i3d-rgb-charades",
+            "cpl-vocabulary-charades",
+        ),
+        _cpl(
+            "activitynet",
+            "ActivityNet Captions",
+            "ced320db35e7109b9a17966be8ac2ef915749553",
+            "c3d-sports1m",
+            "cpl-vocabulary-activitynet",
+            "activitynet-pca",
+        ),
+    )
+}
+
+# Terms of training data, by the word that names them in an entry's facts.
+TERMS = {
+    "ImageNet": "non-commercial research and education",
+    "Kinetics": "list of videos CC BY 4.0; the videos belong to those who uploaded them",
+    "Charades": "non-commercial research, by the Allen Institute for AI",
+    "Sports-1M": "list of videos CC BY 3.0; the videos belong to those who uploaded them",
+    "ActivityNet": "unknown; the videos belong to those who uploaded them",
+    "GloVe": "public domain",
+    "synthetic world": "drawn by mmdist, Apache-2.0",
+}
+
 DEFAULT_RGB_EXTRACTOR = "world2-rgb"
 SHIPPED_MODEL = SHIPPED_ROOT / "student-world2"
+# What config.json records of a public file, beside the entry's own config.
+RECORD = ("name", "trained_on", "source", "files")
 
 
 def cache_folder() -> Path:
@@ -152,14 +243,35 @@ def cache_folder() -> Path:
 
 
 def cached_folder(entry: Entry) -> Path:
-    """Where the converted weights of a public entry are kept, whether they exist or not."""
-    return cache_folder() / "weights" / entry.name
+    """Where an entry is kept, whether it is there or not."""
+    root = SHIPPED_ROOT if entry.kind == "shipped" else cache_folder() / "weights"
+    return root / entry.name
 
 
 def is_available(entry: Entry) -> bool:
     """Whether an entry can be used without a download."""
     # config.json is written last, so its presence means a complete folder.
     return entry.kind == "shipped" or (cached_folder(entry) / "config.json").is_file()
+
+
+def known() -> dict[str, Entry]:
+    """Everything that has a name: extractors, files and models."""
+    return {**ENTRIES, **FILES, **MODELS}
+
+
+def find(name: str) -> Entry:
+    """The entry of a name. Raises MmdistError, with the nearest name, where there is none."""
+    if name not in known():
+        raise MmdistError(f"The name {name!r} is unknown{nearest(name, known())}.")
+    return known()[name]
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """For the message on an unknown name: the name that was meant, and the valid ones."""
+    names = list(valid)
+    near = get_close_matches(name, names, 1)
+    meant = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{meant} valid: {', '.join(names)}"
 
 
 def checkpoint_folder(name_or_path: str) -> Path:
@@ -175,43 +287,62 @@ def checkpoint_folder(name_or_path: str) -> Path:
         if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
             return folder
         raise MmdistError(
-            f"The extractor {name_or_path!r} is unknown; valid: {', '.join(ENTRIES)}, "
+            f"The extractor {name_or_path!r} is unknown{nearest(name_or_path, ENTRIES)}, "
             f"or a folder with config.json and model.safetensors."
         )
-    if entry.kind == "shipped":
-        return SHIPPED_ROOT / entry.name
     folder = cached_folder(entry)
     if not is_available(entry):
-        if not entry.has_digest:
-            raise MmdistError(
-                f"The weights {entry.name!r} are not downloaded automatically, because no digest "
-                f"of them is known; download {entry.url} and run once: "
-                f"mmdist weights convert {entry.name} FILE --out {shlex.quote(str(folder))}"
-            )
-        _install(entry, folder)
+        check_supplied([entry])
+        install(entry, write_checkpoint)
+    elif entry.kind == "public":
+        config = read_config(folder)
+        record = {key: config[key] for key in RECORD if key in config}
+        current = json.loads(json.dumps(entry.config)) | record
+        if config != current:  # an older version made it, with another profile
+            write_json(folder / "config.json", current)
     return folder
 
 
-def _install(entry: Entry, folder: Path) -> None:
-    """Download and convert, one process at a time: the others wait and use the result."""
-    import shutil
-    import tempfile
+def check_supplied(entries: Iterable[Entry]) -> None:
+    """Raises MmdistError naming all that are missing and that only the user can supply."""
+    missing = [e for e in entries if not e.has_digest and not is_available(e)]
+    if missing:
+        steps = [f"\n  mmdist pull {e.name} --from FILE    (FILE: from {e.url})" for e in missing]
+        raise MmdistError(
+            f"No digest is known of {' and '.join(repr(e.name) for e in missing)}, so mmdist does "
+            f"not download what it could not verify; download it yourself and run once:"
+            f"{''.join(steps)}"
+        )
 
+
+def install(
+    entry: Entry,
+    write: Callable[[Entry, Path, Path], None],
+    file: Path | None = None,
+    progress: Progress = None,
+) -> None:
+    """Make an entry's folder in the cache, one process at a time: the others wait and use it.
+
+    write: called with the entry, its folder and the public file. file: by default downloaded.
+    Raises MmdistError as `fetch` and `write`, and when the cache cannot be written.
+    """
     from filelock import FileLock
 
+    folder = cached_folder(entry)
+    part = folder.with_name(f"{entry.git_sha1 or entry.sha256}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{entry.name}.lock")):
-            if is_available(entry):
+            if file is None and is_available(entry):
                 return
-            for left_over in folder.glob("download-*"):  # of a killed process
-                shutil.rmtree(left_over, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as temporary:
-                state = read_state(entry, fetch(entry, Path(temporary)))
-            write_checkpoint(folder, entry, state, f"downloaded from {entry.url}")
+            if file is None:
+                fetch(entry, part, progress)
+            write(entry, folder, file or part)
+            if file is None:
+                part.unlink()
     except (OSError, NotImplementedError) as error:  # a file system without locks
         raise MmdistError(
-            f"The weights {entry.name!r} cannot be kept in {folder} "
+            f"{entry.name!r} cannot be kept in {folder} "
             f"({getattr(error, 'strerror', None) or error}); set MMDIST_CACHE to a folder that can "
             f"be written."
         ) from error
@@ -246,17 +377,47 @@ def read_state(entry: Entry, path: Path) -> dict[str, Tensor]:
     return {rename(key): value.contiguous() for key, value in state.items()}
 
 
-def write_checkpoint(folder: Path, entry: Entry, state: Mapping[str, Tensor], origin: str) -> None:
-    """Write a public entry's model.safetensors and, last, its config.json.
+def write_checkpoint(
+    entry: Entry, folder: Path, file: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the model.safetensors of a public network and, last, its config.json.
 
-    origin: where the file came from, for `trained_on`. Raises as write_atomically.
+    state: what `file` holds, if it was read. Raises as `read_state` and write_atomically.
     """
     from safetensors.torch import save
 
-    assert entry.config is not None
-    write_atomically(folder / "model.safetensors", save(dict(state)))
-    facts = f"public weights, {origin}: {entry.facts}"
-    write_json(folder / "config.json", {**entry.config, "name": entry.name, "trained_on": facts})
+    content = save(dict(state or read_state(entry, file)))
+    write_files(entry, folder, file, {"model.safetensors": content})
+
+
+def write_files(entry: Entry, folder: Path, file: Path, files: Mapping[str, bytes]) -> None:
+    """Write what was made of a public file and, last, config.json with all digests."""
+    (folder / "config.json").unlink(missing_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    source = source_of(file)
+    facts = f"public weights of SHA-256 {source['sha256'][:16]}…: {entry.facts}"
+    record = dict(zip(RECORD, (entry.name, facts, source, digests), strict=True))
+    write_json(folder / "config.json", {**(entry.config or {}), **record})
+
+
+def source_of(file: Path) -> dict[str, Any]:
+    """SHA-256 and size of a public file."""
+    return {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+
+
+def pulled_file(name: str) -> Path:
+    """Where the file of an entry of FILES is kept."""
+    return cached_folder(FILES[name]) / name
+
+
+def file_of_digest(digest: str) -> Path | None:
+    """The file in the cache whose SHA-256 begins so; None if there is none."""
+    for entry in filter(is_available, FILES.values()):
+        if read_config(cached_folder(entry))["source"]["sha256"].startswith(digest):
+            return pulled_file(entry.name)
+    return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
