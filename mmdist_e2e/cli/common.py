@@ -132,14 +132,13 @@ class Model(click.Path):
 
     def convert(self, value: Any, *_: object) -> Path:
         """Raises MmdistError as model_folder."""
-        folder = Path(value)
-        if folder.is_dir():
-            return folder
+        if Path(value).is_dir():
+            return Path(value)
 
         from mmdist_e2e.weights.pull import model_folder
 
         with StepDisplay() as progress:
-            return model_folder(folder, progress)
+            return model_folder(value, progress)
 
 
 MODEL = Model()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.markup import escape
@@ -16,6 +14,7 @@ from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.download import Entry
 
 CPL = "cpl"
+OWN = Entry(CPL, "model", "", url="https://github.com/minghangz/cpl")
 
 
 @click.group("weights")
@@ -26,19 +25,18 @@ def weights_group() -> None:
 @weights_group.command("list")
 def list_command() -> None:
     """Show all extractors, files and models by name, and whether they need a download."""
-    from mmdist_e2e.weights.registry import cached_folder, is_available, known, read_config
+    from mmdist_e2e.weights.registry import ENTRIES, cached_folder, is_available, read_config
 
     table = Table(show_edge=False)
     for column in ("name", "kind", "modality", "network", "in the cache"):
         table.add_column(column, no_wrap=True)
     table.add_column("facts", overflow="fold")
-    for entry in known().values():
-        held, shipped = is_available(entry), entry.kind == "shipped"
-        config = entry.config or (read_config(cached_folder(entry)) if shipped else {})
-        missing = "no" if entry.has_digest else "no, supply it"
-        state = "ships" if shipped else "yes" if held else missing
+    for entry in ENTRIES.values():
+        config = entry.config or (read_config(cached_folder(entry)) if entry.ships else {})
+        missing = "no" if entry.digest else "no, supply it"
+        held = "ships" if entry.ships else "yes" if is_available(entry) else missing
         what = config.get("modality", ""), config.get("network", "")
-        table.add_row(*map(escape, (entry.name, entry.kind, *what, state, entry.facts)))
+        table.add_row(*map(escape, (entry.name, entry.kind, *what, held, entry.facts)))
     results.print(table)
 
 
@@ -67,12 +65,11 @@ def convert_command(
     CPL's code (its folder is for evaluate and ground). FILE is verified if its digest is known,
     and opened without running any code in it.
     """
-    from mmdist_e2e.weights.pull import check_file, write_network
-    from mmdist_e2e.weights.registry import find, read_config
+    from mmdist_e2e.weights.pull import check_file, write
+    from mmdist_e2e.weights.registry import find
 
-    own = Entry(CPL, "model", "", url="https://github.com/minghangz/cpl")
-    entry = own if name == CPL else find(name)
-    if entry is not own and entry.kind != "public":
+    entry = OWN if name == CPL else find(name)
+    if name != CPL and entry.kind != "public":
         raise MmdistError(
             f"Only {CPL!r} and public extractors are converted, and {name!r} is neither; see: "
             f"mmdist weights show {name}"
@@ -84,8 +81,8 @@ def convert_command(
     check_file(entry, file, digest)
     check_out(out)
     if name != CPL:
-        write_network(entry, out, file)
-        click.echo(f"{out}: {name}, {_source(read_config(out))}")
+        write(entry, out, file)
+        click.echo(f"{out}: {name}, {_source(out)}")
     elif vocabulary is None:
         raise MmdistError(
             f"{CPL!r} needs --vocabulary: the glove.pkl that the checkpoint was trained with."
@@ -110,12 +107,12 @@ def convert_grounding(file: Path, vocabulary: Path, out: Path, extractor: str | 
     )
 
 
-def _source(config: Mapping[str, Any]) -> str:
-    """Size and SHA-256 of the public file that a folder with this config.json was made from."""
-    source = config.get("source")
-    if source is None:
-        return "ships with mmdist"
-    return f"{source['bytes']:,} bytes, SHA-256 {source['sha256']}"
+def _source(folder: Path) -> str:
+    """Size and SHA-256 of the public file that a folder was made from."""
+    from mmdist_e2e.weights.registry import read_config
+
+    source = read_config(folder).get("source")
+    return f"{source['bytes']:,} bytes, SHA-256 {source['sha256']}" if source else "ships"
 
 
 @weights_group.command("show")
@@ -126,29 +123,27 @@ def show_command(name: str) -> None:
     from mmdist_e2e.weights.registry import TERMS, cached_folder, find, is_available, read_config
 
     entry = find(name)
-    folder, held = cached_folder(entry), is_available(entry)
+    folder = cached_folder(entry)
     facts, _, licence = entry.facts.rpartition("; ")
-    lines = {"kind": entry.kind, "what": facts, "licence": licence}
     terms = [f"{data}: {text}" for data, text in TERMS.items() if data in facts]
-    lines["training data"] = "\n".join(terms) or "unknown"
-    if entry.url:
-        digest = entry.git_sha1 and f"{entry.git_sha1} (of the file as a git object)"
-        known = digest or entry.sha256 or "none known, so you supply the file"
-        lines |= {"address": entry.url, "digest": known}
-    lines["needs"] = ", ".join(entry.needs)
-    lines["folder"] = str(folder) if held else "not in the cache; get it with: mmdist pull " + name
-    if held and entry.url:
-        lines["file"] = _source(read_config(folder))
-    config = entry.config or (read_config(folder) if entry.kind == "shipped" else {})
+    held = is_available(entry)
+    digest = entry.git_sha1 and f"{entry.git_sha1} (as a git object)"
+    lines = {
+        "what": facts,
+        "licence": licence,
+        "training data": "; ".join(terms) or "unknown",
+        "needs": ", ".join(entry.needs),
+        "address": entry.url,
+        "digest": digest or entry.sha256 or (entry.url and "unknown: supply the file"),
+        "folder": folder if held else f"not in the cache; get it with: mmdist pull {name}",
+        "file": _source(folder) if held else None,
+    }
+    config = entry.config or (read_config(folder) if held else {})
     if "network" in config:
         lines |= {"network": config["network"], **profile_of(config)}
-    table = Table(show_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
     for key, value in lines.items():
         if value:
-            table.add_row(escape(key), escape(str(value)))
-    results.print(table)
+            click.echo(f"{key + ':':15} {value}")
 
 
 @weights_group.command("verify")
@@ -159,13 +154,14 @@ def verify_command(names: tuple[str, ...]) -> None:
     NAMES: of weights, or folders; by default all that ship or are in the cache.
     """
     from mmdist_e2e.weights.pull import damage
-    from mmdist_e2e.weights.registry import is_available, known
+    from mmdist_e2e.weights.registry import ENTRIES, cached_folder, find, is_available
 
     damaged = []
-    for name in names or [entry.name for entry in known().values() if is_available(entry)]:
-        problem = damage(name)
-        damaged += [f"{name}: {problem}"] if problem else []
-        if not problem:
+    for name in names or [entry.name for entry in ENTRIES.values() if is_available(entry)]:
+        folder = Path(name) if Path(name).is_dir() else cached_folder(find(name))
+        if problem := damage(folder):
+            damaged.append(f"{name}: {problem}; delete {folder} and run: mmdist pull {name}")
+        else:
             click.echo(f"{name}: as recorded")
     if damaged:
         raise MmdistError("\n".join(damaged))
@@ -174,7 +170,7 @@ def verify_command(names: tuple[str, ...]) -> None:
 @click.command("pull")
 @click.argument("names", nargs=-1, required=True)
 @click.option("--from", "file", type=PATH, help="The public file of NAME, if you have it.")
-@click.option("--digest", metavar="SHA256", help="SHA-256 that the file of NAME must have.")
+@click.option("--digest", metavar="SHA256", help="Refuse FILE unless it has this SHA-256.")
 def pull_command(names: tuple[str, ...], file: Path | None, digest: str | None) -> None:
     """Fetch everything that NAMES need into the cache, so that they work without a network.
 
@@ -182,18 +178,14 @@ def pull_command(names: tuple[str, ...], file: Path | None, digest: str | None) 
     continues where it stopped. MMDIST_CACHE is the folder of the cache; MMDIST_MIRROR, the address
     of a server that has the same paths, is asked instead of the public ones.
     """
-    from mmdist_e2e.weights.pull import pull
-    from mmdist_e2e.weights.registry import cached_folder, check_supplied, find, read_config
+    from mmdist_e2e.weights.pull import check_file, pull
+    from mmdist_e2e.weights.registry import find
 
-    if len(names) > 1 and (file or digest):
-        raise MmdistError("--from and --digest are for one file; give one NAME with them.")
-    entries = [find(name) for name in names]
-    wanted = dict.fromkeys(n for entry in entries for n in (*entry.needs, entry.name))
-    if not file and not digest:
-        check_supplied(find(name) for name in wanted)
+    if file is not None and len(names) == 1:
+        check_file(find(names[0]), file, digest)
+    elif file is not None or digest is not None:
+        raise MmdistError("--from FILE, with or without --digest, is for one NAME.")
     with StepDisplay() as progress:
-        for name in names:
-            pull(name, file=file, digest=digest, progress=progress)
-    for name in wanted:
-        folder = cached_folder(find(name))
-        click.echo(f"{name}: {_source(read_config(folder))}, in {folder}")
+        folders = pull(*names, file=file, progress=progress)
+    for name, folder in folders.items():
+        click.echo(f"{name}: {_source(folder)}, in {folder}")

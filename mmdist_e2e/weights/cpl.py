@@ -23,7 +23,7 @@ from mmdist_e2e.grounding.network import GlobalBranch
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.download import git_blob_sha1
-from mmdist_e2e.weights.registry import FILES, MODELS, misfits, source_of
+from mmdist_e2e.weights.registry import ENTRIES, misfits, source_of
 from mmdist_e2e.weights.words import read_cpl_pickle
 
 # Our setting and its place in CPL's config. A config without it gets the published value, the
@@ -60,16 +60,6 @@ class Dataset:
     features: str
     longest_seconds: float  # of its training videos
     videos: str  # what they show
-
-    @property
-    def model_id(self) -> str | None:
-        """Of the released file as a git object."""
-        return MODELS[f"cpl-{self.name}"].git_sha1
-
-    @property
-    def vocabulary_id(self) -> str | None:
-        """Of its glove.pkl as a git object."""
-        return FILES[f"cpl-vocabulary-{self.name}"].git_sha1
 
 
 DATASETS = {
@@ -207,7 +197,8 @@ def convert_cpl(
 
     matters: the provenance that features must have; by default that of imported HDF5 files, the
     form of CPL's published features. accepts: others that it reads as well.
-    Returns facts: dataset, vocabulary (its size), sha256, released (whether the file is a known released one), updates.
+    Returns facts: dataset, vocabulary (its size), sha256, released (whether the file is a known
+    released one), updates.
     Raises MmdistError for files that do not fit the network or each other.
     """
     dataset, recipe = released.dataset, released.recipe
@@ -217,10 +208,11 @@ def convert_cpl(
         raise released.misfit(problems)
     model.load_state_dict(released.state)
     vocabulary = read_vocabulary(vocabulary_file, shape.vocabulary_size, shape.word_dim)
-    is_released = git_blob_sha1(released.file) == dataset.model_id
+    is_released = git_blob_sha1(released.file) == ENTRIES[f"cpl-{dataset.name}"].git_sha1
     # Two known files must belong together: equal sizes do not prove it.
     found = git_blob_sha1(vocabulary_file)
-    owner = next((d for d in DATASETS.values() if d.vocabulary_id == found), None)
+    ids = {d.name: ENTRIES[f"cpl-vocabulary-{d.name}"].git_sha1 for d in DATASETS.values()}
+    owner = next((d for d in DATASETS.values() if ids[d.name] == found), None)
     if owner is not dataset and (owner is not None or is_released):
         raise MmdistError(
             f"'{vocabulary_file}' is not the vocabulary that CPL released for {dataset.title}"

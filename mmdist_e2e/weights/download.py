@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,6 @@ from mmdist_e2e.structures import MmdistError
 TIMEOUT_SECONDS = 60
 ATTEMPTS = 3  # of one download, each continuing the one before
 BLOCK_BYTES = 1 << 16
-MEGABYTE = 10**6
 
 Progress = Callable[[str, int, int], None] | None  # what, done, of how many
 
@@ -25,15 +25,15 @@ class Entry:
     r"""Public weights, or what belongs to them.
 
     Attributes:
-        kind: "shipped" (a folder in the wheel), or downloaded or supplied by the user: "public"
-            (a video network), "file" (used as it is) or "model" (a grounding checkpoint of CPL).
+        kind: of a video network "shipped" (in the wheel) or "public" (downloaded, or supplied by
+            the user); "model" is a grounding checkpoint, "file" what is used as it is.
         facts: origin, training data and, after the last semicolon, the licence.
         config: the network's shape, preprocessing and sampling, as in a checkpoint's config.json.
-        url: address of a public file.
+        url: address of a public file; None of what ships.
         git_sha1: the file's id as a git object: SHA-1 of b"blob <size>\\0" and the content.
         sha256: SHA-256 of the content.
         rename: converts a key of the public file to ours, where they differ.
-        needs: of a model, names of its extractor, its vocabulary and, if any, its PCA.
+        needs: of a model, names of its extractor, of its PCA, if any, and of its vocabulary.
     """
 
     name: str
@@ -47,9 +47,14 @@ class Entry:
     needs: tuple[str, ...] = ()
 
     @property
-    def has_digest(self) -> bool:
-        """Whether a download can be verified; without a digest nothing is downloaded."""
-        return self.git_sha1 is not None or self.sha256 is not None
+    def ships(self) -> bool:
+        """Whether it is part of the wheel."""
+        return self.url is None
+
+    @property
+    def digest(self) -> str | None:
+        """By which a download is verified; without one nothing is downloaded."""
+        return self.git_sha1 or self.sha256
 
 
 def git_blob_sha1(path: Path) -> str:
@@ -84,25 +89,23 @@ def check_digest(entry: Entry, path: Path) -> None:
             )
 
 
-def address(url: str) -> str:
-    """Where `url` is downloaded from: MMDIST_MIRROR replaces its scheme and host."""
-    mirror = os.environ.get("MMDIST_MIRROR")
-    return mirror.rstrip("/") + urlsplit(url).path if mirror else url
-
-
 def fetch(entry: Entry, part: Path, progress: Progress = None) -> None:
     """Download an entry's file to `part`, continuing what is there, and verify it.
 
-    An interrupted download stays at `part` for the next call. A wrong digest or a full disk
-    deletes it. Raises MmdistError when the download fails or the digest is wrong.
+    An interrupted download stays at `part` for the next call; a wrong digest or a full disk
+    deletes it. MMDIST_MIRROR replaces the scheme and host of the address. Raises MmdistError when
+    the download fails or the digest is wrong.
     """
     import requests
 
-    assert entry.url is not None
-    assert entry.has_digest
-    url = address(entry.url)
-    if _size(part) and _is_whole(entry, part):
-        return
+    assert entry.url
+    assert entry.digest
+    mirror = os.environ.get("MMDIST_MIRROR")
+    url = mirror.rstrip("/") + urlsplit(entry.url).path if mirror else entry.url
+    with suppress(MmdistError):
+        if _size(part):
+            check_digest(entry, part)
+            return
     for attempt in range(1, ATTEMPTS + 1):
         before = _size(part)
         try:
@@ -152,19 +155,11 @@ def _download(url: str, part: Path, what: str, progress: Progress) -> None:
                 stream.write(block)
                 done += len(block)
                 if progress:
-                    progress(what, done // MEGABYTE, total // MEGABYTE)
+                    progress(what, done // 10**6, total // 10**6)
 
 
 def _size(part: Path) -> int:
     return part.stat().st_size if part.is_file() else 0
-
-
-def _is_whole(entry: Entry, part: Path) -> bool:
-    try:
-        check_digest(entry, part)
-    except MmdistError:
-        return False
-    return True
 
 
 def _reason(error: BaseException) -> str:

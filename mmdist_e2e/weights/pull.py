@@ -14,7 +14,7 @@ from mmdist_e2e.store import write_json
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.download import Entry, Progress, check_digest, file_sha256
 from mmdist_e2e.weights.registry import (
-    MODELS,
+    ENTRIES,
     cached_folder,
     check_supplied,
     checkpoint_folder,
@@ -39,112 +39,83 @@ def model_folder(name_or_path: str | Path, progress: Progress = None) -> Path:
     name = str(name_or_path)
     if Path(name).exists():
         return Path(name)
-    if name not in MODELS:
-        raise MmdistError(
-            f"There is no folder {name!r} and no model of that name{nearest(name, MODELS)}, or a "
-            f"folder that mmdist train wrote."
-        )
-    return pull(name, progress=progress)
+    if name not in ENTRIES or ENTRIES[name].kind != "model":
+        raise MmdistError(f"There is no folder and no model {name!r}{nearest(name, 'model')}.")
+    return pull(name, progress=progress)[name]
 
 
-def pull(
-    name: str,
-    *,
-    file: Path | None = None,
-    digest: str | None = None,
-    progress: Progress = None,
-) -> Path:
-    """Put what `name` needs into the cache, unless it is there; returns the folder of `name`.
+def pull(*names: str, file: Path | None = None, progress: Progress = None) -> dict[str, Path]:
+    """Put the names and all that they need into the cache; returns the folder of each.
 
-    file: its public file, by default downloaded. digest: SHA-256 that the file must have.
-    Raises MmdistError for an unknown name, a wrong file or digest, a failed download, and, naming
-    them all, for what only the user can supply.
+    file: the public file of the only name; by default, and for what it needs, downloaded.
+    Raises MmdistError for an unknown name, a wrong file, a failed download, and, naming them all,
+    for what only the user can supply.
     """
-    entry = find(name)
-    if file is not None:
-        check_file(entry, file, digest)
-    elif digest is not None and not entry.has_digest:
-        entry = _with_digest(entry, digest)
-    needs = [find(need) for need in entry.needs]
-    check_supplied([*needs, *([entry] if file is None else [])])
-    for need in needs:
-        pull(need.name, progress=progress)
-    folder = cached_folder(entry)
-    if file is not None or not is_available(entry):
-        install(entry, WRITERS[entry.kind], file, progress)
-    if entry.kind == "public":
-        return checkpoint_folder(name)
-    if needs:
-        config = read_config(folder)
-        if config.get("needs") != (made_for := _configs(entry)):  # a profile or file is another
-            modality, matters = _features(entry, config["model"]["feature_dim"])
-            changed = {"features": {modality: matters}, "needs": made_for}
-            write_json(folder / "config.json", config | changed)
-    return folder
+    wanted = dict.fromkeys(n for name in names for n in (*find(name).needs, name))
+    entries = [find(name) for name in wanted]
+    check_supplied(entry for entry in entries if file is None or entry.name not in names)
+    for entry in entries:
+        given = file if entry.name in names else None
+        if given or not is_available(entry):
+            install(entry, write, given, progress)
+        if entry.kind == "public":
+            checkpoint_folder(entry.name)
+        elif entry.needs:
+            _agree_with_needs(entry)
+    return {entry.name: cached_folder(entry) for entry in entries}
+
+
+def _agree_with_needs(entry: Entry) -> None:
+    """Make a model read the features that its extractor, with its profile and PCA, now gives."""
+    needs = {n: file_sha256(cached_folder(find(n)) / "config.json") for n in entry.needs}
+    path = cached_folder(entry) / "config.json"
+    config = read_config(path.parent)
+    if config.get("needs") != needs:
+        extractor, *pca, _ = entry.needs
+        reduced = pulled_file(pca[0]) if pca else None
+        channels = config["model"]["feature_dim"]
+        features = dict([extracted_features(extractor, channels, reduced)])
+        write_json(path, config | {"features": features, "needs": needs})
 
 
 def check_file(entry: Entry, file: Path, digest: str | None) -> None:
     """Raises MmdistError unless `file` can be that of the entry, with the SHA-256 `digest`."""
-    if entry.kind == "shipped":
+    if entry.ships:
         raise MmdistError(f"{entry.name!r} ships with mmdist and needs no file.")
     if not file.is_file():
         raise MmdistError(f"There is no file '{file}'; download it from {entry.url}.")
     check_digest(entry, file)
     if digest is not None:
-        check_digest(_with_digest(entry, digest), file)
+        digest = digest.strip().lower()
+        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise MmdistError(f"--digest needs a SHA-256 of 64 hexadecimal digits; got {digest!r}.")
+        check_digest(replace(entry, git_sha1=None, sha256=digest), file)
 
 
-def _with_digest(entry: Entry, digest: str) -> Entry:
-    digest = digest.strip().lower()
-    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-        raise MmdistError(f"--digest needs a SHA-256 of 64 hexadecimal digits; got {digest!r}.")
-    return replace(entry, git_sha1=None, sha256=digest)
+def write(entry: Entry, folder: Path, file: Path) -> None:
+    """Make an entry's folder from its public file. Raises MmdistError where it does not fit."""
+    if entry.kind == "model":
+        from mmdist_e2e.weights.cpl import PUBLISHED_FEATURES, convert_cpl, read_cpl
 
+        reads, words = {"extractor": entry.needs[0]}, pulled_file(entry.needs[-1])
+        convert_cpl(read_cpl(file), words, folder, matters=reads, accepts=PUBLISHED_FEATURES)
+    elif entry.kind == "file":
+        if not entry.digest:
+            from mmdist_e2e.extractors.networks.pca import Pca
 
-def write_network(entry: Entry, folder: Path, file: Path) -> None:
-    """Convert a video network's public weights. Raises MmdistError when they do not fit it."""
-    from mmdist_e2e.extractors.runner import build
+            Pca.load(file)
+        write_files(entry, folder, file, {entry.name: file.read_bytes()})
+    else:
+        from mmdist_e2e.extractors.runner import build
 
-    assert entry.config is not None
-    state = read_state(entry, file)
-    if problems := misfits(build(entry.config).state_dict(), state):
-        raise MmdistError(
-            f"The file does not hold the weights {entry.name!r} ({problems}); give the file of "
-            f"{entry.url}."
-        )
-    write_checkpoint(entry, folder, file, state)
-
-
-def _write_file(entry: Entry, folder: Path, file: Path) -> None:
-    if not entry.has_digest:
-        from mmdist_e2e.extractors.networks.pca import Pca
-
-        Pca.load(file)
-    write_files(entry, folder, file, {entry.name: file.read_bytes()})
-
-
-def _write_model(entry: Entry, folder: Path, file: Path) -> None:
-    from mmdist_e2e.weights.cpl import PUBLISHED_FEATURES, convert_cpl, read_cpl
-
-    released = read_cpl(file)
-    modality, matters = _features(entry, released.recipe.model.feature_dim)
-    vocabulary = pulled_file(entry.needs[1])
-    others = PUBLISHED_FEATURES
-    convert_cpl(released, vocabulary, folder, modality=modality, matters=matters, accepts=others)
-
-
-WRITERS = {"public": write_network, "file": _write_file, "model": _write_model}
-
-
-def _features(entry: Entry, channels: int) -> tuple[str, Mapping[str, Any]]:
-    """Modality and provenance of the features that a model reads, by the profile of its needs."""
-    extractor, _, *pca = entry.needs
-    return extracted_features(extractor, channels, pulled_file(pca[0]) if pca else None)
-
-
-def _configs(entry: Entry) -> dict[str, str]:
-    """Digests of the needs' config.json: of their profiles, and of their files' digests."""
-    return {n: file_sha256(cached_folder(find(n)) / "config.json") for n in entry.needs}
+        assert entry.config is not None
+        state = read_state(entry, file)
+        if problems := misfits(build(entry.config).state_dict(), state):
+            raise MmdistError(
+                f"The file does not hold the weights {entry.name!r} ({problems}); give the file of "
+                f"{entry.url}."
+            )
+        write_checkpoint(entry, folder, file, state)
 
 
 def extracted_features(
@@ -176,33 +147,13 @@ def extracted_features(
     return spec.modality, spec.matters
 
 
-def damage(name_or_folder: str) -> str:
-    """What is wrong with files, by their recorded SHA-256, and how to repair it; "" for nothing.
-
-    Raises MmdistError for an unknown name and for one that is not in the cache.
-    """
-    folder, files = Path(name_or_folder), {}
-    repair = "make the folder again"
-    if not folder.is_dir():
-        entry = find(name_or_folder)
-        folder = cached_folder(entry)
-        if not is_available(entry):
-            raise MmdistError(
-                f"{entry.name!r} is not in the cache; get it with: mmdist pull {entry.name}"
-            )
-        repair = f"delete {folder} and run: mmdist pull {entry.name}"
-        if entry.kind == "shipped":
-            files, repair = {"model.safetensors": entry.sha256}, "install mmdist again"
-    problems = []
+def damage(folder: Path) -> str:
+    """What is wrong with a folder, by the SHA-256 that were recorded of its files; or ""."""
     try:
-        files = files or read_config(folder)["files"]
-        for name, expected in files.items():
-            if not (folder / name).is_file():
-                problems.append(f"{name} is missing")
-            elif file_sha256(folder / name) != expected:
-                problems.append(f"{name} is not as it was written")
+        digests = read_config(folder)["files"]
+        bad = [name for name, digest in digests.items() if file_sha256(folder / name) != digest]
     except KeyError:
-        problems.append("no digests were recorded")
+        return "an older version recorded no digests"
     except (MmdistError, OSError) as error:
-        problems.append(str(error))
-    return f"{', '.join(problems)}; {repair}." if problems else ""
+        return str(error)
+    return f"{', '.join(bad)} changed since it was written" if bad else ""

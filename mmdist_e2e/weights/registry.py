@@ -86,6 +86,7 @@ def _backbone(name: str, file: str, frames: int, rate: int, side: int, crop: int
 KINETICS = "ImageNet inflated, Kinetics-400"
 THEN_CHARADES = f"{KINETICS}, then Charades"
 FLOW_KINETICS = "ImageNet inflated, flow of Kinetics-400"
+WORLD = "the synthetic world, version 2; Apache-2.0"
 
 PUBLIC: tuple[Entry, ...] = (
     _i3d("rgb", "imagenet", "73a4fd1d87eb3dbd97f33a9779fa1caa3d28111a", 400, KINETICS),
@@ -126,88 +127,52 @@ PUBLIC: tuple[Entry, ...] = (
 
 SHIPPED_ROOT = Path(__file__).parent / "data"
 
+CPL = "https://github.com/minghangz/cpl/raw/main"
+NO_LICENCE = "its repository gives no licence"
+
+
+def _cpl(data: str, title: str, model_id: str, words_id: str, *needs: str) -> tuple[Entry, Entry]:
+    """CPL's checkpoint for a dataset and its vocabulary, by their ids as git objects."""
+    model, glove = f"{CPL}/checkpoints/{data}/model-best.pt", f"{CPL}/data/{data}/glove.pkl"
+    facts = f"CPL (CVPR 2022), trained on {title}; {NO_LICENCE}"
+    words = Entry(
+        f"cpl-vocabulary-{data}",
+        "file",
+        f"CPL's words of {title}, with GloVe vectors of 300 numbers; {NO_LICENCE}",
+        url=glove,
+        git_sha1=words_id,
+    )
+    needs = (*needs, words.name)
+    return words, Entry(f"cpl-{data}", "model", facts, None, model, model_id, needs=needs)
+
+
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry(
-            "world2-rgb",
-            "shipped",
-            "ours, trained on the synthetic world, version 2; Apache-2.0",
-            sha256="6e666b81d09a5d6f63bd9a6b06d203aea31e106390c673ddb1ddadd899a75e95",
-        ),
-        Entry(
-            "world2-flow",
-            "shipped",
-            "ours, trained on the synthetic world's flow, version 2; Apache-2.0",
-            sha256="e22ab5e476217c34a191db25e7f9ada08a1f4a381f0e622077c0985e313854f4",
-        ),
+        Entry("world2-rgb", "shipped", f"ours, RGB of {WORLD}"),
+        Entry("world2-flow", "shipped", f"ours, flow of {WORLD}"),
         *PUBLIC,
-    )
-}
-
-_CPL = "https://github.com/minghangz/cpl/raw/main"
-_NO_LICENCE = "unknown, its repository holds no licence"
-
-
-def _vocabulary(data: str, git_sha1: str) -> Entry:
-    return Entry(
-        f"cpl-vocabulary-{data}",
-        "file",
-        f"CPL's words of {data}, with GloVe vectors of 300 numbers; {_NO_LICENCE}",
-        url=f"{_CPL}/data/{data}/glove.pkl",
-        git_sha1=git_sha1,
-    )
-
-
-FILES: dict[str, Entry] = {
-    entry.name: entry
-    for entry in (
-        _vocabulary("charades", "e0320a97dc583316c2b56ace462b1fafc326691b"),
-        _vocabulary("activitynet", "4384500e128d5c450b4b8de9e46f34b1223f8e64"),
-        Entry(
-            "activitynet-pca",
-            "file",
-            "PCA_activitynet_v1-3.hdf5, ActivityNet's PCA of C3D's fc7; unknown",
-            url="http://activity-net.org/challenges/2016/download.html",
-        ),
-    )
-}
-
-
-def _cpl(data: str, title: str, git_sha1: str, *needs: str) -> Entry:
-    return Entry(
-        f"cpl-{data}",
-        "model",
-        f"CPL (CVPR 2022), trained on {title}; {_NO_LICENCE}",
-        url=f"{_CPL}/checkpoints/{data}/model-best.pt",
-        git_sha1=git_sha1,
-        needs=needs,
-    )
-
-
-MODELS: dict[str, Entry] = {
-    entry.name: entry
-    for entry in (
-        Entry(
-            "student-world2",
-            "shipped",
-            "ours, trained on the synthetic world, version 2; Apache-2.0",
-            sha256="cf54ada94cb2d9b4e2e20225adde90694df2131e345ef8d448aa7665a9bdf9a3",
-        ),
-        _cpl(
+        Entry("student-world2", "model", f"ours, {WORLD}"),
+        *_cpl(
             "charades",
             "Charades-STA",
             "fce37334803d3d937de27e60f95c0bb63730c215",
+            "e0320a97dc583316c2b56ace462b1fafc326691b",
             "i3d-rgb-charades",
-            "cpl-vocabulary-charades",
         ),
-        _cpl(
+        *_cpl(
             "activitynet",
             "ActivityNet Captions",
             "ced320db35e7109b9a17966be8ac2ef915749553",
+            "4384500e128d5c450b4b8de9e46f34b1223f8e64",
             "c3d-sports1m",
-            "cpl-vocabulary-activitynet",
             "activitynet-pca",
+        ),
+        Entry(
+            "activitynet-pca",
+            "file",
+            "PCA_activitynet_v1-3.hdf5, ActivityNet's PCA of C3D features; unknown",
+            url="http://activity-net.org/challenges/2016/download.html",
         ),
     )
 }
@@ -244,31 +209,26 @@ def cache_folder() -> Path:
 
 def cached_folder(entry: Entry) -> Path:
     """Where an entry is kept, whether it is there or not."""
-    root = SHIPPED_ROOT if entry.kind == "shipped" else cache_folder() / "weights"
+    root = SHIPPED_ROOT if entry.ships else cache_folder() / "weights"
     return root / entry.name
 
 
 def is_available(entry: Entry) -> bool:
     """Whether an entry can be used without a download."""
     # config.json is written last, so its presence means a complete folder.
-    return entry.kind == "shipped" or (cached_folder(entry) / "config.json").is_file()
-
-
-def known() -> dict[str, Entry]:
-    """Everything that has a name: extractors, files and models."""
-    return {**ENTRIES, **FILES, **MODELS}
+    return entry.ships or (cached_folder(entry) / "config.json").is_file()
 
 
 def find(name: str) -> Entry:
     """The entry of a name. Raises MmdistError, with the nearest name, where there is none."""
-    if name not in known():
-        raise MmdistError(f"The name {name!r} is unknown{nearest(name, known())}.")
-    return known()[name]
+    if name not in ENTRIES:
+        raise MmdistError(f"The name {name!r} is unknown{nearest(name)}.")
+    return ENTRIES[name]
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """For the message on an unknown name: the name that was meant, and the valid ones."""
-    names = list(valid)
+def nearest(name: str, *kinds: str) -> str:
+    """For the message on an unknown name: what was meant, and the valid names, of some kinds."""
+    names = [entry.name for entry in ENTRIES.values() if not kinds or entry.kind in kinds]
     near = get_close_matches(name, names, 1)
     meant = f"; did you mean {near[0]!r}?" if near else ";"
     return f"{meant} valid: {', '.join(names)}"
@@ -282,13 +242,14 @@ def checkpoint_folder(name_or_path: str) -> Path:
     the user must supply, a failed download, a wrong digest, or a cache that cannot be written.
     """
     entry = ENTRIES.get(name_or_path)
-    if entry is None:
+    if entry is None or entry.kind not in ("shipped", "public"):
         folder = Path(name_or_path)
         if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
             return folder
         raise MmdistError(
-            f"The extractor {name_or_path!r} is unknown{nearest(name_or_path, ENTRIES)}, "
-            f"or a folder with config.json and model.safetensors."
+            f"The extractor {name_or_path!r} is unknown"
+            f"{nearest(name_or_path, 'shipped', 'public')}, or a folder with config.json and "
+            f"model.safetensors."
         )
     folder = cached_folder(entry)
     if not is_available(entry):
@@ -305,13 +266,12 @@ def checkpoint_folder(name_or_path: str) -> Path:
 
 def check_supplied(entries: Iterable[Entry]) -> None:
     """Raises MmdistError naming all that are missing and that only the user can supply."""
-    missing = [e for e in entries if not e.has_digest and not is_available(e)]
+    missing = [e for e in entries if not e.digest and not is_available(e)]
     if missing:
         steps = [f"\n  mmdist pull {e.name} --from FILE    (FILE: from {e.url})" for e in missing]
         raise MmdistError(
-            f"No digest is known of {' and '.join(repr(e.name) for e in missing)}, so mmdist does "
-            f"not download what it could not verify; download it yourself and run once:"
-            f"{''.join(steps)}"
+            f"mmdist knows no digest to verify {' and '.join(e.name for e in missing)} by, so it "
+            f"does not download it; get the file yourself and run once:{''.join(steps)}"
         )
 
 
@@ -329,17 +289,16 @@ def install(
     from filelock import FileLock
 
     folder = cached_folder(entry)
-    part = folder.with_name(f"{entry.git_sha1 or entry.sha256}.part")
+    part = folder.with_name(f"{entry.digest}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{entry.name}.lock")):
-            if file is None and is_available(entry):
-                return
             if file is None:
+                if is_available(entry):
+                    return
                 fetch(entry, part, progress)
             write(entry, folder, file or part)
-            if file is None:
-                part.unlink()
+            part.unlink(missing_ok=True)
     except (OSError, NotImplementedError) as error:  # a file system without locks
         raise MmdistError(
             f"{entry.name!r} cannot be kept in {folder} "
@@ -408,15 +367,17 @@ def source_of(file: Path) -> dict[str, Any]:
 
 
 def pulled_file(name: str) -> Path:
-    """Where the file of an entry of FILES is kept."""
-    return cached_folder(FILES[name]) / name
+    """Where the file of an entry of the kind "file" is kept."""
+    return cached_folder(ENTRIES[name]) / name
 
 
 def file_of_digest(digest: str) -> Path | None:
     """The file in the cache whose SHA-256 begins so; None if there is none."""
-    for entry in filter(is_available, FILES.values()):
-        if read_config(cached_folder(entry))["source"]["sha256"].startswith(digest):
-            return pulled_file(entry.name)
+    for entry in ENTRIES.values():
+        if entry.kind == "file" and is_available(entry):
+            path = pulled_file(entry.name)
+            if read_config(path.parent)["source"]["sha256"].startswith(digest):
+                return path
     return None
 
 
