@@ -21,10 +21,11 @@ from mmdist_e2e.structures import Answer, Features, MmdistError, differences
 from mmdist_e2e.weights.registry import (
     DEFAULT_RGB_EXTRACTOR,
     ENTRIES,
+    PCA,
     SHIPPED_MODEL,
     cache_folder,
     checkpoint_folder,
-    file_of_digest,
+    pulled_file,
     read_config,
 )
 
@@ -119,12 +120,7 @@ class Grounder:
                 f"This model was trained on {name!r} features, which mmdist cannot extract by "
                 f"name; give the extractor's folder, or features instead of a video."
             )
-        pca = file_of_digest(matters["pca"]) if "pca" in matters else None
-        if "pca" in matters and pca is None:
-            raise MmdistError(
-                f"This model reads {modality} features that a PCA reduced, and the cache does not "
-                f"hold it; put it there once: mmdist pull activitynet-pca --from FILE"
-            )
+        pca = pulled_file(PCA) if "pca" in matters else None
         chosen = {key: matters[key] for key in ("mode", "fps_policy", "layer") if key in matters}
         spec = describe(name, **chosen, pca=pca)
         if unlike := differences(matters, spec.matters):
@@ -294,7 +290,7 @@ def load(
     if not folder.is_dir():
         from mmdist_e2e.weights.pull import model_folder
 
-        folder = model_folder(folder)
+        folder = model_folder(str(folder))
     loaded = load_checkpoint(folder)
     if cache is True:
         cache = cache_folder() / "features"

@@ -27,8 +27,8 @@ from mmdist_e2e.grounding.checkpoint import load_checkpoint
 from mmdist_e2e.structures import Features, MmdistError, Provenance
 from mmdist_e2e.weights import words
 from mmdist_e2e.weights.download import git_blob_sha1
-from mmdist_e2e.weights.pull import damage, model_folder, pull
-from mmdist_e2e.weights.registry import ENTRIES, cached_folder, read_config
+from mmdist_e2e.weights.pull import model_folder, pull
+from mmdist_e2e.weights.registry import ENTRIES, cached_folder, damage, read_config
 
 CHARADES = ("i3d-rgb-charades", "cpl-vocabulary-charades", "cpl-charades")
 NARROW = {"width": 0.125, "num_classes": 7, "preprocessing": {"size": 32}}
@@ -272,7 +272,7 @@ def test_unknown_names_offer_the_nearest(clip):
         assert "did you mean 'cpl-charades'?" in sentence(run(*command))
     with pytest.raises(MmdistError, match="did you mean 'cpl-activitynet'"):
         mm.load("cpl-activitynets")
-    with pytest.raises(MmdistError, match="no model 'world2-rgb'"):
+    with pytest.raises(MmdistError, match="'world2-rgb' is unknown"):
         mm.load("world2-rgb")
     assert mm.load("student-world2").model.trained_on == mm.load().model.trained_on
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -127,21 +127,13 @@ def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
 PATH = click.Path(path_type=Path)
 
 
-class Model(click.Path):
-    """A model by its folder or its name; a public one is downloaded on first use."""
+def pulled(name: Path) -> Path:
+    """The folder of a model that is given by name. Raises MmdistError as `model_folder`."""
+    from mmdist_e2e.weights.pull import model_folder
 
-    def convert(self, value: Any, *_: object) -> Path:
-        """Raises MmdistError as model_folder."""
-        if Path(value).is_dir():
-            return Path(value)
+    with StepDisplay() as progress:
+        return model_folder(str(name), progress)
 
-        from mmdist_e2e.weights.pull import model_folder
-
-        with StepDisplay() as progress:
-            return model_folder(value, progress)
-
-
-MODEL = Model()
 
 flow_features = click.option(
     "--flow-features",

@@ -16,7 +16,7 @@ from mmdist_e2e.structures import MmdistError
 
 
 @click.command("evaluate")
-@click.argument("runs", nargs=-1, required=True, type=options.MODEL)
+@click.argument("runs", nargs=-1, required=True, type=options.PATH)
 @click.option("--features", "features_path", required=True, type=options.PATH, help=FEATURES)
 @options.flow_features
 @click.option(
@@ -57,6 +57,7 @@ def evaluate_command(
 
     if out is not None and len(runs) > 1:
         raise MmdistError("--out is for the results of one run; omit it for several.")
+    runs = tuple(run if run.is_dir() else options.pulled(run) for run in runs)
     with StepDisplay() as progress:
         given |= {"device": resolve_device(device), "progress": progress}
         evaluated = [

@@ -25,7 +25,7 @@ from mmdist_e2e.structures import Answer, MmdistError
 )
 @click.option(
     "--model",
-    type=options.MODEL,
+    type=options.PATH,
     help="Name of a model (see: mmdist weights list), or folder of a training run; by default "
     "the model that ships.",
 )
@@ -63,6 +63,8 @@ def ground_command(
     queries = [*query, *(_lines(file) if file else ())]
     if not queries:
         raise MmdistError("There is no query; give a sentence after the video, or --queries FILE.")
+    if model is not None and not model.is_dir():
+        model = options.pulled(model)
     grounder = load(model, device=device, cache=cache or True, extractor=extractors)
     with ExitStack() as bars:
         show: Callable[[float], None] | None = None

@@ -68,12 +68,7 @@ def convert_command(
     from mmdist_e2e.weights.pull import check_file, write
     from mmdist_e2e.weights.registry import find
 
-    entry = OWN if name == CPL else find(name)
-    if name != CPL and entry.kind != "public":
-        raise MmdistError(
-            f"Only {CPL!r} and public extractors are converted, and {name!r} is neither; see: "
-            f"mmdist weights show {name}"
-        )
+    entry = OWN if name == CPL else find(name, "shipped", "public")
     if name != CPL and (vocabulary is not None or extractor is not None):
         raise MmdistError(
             f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
@@ -153,14 +148,22 @@ def verify_command(names: tuple[str, ...]) -> None:
 
     NAMES: of weights, or folders; by default all that ship or are in the cache.
     """
-    from mmdist_e2e.weights.pull import damage
-    from mmdist_e2e.weights.registry import ENTRIES, cached_folder, find, is_available
+    from mmdist_e2e.weights.registry import (
+        ENTRIES,
+        SHIPPED_ROOT,
+        cached_folder,
+        damage,
+        find,
+        is_available,
+    )
 
     damaged = []
     for name in names or [entry.name for entry in ENTRIES.values() if is_available(entry)]:
         folder = Path(name) if Path(name).is_dir() else cached_folder(find(name))
         if problem := damage(folder):
-            damaged.append(f"{name}: {problem}; delete {folder} and run: mmdist pull {name}")
+            ships = folder.parent == SHIPPED_ROOT
+            repair = "install mmdist" if ships else f"delete {folder} and run: mmdist pull {name}"
+            damaged.append(f"{name}: {problem}; {repair}")
         else:
             click.echo(f"{name}: as recorded")
     if damaged:
@@ -178,14 +181,9 @@ def pull_command(names: tuple[str, ...], file: Path | None, digest: str | None) 
     continues where it stopped. MMDIST_CACHE is the folder of the cache; MMDIST_MIRROR, the address
     of a server that has the same paths, is asked instead of the public ones.
     """
-    from mmdist_e2e.weights.pull import check_file, pull
-    from mmdist_e2e.weights.registry import find
+    from mmdist_e2e.weights.pull import pull
 
-    if file is not None and len(names) == 1:
-        check_file(find(names[0]), file, digest)
-    elif file is not None or digest is not None:
-        raise MmdistError("--from FILE, with or without --digest, is for one NAME.")
     with StepDisplay() as progress:
-        folders = pull(*names, file=file, progress=progress)
+        folders = pull(*names, file=file, digest=digest, progress=progress)
     for name, folder in folders.items():
         click.echo(f"{name}: {_source(folder)}, in {folder}")

@@ -142,10 +142,8 @@ def _download(url: str, part: Path, what: str, progress: Progress) -> None:
     have = _size(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
-        if have and response.status_code == requests.codes.requested_range_not_satisfiable:
-            part.unlink()  # it is not the beginning of this file
-            _download(url, part, what, progress)
-            return
+        if response.status_code == requests.codes.requested_range_not_satisfiable:
+            part.unlink()  # it is not the beginning of this file: the next attempt starts again
         response.raise_for_status()
         continued = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         done = have if continued else 0

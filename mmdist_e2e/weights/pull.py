@@ -14,43 +14,40 @@ from mmdist_e2e.store import write_json
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.download import Entry, Progress, check_digest, file_sha256
 from mmdist_e2e.weights.registry import (
-    ENTRIES,
     cached_folder,
     check_supplied,
     checkpoint_folder,
     find,
     install,
     is_available,
-    misfits,
-    nearest,
     pulled_file,
     read_config,
-    read_state,
-    write_checkpoint,
     write_files,
+    write_network,
 )
 
 
-def model_folder(name_or_path: str | Path, progress: Progress = None) -> Path:
-    """The checkpoint folder of a grounding model; a public one is pulled on first use.
-
-    Raises MmdistError where there is neither a folder nor a model of that name, and as `pull`.
-    """
-    name = str(name_or_path)
-    if Path(name).exists():
-        return Path(name)
-    if name not in ENTRIES or ENTRIES[name].kind != "model":
-        raise MmdistError(f"There is no folder and no model {name!r}{nearest(name, 'model')}.")
-    return pull(name, progress=progress)[name]
+def model_folder(name: str, progress: Progress = None) -> Path:
+    """The checkpoint folder of a grounding model by its name. Raises MmdistError as `pull`."""
+    return pull(find(name, "model").name, progress=progress)[name]
 
 
-def pull(*names: str, file: Path | None = None, progress: Progress = None) -> dict[str, Path]:
+def pull(
+    *names: str,
+    file: Path | None = None,
+    digest: str | None = None,
+    progress: Progress = None,
+) -> dict[str, Path]:
     """Put the names and all that they need into the cache; returns the folder of each.
 
-    file: the public file of the only name; by default, and for what it needs, downloaded.
+    file: the public file of the only name, and its SHA-256; by default it is downloaded.
     Raises MmdistError for an unknown name, a wrong file, a failed download, and, naming them all,
     for what only the user can supply.
     """
+    if file is not None or digest is not None:
+        if file is None or len(names) != 1:
+            raise MmdistError("--from FILE, with or without --digest, is for one NAME.")
+        check_file(find(names[0]), file, digest)
     wanted = dict.fromkeys(n for name in names for n in (*find(name).needs, name))
     entries = [find(name) for name in wanted]
     check_supplied(entry for entry in entries if file is None or entry.name not in names)
@@ -109,13 +106,7 @@ def write(entry: Entry, folder: Path, file: Path) -> None:
         from mmdist_e2e.extractors.runner import build
 
         assert entry.config is not None
-        state = read_state(entry, file)
-        if problems := misfits(build(entry.config).state_dict(), state):
-            raise MmdistError(
-                f"The file does not hold the weights {entry.name!r} ({problems}); give the file of "
-                f"{entry.url}."
-            )
-        write_checkpoint(entry, folder, file, state)
+        write_network(entry, folder, file, build(entry.config).state_dict())
 
 
 def extracted_features(
@@ -130,14 +121,13 @@ def extracted_features(
 
     import torch
 
+    from mmdist_e2e.extractors.networks.pca import COMPONENTS
     from mmdist_e2e.extractors.profiles import describe
     from mmdist_e2e.extractors.runner import build
 
     spec = describe(extractor, pca=pca)
     with torch.device("meta"):
-        own = build(spec.config).feature_channels
-    if spec.pca is not None:
-        own = spec.pca.basis_DK.shape[1]
+        own = COMPONENTS if pca else build(spec.config).feature_channels
     if own != channels:
         raise MmdistError(
             f"The checkpoint reads features of {channels} channels and the extractor "
@@ -145,15 +135,3 @@ def extracted_features(
             f"published features."
         )
     return spec.modality, spec.matters
-
-
-def damage(folder: Path) -> str:
-    """What is wrong with a folder, by the SHA-256 that were recorded of its files; or ""."""
-    try:
-        digests = read_config(folder)["files"]
-        bad = [name for name, digest in digests.items() if file_sha256(folder / name) != digest]
-    except KeyError:
-        return "an older version recorded no digests"
-    except (MmdistError, OSError) as error:
-        return str(error)
-    return f"{', '.join(bad)} changed since it was written" if bad else ""

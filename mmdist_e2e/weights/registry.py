@@ -128,6 +128,7 @@ PUBLIC: tuple[Entry, ...] = (
 SHIPPED_ROOT = Path(__file__).parent / "data"
 
 CPL = "https://github.com/minghangz/cpl/raw/main"
+PCA = "activitynet-pca"
 NO_LICENCE = "its repository gives no licence"
 
 
@@ -166,10 +167,10 @@ ENTRIES: dict[str, Entry] = {
             "ced320db35e7109b9a17966be8ac2ef915749553",
             "4384500e128d5c450b4b8de9e46f34b1223f8e64",
             "c3d-sports1m",
-            "activitynet-pca",
+            PCA,
         ),
         Entry(
-            "activitynet-pca",
+            PCA,
             "file",
             "PCA_activitynet_v1-3.hdf5, ActivityNet's PCA of C3D features; unknown",
             url="http://activity-net.org/challenges/2016/download.html",
@@ -192,6 +193,7 @@ DEFAULT_RGB_EXTRACTOR = "world2-rgb"
 SHIPPED_MODEL = SHIPPED_ROOT / "student-world2"
 # What config.json records of a public file, beside the entry's own config.
 RECORD = ("name", "trained_on", "source", "files")
+Writer = Callable[[Entry, Path, Path], None]
 
 
 def cache_folder() -> Path:
@@ -219,19 +221,17 @@ def is_available(entry: Entry) -> bool:
     return entry.ships or (cached_folder(entry) / "config.json").is_file()
 
 
-def find(name: str) -> Entry:
-    """The entry of a name. Raises MmdistError, with the nearest name, where there is none."""
-    if name not in ENTRIES:
-        raise MmdistError(f"The name {name!r} is unknown{nearest(name)}.")
-    return ENTRIES[name]
-
-
-def nearest(name: str, *kinds: str) -> str:
-    """For the message on an unknown name: what was meant, and the valid names, of some kinds."""
+def find(name: str, *kinds: str) -> Entry:
+    """The entry of a name, of some kinds. Raises MmdistError, with the nearest name, for others."""
     names = [entry.name for entry in ENTRIES.values() if not kinds or entry.kind in kinds]
+    if name in names:
+        return ENTRIES[name]
     near = get_close_matches(name, names, 1)
-    meant = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"{meant} valid: {', '.join(names)}"
+    meant = f" did you mean {near[0]!r}?" if near else ""
+    raise MmdistError(
+        f"{name!r} is unknown;{meant} valid: {', '.join(names)}, or a folder with config.json and "
+        f"model.safetensors."
+    )
 
 
 def checkpoint_folder(name_or_path: str) -> Path:
@@ -241,20 +241,15 @@ def checkpoint_folder(name_or_path: str) -> Path:
     Raises MmdistError for an unknown name, a folder that is no checkpoint, public weights that
     the user must supply, a failed download, a wrong digest, or a cache that cannot be written.
     """
-    entry = ENTRIES.get(name_or_path)
-    if entry is None or entry.kind not in ("shipped", "public"):
-        folder = Path(name_or_path)
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-            return folder
-        raise MmdistError(
-            f"The extractor {name_or_path!r} is unknown"
-            f"{nearest(name_or_path, 'shipped', 'public')}, or a folder with config.json and "
-            f"model.safetensors."
-        )
+    folder = Path(name_or_path)
+    whole = all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+    if whole and name_or_path not in ENTRIES:
+        return folder
+    entry = find(name_or_path, "shipped", "public")
     folder = cached_folder(entry)
     if not is_available(entry):
         check_supplied([entry])
-        install(entry, write_checkpoint)
+        install(entry, write_network, None)
     elif entry.kind == "public":
         config = read_config(folder)
         record = {key: config[key] for key in RECORD if key in config}
@@ -275,15 +270,10 @@ def check_supplied(entries: Iterable[Entry]) -> None:
         )
 
 
-def install(
-    entry: Entry,
-    write: Callable[[Entry, Path, Path], None],
-    file: Path | None = None,
-    progress: Progress = None,
-) -> None:
+def install(entry: Entry, write: Writer, file: Path | None, progress: Progress = None) -> None:
     """Make an entry's folder in the cache, one process at a time: the others wait and use it.
 
-    write: called with the entry, its folder and the public file. file: by default downloaded.
+    write: called with the entry, its folder and the public file; without `file` a download.
     Raises MmdistError as `fetch` and `write`, and when the cache cannot be written.
     """
     from filelock import FileLock
@@ -336,17 +326,19 @@ def read_state(entry: Entry, path: Path) -> dict[str, Tensor]:
     return {rename(key): value.contiguous() for key, value in state.items()}
 
 
-def write_checkpoint(
-    entry: Entry, folder: Path, file: Path, state: Mapping[str, Tensor] | None = None
+def write_network(
+    entry: Entry, folder: Path, file: Path, expected: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the model.safetensors of a public network and, last, its config.json.
-
-    state: what `file` holds, if it was read. Raises as `read_state` and write_atomically.
-    """
+    """Convert a video network's public file. Raises MmdistError where it is not as `expected`."""
     from safetensors.torch import save
 
-    content = save(dict(state or read_state(entry, file)))
-    write_files(entry, folder, file, {"model.safetensors": content})
+    state = read_state(entry, file)
+    if expected and (problems := misfits(expected, state)):
+        raise MmdistError(
+            f"The file does not hold the weights {entry.name!r} ({problems}); give the file of "
+            f"{entry.url}."
+        )
+    write_files(entry, folder, file, {"model.safetensors": save(state)})
 
 
 def write_files(entry: Entry, folder: Path, file: Path, files: Mapping[str, bytes]) -> None:
@@ -367,18 +359,9 @@ def source_of(file: Path) -> dict[str, Any]:
 
 
 def pulled_file(name: str) -> Path:
-    """Where the file of an entry of the kind "file" is kept."""
+    """The file of an entry of the kind "file". Raises MmdistError when the user must supply it."""
+    check_supplied([ENTRIES[name]])
     return cached_folder(ENTRIES[name]) / name
-
-
-def file_of_digest(digest: str) -> Path | None:
-    """The file in the cache whose SHA-256 begins so; None if there is none."""
-    for entry in ENTRIES.values():
-        if entry.kind == "file" and is_available(entry):
-            path = pulled_file(entry.name)
-            if read_config(path.parent)["source"]["sha256"].startswith(digest):
-                return path
-    return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -388,6 +371,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         if isinstance(config, dict):
             return config
     raise MmdistError(f"{folder} is not a checkpoint folder: config.json is missing or damaged.")
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a folder, by the SHA-256 that were recorded of its files; or ""."""
+    try:
+        files = {folder / name: digest for name, digest in read_config(folder)["files"].items()}
+        bad = [p.name for p, sha in files.items() if not p.is_file() or file_sha256(p) != sha]
+    except KeyError:
+        return "no digests were recorded"
+    except (MmdistError, OSError) as error:
+        return str(error)
+    return f"{', '.join(bad)} changed or went missing since" if bad else ""
 
 
 def weights_digest(folder: Path) -> str:
