@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mmdist_e2e.store import FeatureStore, fast_digest
 from mmdist_e2e.structures import Answer, Features, MmdistError, differences
+from mmdist_e2e.weights.pull import model_folder
 from mmdist_e2e.weights.registry import (
     DEFAULT_RGB_EXTRACTOR,
     ENTRIES,
@@ -288,8 +289,6 @@ def load(
 
     folder = SHIPPED_MODEL if model is None else _path("model", model)
     if not folder.is_dir():
-        from mmdist_e2e.weights.pull import model_folder
-
         folder = model_folder(str(folder))
     loaded = load_checkpoint(folder)
     if cache is True:

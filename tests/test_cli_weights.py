@@ -97,7 +97,7 @@ def test_a_wrong_digest_converts_nothing(narrow, monkeypatch, tmp_path):
     entry, file, _, _ = narrow
     right = entry.sha256
     convert = ("convert", entry.name, file, "--out", tmp_path / "out")
-    assert "--digest needs a SHA-256" in sentence(weights(*convert, "--digest", "abc"))
+    assert "not abc" in sentence(weights(*convert, "--digest", "abc"))
     assert "not 0000" in sentence(weights(*convert, "--digest", "0" * 64))
     without_digest(monkeypatch, entry)
     assert "not 0000" in sentence(weights(*convert, "--digest", "0" * 64))

@@ -98,7 +98,7 @@ def test_the_card_and_the_config_say_where_it_comes_from(files):
         assert fact in card, fact
     config = json.loads((files.out / "config.json").read_text())
     assert config["features"] == {"rgb": {"extractor": "external:hdf5"}}
-    assert config["converted_from"]["updates"] == 77
+    assert config["source"]["updates"] == 77
     assert config["longest_duration_seconds"] == 194.33
     assert str(files.folder) not in card + json.dumps(config)
 

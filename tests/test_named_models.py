@@ -117,7 +117,7 @@ def test_the_first_call_fetches_and_a_later_one_needs_no_network(charades, clip,
     assert len(charades.requests) == len(set(charades.paths)) == 3
     answer = json.loads(first.stdout)
     assert len(answer["moments"]) == 4
-    assert answer["trained_on"] == ("Charades-STA by CPL's public code, the released checkpoint")
+    assert answer["trained_on"] == ("Charades-STA by CPL's public code, CPL's released file")
     assert "home videos" in answer["warning"]
     for name in CHARADES:
         assert f"downloading {name}" in first.stderr
@@ -282,7 +282,7 @@ def test_the_digests_of_a_model_are_recorded(charades):
     config = read_config(folder)
     assert set(config["files"]) == {"model.safetensors", "words.safetensors"}
     assert config["source"]["bytes"] == place(charades.root, "cpl-charades").stat().st_size
-    assert config["converted_from"]["released"]
+    assert config["source"]["released"]
     assert damage(folder) == ""
     card = (folder / "README.md").read_text()
     assert "`i3d-rgb-charades` or `external:hdf5` or `external:npy`" in " ".join(card.split())

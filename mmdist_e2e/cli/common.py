@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 from mmdist_e2e.grounding.data.annotations import PROTOCOLS
+from mmdist_e2e.weights.pull import model_folder
 
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.batch import Outcome, Report, Video
@@ -129,8 +130,6 @@ PATH = click.Path(path_type=Path)
 
 def pulled(name: Path) -> Path:
     """The folder of a model that is given by name. Raises MmdistError as `model_folder`."""
-    from mmdist_e2e.weights.pull import model_folder
-
     with StepDisplay() as progress:
         return model_folder(str(name), progress)
 

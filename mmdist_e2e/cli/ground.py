@@ -26,8 +26,7 @@ from mmdist_e2e.structures import Answer, MmdistError
 @click.option(
     "--model",
     type=options.PATH,
-    help="Name of a model (see: mmdist weights list), or folder of a training run; by default "
-    "the model that ships.",
+    help="Name (see: mmdist weights list), or folder of a training run; default: shipped.",
 )
 @click.option(
     "--extractor",

@@ -11,7 +11,9 @@ from rich.table import Table
 from mmdist_e2e.cli.common import PATH, StepDisplay, results
 from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.weights import registry
 from mmdist_e2e.weights.download import Entry
+from mmdist_e2e.weights.pull import check_file, extracted_features, pull, write
 
 CPL = "cpl"
 OWN = Entry(CPL, "model", "", url="https://github.com/minghangz/cpl")
@@ -25,16 +27,16 @@ def weights_group() -> None:
 @weights_group.command("list")
 def list_command() -> None:
     """Show all extractors, files and models by name, and whether they need a download."""
-    from mmdist_e2e.weights.registry import ENTRIES, cached_folder, is_available, read_config
-
     table = Table(show_edge=False)
     for column in ("name", "kind", "modality", "network", "in the cache"):
         table.add_column(column, no_wrap=True)
     table.add_column("facts", overflow="fold")
-    for entry in ENTRIES.values():
-        config = entry.config or (read_config(cached_folder(entry)) if entry.ships else {})
+    for entry in registry.ENTRIES.values():
+        config = entry.config or (
+            registry.read_config(registry.cached_folder(entry)) if entry.ships else {}
+        )
         missing = "no" if entry.digest else "no, supply it"
-        held = "ships" if entry.ships else "yes" if is_available(entry) else missing
+        held = "ships" if entry.ships else "yes" if registry.is_available(entry) else missing
         what = config.get("modality", ""), config.get("network", "")
         table.add_row(*map(escape, (entry.name, entry.kind, *what, held, entry.facts)))
     results.print(table)
@@ -65,11 +67,8 @@ def convert_command(
     CPL's code (its folder is for evaluate and ground). FILE is verified if its digest is known,
     and opened without running any code in it.
     """
-    from mmdist_e2e.weights.pull import check_file, write
-    from mmdist_e2e.weights.registry import find
-
-    entry = OWN if name == CPL else find(name, "shipped", "public")
-    if name != CPL and (vocabulary is not None or extractor is not None):
+    entry = OWN if name == CPL else registry.find(name, "shipped", "public")
+    if name != CPL and (vocabulary or extractor):
         raise MmdistError(
             f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
         )
@@ -78,22 +77,16 @@ def convert_command(
     if name != CPL:
         write(entry, out, file)
         click.echo(f"{out}: {name}, {_source(out)}")
-    elif vocabulary is None:
+        return
+    if vocabulary is None:
         raise MmdistError(
             f"{CPL!r} needs --vocabulary: the glove.pkl that the checkpoint was trained with."
         )
-    else:
-        convert_grounding(file, vocabulary, out, extractor)
-
-
-def convert_grounding(file: Path, vocabulary: Path, out: Path, extractor: str | None) -> None:
-    """Convert a checkpoint of CPL. Raises MmdistError for files that do not fit."""
     from mmdist_e2e.weights.cpl import convert_cpl, read_cpl
-    from mmdist_e2e.weights.pull import extracted_features
 
     released = read_cpl(file)
-    extractor = "external:hdf5" if extractor is None else extractor
-    modality, matters = extracted_features(extractor, released.recipe.model.feature_dim)
+    reads = extractor or "external:hdf5"
+    modality, matters = extracted_features(reads, released.recipe.model.feature_dim)
     facts = convert_cpl(released, vocabulary, out, modality=modality, matters=matters)
     known = "CPL's released file" if facts["released"] else "not a file known to be released"
     click.echo(
@@ -104,24 +97,21 @@ def convert_grounding(file: Path, vocabulary: Path, out: Path, extractor: str | 
 
 def _source(folder: Path) -> str:
     """Size and SHA-256 of the public file that a folder was made from."""
-    from mmdist_e2e.weights.registry import read_config
-
-    source = read_config(folder).get("source")
+    source = registry.read_config(folder).get("source")
     return f"{source['bytes']:,} bytes, SHA-256 {source['sha256']}" if source else "ships"
 
 
 @weights_group.command("show")
 @click.argument("name")
 def show_command(name: str) -> None:
-    """Show how NAME's features are made, its files, its licence and that of its training data."""
+    """Show NAME's licence and its training data's, its file, and how its features are made."""
     from mmdist_e2e.extractors.profiles import profile_of
-    from mmdist_e2e.weights.registry import TERMS, cached_folder, find, is_available, read_config
 
-    entry = find(name)
-    folder = cached_folder(entry)
+    entry = registry.find(name)
+    folder = registry.cached_folder(entry)
     facts, _, licence = entry.facts.rpartition("; ")
-    terms = [f"{data}: {text}" for data, text in TERMS.items() if data in facts]
-    held = is_available(entry)
+    terms = [f"{data}: {text}" for data, text in registry.TERMS.items() if data in facts]
+    held = registry.is_available(entry)
     digest = entry.git_sha1 and f"{entry.git_sha1} (as a git object)"
     lines = {
         "what": facts,
@@ -133,7 +123,7 @@ def show_command(name: str) -> None:
         "folder": folder if held else f"not in the cache; get it with: mmdist pull {name}",
         "file": _source(folder) if held else None,
     }
-    config = entry.config or (read_config(folder) if held else {})
+    config = entry.config or (registry.read_config(folder) if held else {})
     if "network" in config:
         lines |= {"network": config["network"], **profile_of(config)}
     for key, value in lines.items():
@@ -148,20 +138,13 @@ def verify_command(names: tuple[str, ...]) -> None:
 
     NAMES: of weights, or folders; by default all that ship or are in the cache.
     """
-    from mmdist_e2e.weights.registry import (
-        ENTRIES,
-        SHIPPED_ROOT,
-        cached_folder,
-        damage,
-        find,
-        is_available,
-    )
-
     damaged = []
-    for name in names or [entry.name for entry in ENTRIES.values() if is_available(entry)]:
-        folder = Path(name) if Path(name).is_dir() else cached_folder(find(name))
-        if problem := damage(folder):
-            ships = folder.parent == SHIPPED_ROOT
+    for name in names or [
+        entry.name for entry in registry.ENTRIES.values() if registry.is_available(entry)
+    ]:
+        folder = Path(name) if Path(name).is_dir() else registry.cached_folder(registry.find(name))
+        if problem := registry.damage(folder):
+            ships = folder.parent == registry.SHIPPED_ROOT
             repair = "install mmdist" if ships else f"delete {folder} and run: mmdist pull {name}"
             damaged.append(f"{name}: {problem}; {repair}")
         else:
@@ -181,8 +164,6 @@ def pull_command(names: tuple[str, ...], file: Path | None, digest: str | None) 
     continues where it stopped. MMDIST_CACHE is the folder of the cache; MMDIST_MIRROR, the address
     of a server that has the same paths, is asked instead of the public ones.
     """
-    from mmdist_e2e.weights.pull import pull
-
     with StepDisplay() as progress:
         folders = pull(*names, file=file, digest=digest, progress=progress)
     for name, folder in folders.items():

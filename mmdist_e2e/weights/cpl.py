@@ -219,16 +219,15 @@ def convert_cpl(
             f"{f' but that for {owner.title}' if owner else ''}; give the glove.pkl of its data."
         )
     source = source_of(released.file)
-    known = {"released": is_released, "updates": released.updates}
+    source |= {"released": is_released, "updates": released.updates}
+    origin = "CPL's released file" if is_released else "not the file that CPL released"
     facts = {
         "seed": "unknown",
-        "trained_on": f"{dataset.title} by CPL's public code"
-        + (", the released checkpoint" if is_released else ""),
+        "trained_on": f"{dataset.title} by CPL's public code, {origin}",
         "warning": f"trained on {dataset.videos}: on other videos this is a guess.",
         "selected_by": "highest mIoU on the test split, as CPL chooses its best epoch",
         "longest_duration_seconds": dataset.longest_seconds,
         "source": source,
-        "converted_from": {"sha256": source["sha256"], **known},
         "accepts": list(accepts),
     }
     none_VLF = torch.empty(0, shape.length, shape.feature_dim)
@@ -236,7 +235,6 @@ def convert_cpl(
     save_checkpoint(
         out, model=model, recipe=recipe, vocabulary=vocabulary, table=table, facts=facts
     )
-    origin = "CPL's released file" if is_released else "not the file that CPL released"
     reads = " or ".join(f"`{each['extractor']}`" for each in (matters, *accepts))
     text = f"""# cpl: moments of a video from a sentence, converted from CPL
 
@@ -255,4 +253,4 @@ def convert_cpl(
   training data are guesses.
 """
     write_atomically(out / CARD, text.encode())
-    return source | known | {"dataset": dataset.title, "vocabulary": len(vocabulary)}
+    return source | {"dataset": dataset.title, "vocabulary": len(vocabulary)}

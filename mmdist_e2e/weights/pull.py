@@ -12,24 +12,13 @@ from typing import Any
 
 from mmdist_e2e.store import write_json
 from mmdist_e2e.structures import MmdistError, Provenance
+from mmdist_e2e.weights import registry
 from mmdist_e2e.weights.download import Entry, Progress, check_digest, file_sha256
-from mmdist_e2e.weights.registry import (
-    cached_folder,
-    check_supplied,
-    checkpoint_folder,
-    find,
-    install,
-    is_available,
-    pulled_file,
-    read_config,
-    write_files,
-    write_network,
-)
 
 
 def model_folder(name: str, progress: Progress = None) -> Path:
     """The checkpoint folder of a grounding model by its name. Raises MmdistError as `pull`."""
-    return pull(find(name, "model").name, progress=progress)[name]
+    return pull(registry.find(name, "model").name, progress=progress)[name]
 
 
 def pull(
@@ -47,31 +36,31 @@ def pull(
     if file is not None or digest is not None:
         if file is None or len(names) != 1:
             raise MmdistError("--from FILE, with or without --digest, is for one NAME.")
-        check_file(find(names[0]), file, digest)
-    wanted = dict.fromkeys(n for name in names for n in (*find(name).needs, name))
-    entries = [find(name) for name in wanted]
-    check_supplied(entry for entry in entries if file is None or entry.name not in names)
+        check_file(registry.find(names[0]), file, digest)
+    wanted = dict.fromkeys(n for name in names for n in (*registry.find(name).needs, name))
+    entries = [registry.find(name) for name in wanted]
+    registry.check_supplied(entry for entry in entries if file is None or entry.name not in names)
     for entry in entries:
         given = file if entry.name in names else None
-        if given or not is_available(entry):
-            install(entry, write, given, progress)
+        if given or not registry.is_available(entry):
+            registry.install(entry, write, given, progress)
         if entry.kind == "public":
-            checkpoint_folder(entry.name)
+            registry.checkpoint_folder(entry.name)
         elif entry.needs:
             _agree_with_needs(entry)
-    return {entry.name: cached_folder(entry) for entry in entries}
+    return {entry.name: registry.cached_folder(entry) for entry in entries}
 
 
 def _agree_with_needs(entry: Entry) -> None:
     """Make a model read the features that its extractor, with its profile and PCA, now gives."""
-    needs = {n: file_sha256(cached_folder(find(n)) / "config.json") for n in entry.needs}
-    path = cached_folder(entry) / "config.json"
-    config = read_config(path.parent)
+    extractor, *pca, _ = entry.needs
+    folders = {name: registry.cached_folder(registry.find(name)) for name in entry.needs}
+    needs = {name: file_sha256(folder / "config.json") for name, folder in folders.items()}
+    path = registry.cached_folder(entry) / "config.json"
+    config = registry.read_config(path.parent)
     if config.get("needs") != needs:
-        extractor, *pca, _ = entry.needs
-        reduced = pulled_file(pca[0]) if pca else None
-        channels = config["model"]["feature_dim"]
-        features = dict([extracted_features(extractor, channels, reduced)])
+        reduced = registry.pulled_file(pca[0]) if pca else None
+        features = dict([extracted_features(extractor, config["model"]["feature_dim"], reduced)])
         write_json(path, config | {"features": features, "needs": needs})
 
 
@@ -83,10 +72,7 @@ def check_file(entry: Entry, file: Path, digest: str | None) -> None:
         raise MmdistError(f"There is no file '{file}'; download it from {entry.url}.")
     check_digest(entry, file)
     if digest is not None:
-        digest = digest.strip().lower()
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise MmdistError(f"--digest needs a SHA-256 of 64 hexadecimal digits; got {digest!r}.")
-        check_digest(replace(entry, git_sha1=None, sha256=digest), file)
+        check_digest(replace(entry, git_sha1=None, sha256=digest.strip().lower()), file)
 
 
 def write(entry: Entry, folder: Path, file: Path) -> None:
@@ -94,19 +80,19 @@ def write(entry: Entry, folder: Path, file: Path) -> None:
     if entry.kind == "model":
         from mmdist_e2e.weights.cpl import PUBLISHED_FEATURES, convert_cpl, read_cpl
 
-        reads, words = {"extractor": entry.needs[0]}, pulled_file(entry.needs[-1])
+        reads, words = {"extractor": entry.needs[0]}, registry.pulled_file(entry.needs[-1])
         convert_cpl(read_cpl(file), words, folder, matters=reads, accepts=PUBLISHED_FEATURES)
     elif entry.kind == "file":
         if not entry.digest:
             from mmdist_e2e.extractors.networks.pca import Pca
 
             Pca.load(file)
-        write_files(entry, folder, file, {entry.name: file.read_bytes()})
+        registry.write_files(entry, folder, file, {entry.name: file.read_bytes()})
     else:
         from mmdist_e2e.extractors.runner import build
 
         assert entry.config is not None
-        write_network(entry, folder, file, build(entry.config).state_dict())
+        registry.write_network(entry, folder, file, build(entry.config).state_dict())
 
 
 def extracted_features(
@@ -131,7 +117,6 @@ def extracted_features(
     if own != channels:
         raise MmdistError(
             f"The checkpoint reads features of {channels} channels and the extractor "
-            f"{extractor!r} gives {own}; name another, or leave --extractor out to use the "
-            f"published features."
+            f"{extractor!r} gives {own}; name another, or external:hdf5 for published features."
         )
     return spec.modality, spec.matters

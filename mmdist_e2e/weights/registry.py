@@ -135,16 +135,11 @@ NO_LICENCE = "its repository gives no licence"
 def _cpl(data: str, title: str, model_id: str, words_id: str, *needs: str) -> tuple[Entry, Entry]:
     """CPL's checkpoint for a dataset and its vocabulary, by their ids as git objects."""
     model, glove = f"{CPL}/checkpoints/{data}/model-best.pt", f"{CPL}/data/{data}/glove.pkl"
-    facts = f"CPL (CVPR 2022), trained on {title}; {NO_LICENCE}"
-    words = Entry(
-        f"cpl-vocabulary-{data}",
-        "file",
-        f"CPL's words of {title}, with GloVe vectors of 300 numbers; {NO_LICENCE}",
-        url=glove,
-        git_sha1=words_id,
-    )
+    about = f"CPL's vocabulary of {title}, with GloVe vectors; {NO_LICENCE}"
+    words = Entry(f"cpl-vocabulary-{data}", "file", about, None, glove, words_id)
+    about = f"CPL (CVPR 2022), trained on {title}; {NO_LICENCE}"
     needs = (*needs, words.name)
-    return words, Entry(f"cpl-{data}", "model", facts, None, model, model_id, needs=needs)
+    return words, Entry(f"cpl-{data}", "model", about, None, model, model_id, needs=needs)
 
 
 ENTRIES: dict[str, Entry] = {
