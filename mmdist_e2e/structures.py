@@ -6,6 +6,7 @@ Shape suffixes: S snippets, D channels, L resampled positions.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +30,9 @@ class MmdistError(ValueError):
 def check_choice(name: str, value: str, valid: Sequence[str]) -> None:
     """Raises MmdistError unless `value` is one of the valid words."""
     if value not in valid:
-        raise MmdistError(f"{name} {value!r} is unknown; valid: {', '.join(valid)}.")
+        near = difflib.get_close_matches(value, valid, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise MmdistError(f"{name} {value!r} is unknown; valid: {', '.join(valid)}.{hint}")
 
 
 @dataclass(frozen=True)

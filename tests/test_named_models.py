@@ -269,8 +269,8 @@ def test_unknown_names_offer_the_nearest(clip):
         ("weights", "show", "cpl-charade"),
         ("weights", "verify", "cpl-charade"),
     ):
-        assert "did you mean 'cpl-charades'?" in sentence(run(*command))
-    with pytest.raises(MmdistError, match="did you mean 'cpl-activitynet'"):
+        assert "Did you mean 'cpl-charades'?" in sentence(run(*command))
+    with pytest.raises(MmdistError, match="Did you mean 'cpl-activitynet'"):
         mm.load("cpl-activitynets")
     with pytest.raises(MmdistError, match="'world2-rgb' is unknown"):
         mm.load("world2-rgb")

@@ -175,27 +175,27 @@ def test_an_interrupted_download_is_continued(big, served):
     entry, part, content = big
     served.drop_after = 300_000
     with pytest.raises(MmdistError, match="which continues after the ") as caught:
-        fetch(entry, part)
+        fetch(entry, part.parent)
     kept = part.stat().st_size
     assert f"{kept:,}" in str(caught.value)
     assert part.read_bytes() == content[:kept]
     assert len(served.requests) == 3  # it continues by itself, but not for ever
     served.drop_after = None
     seen: list[tuple[str, int, int]] = []
-    fetch(entry, part, lambda *step: seen.append(step))
+    fetch(entry, part.parent, lambda *step: seen.append(step))
     assert part.read_bytes() == content
     assert served.requests[-1] == ("/big", f"bytes={kept}-")
     assert served.sent < len(content) + 4 * 65536  # less than a block is lost with a connection
     assert seen[-1] == ("downloading big, MB", 1, 1)
     before = len(served.requests)
-    fetch(entry, part)  # whole: a process was killed before it was used
+    fetch(entry, part.parent)  # whole: a process was killed before it was used
     assert len(served.requests) == before
 
 
 def test_a_dropped_connection_alone_does_not_fail(big, served):
     entry, part, content = big
     served.drop_after = 600_000
-    fetch(entry, part)
+    fetch(entry, part.parent)
     assert part.read_bytes() == content
     assert len(served.requests) == 2
 
@@ -204,7 +204,7 @@ def test_a_server_that_sends_no_parts_starts_again(big, served):
     entry, part, content = big
     served.ranges = False
     part.write_bytes(content[:400_000])
-    fetch(entry, part)
+    fetch(entry, part.parent)
     assert part.read_bytes() == content
 
 
@@ -214,9 +214,9 @@ def test_a_partial_file_of_something_else_is_deleted(big, length):
     part.write_bytes(b"x" * length)
     if length < len(content):
         with pytest.raises(MmdistError, match=r"it is not the file 'big'.* was deleted"):
-            fetch(entry, part)
+            fetch(entry, part.parent)
         assert not part.exists()
-    fetch(entry, part)
+    fetch(entry, part.parent)
     assert part.read_bytes() == content
 
 
@@ -240,14 +240,14 @@ def test_a_full_disk_leaves_nothing_half_written(big, monkeypatch):
     with pytest.raises(
         MmdistError, match=r"No space left on device.*make room, or set MMDIST_CACHE"
     ):
-        fetch(entry, part)
+        fetch(entry, part.parent)
     assert not part.exists()
 
 
 def test_a_mirror_replaces_scheme_and_host(big, served, monkeypatch):
     entry, part, content = big
     monkeypatch.setenv("MMDIST_MIRROR", f"{served.url}/")
-    fetch(replace(entry, url="https://nowhere.invalid/big?raw=true"), part)
+    fetch(replace(entry, url="https://nowhere.invalid/big?raw=true"), part.parent)
     assert part.read_bytes() == content
 
 
@@ -279,9 +279,9 @@ def test_git_blob_digest_is_gits(tmp_path):
 
 
 def test_an_unknown_name_lists_the_valid_ones():
-    with pytest.raises(MmdistError, match="'i3d-rgb-imagnet' is unknown; did you mean ") as caught:
+    with pytest.raises(MmdistError, match="'i3d-rgb-imagnet' is unknown; valid: ") as caught:
         checkpoint_folder("i3d-rgb-imagnet")
-    assert "'i3d-rgb-imagenet'? valid: " in str(caught.value)
+    assert "Did you mean 'i3d-rgb-imagenet'?" in str(caught.value)
     assert all(name in str(caught.value) for name in ("world2-rgb", "world2-flow"))
     assert all(entry.name in str(caught.value) for entry in PUBLIC)
     assert "cpl-charades" not in str(caught.value)

@@ -23,11 +23,7 @@ from mmdist_e2e.structures import Answer, MmdistError
     type=click.Path(path_type=Path, allow_dash=True),
     help="File of more queries, one per line, in UTF-8; - reads them from standard input.",
 )
-@click.option(
-    "--model",
-    type=options.PATH,
-    help="Name (see: mmdist weights list), or folder of a training run; default: shipped.",
-)
+@click.option("--model", type=options.PATH, help="Name or folder of a model; default: shipped.")
 @click.option(
     "--extractor",
     "extractors",

@@ -83,11 +83,10 @@ class GroundingModel:
     def check_features(self, modality: str, matters: Mapping[str, Any]) -> None:
         """Raises MmdistError when features were not made like those of training, saying how.
 
-        A public model also accepts the features that its authors published ("accepts").
+        A public model also accepts the features that its authors published.
         """
-        if matters in self.config.get("accepts", ()):
-            return
-        if unlike := differences(self.matters[modality], matters):
+        is_published = matters in self.config.get("accepts", ())
+        if not is_published and (unlike := differences(self.matters[modality], matters)):
             raise MmdistError(
                 f"These {modality} features were not made as this model needs them: "
                 f"{'; '.join(unlike)}; extract them again with the model's extractor and settings."

@@ -46,9 +46,7 @@ SETTINGS = {
 }
 
 # What features must have that the authors published: they come as HDF5 or as .npy files.
-PUBLISHED_FEATURES: Sequence[Mapping[str, Any]] = [
-    Provenance.external(kind).matters for kind in ("hdf5", "npy")
-]
+PUBLISHED_FEATURES = [Provenance.external(kind).matters for kind in ("hdf5", "npy")]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 from mmdist_e2e.structures import MmdistError
 
 TIMEOUT_SECONDS = 60
-ATTEMPTS = 3  # of one download, each continuing the one before
 BLOCK_BYTES = 1 << 16
 
 Progress = Callable[[str, int, int], None] | None  # what, done, of how many
@@ -89,37 +88,37 @@ def check_digest(entry: Entry, path: Path) -> None:
             )
 
 
-def fetch(entry: Entry, part: Path, progress: Progress = None) -> None:
-    """Download an entry's file to `part`, continuing what is there, and verify it.
+def fetch(entry: Entry, folder: Path, progress: Progress = None) -> Path:
+    """Download an entry's file into `folder` and verify it; returns `folder`/DIGEST.part.
 
-    An interrupted download stays at `part` for the next call; a wrong digest or a full disk
-    deletes it. MMDIST_MIRROR replaces the scheme and host of the address. Raises MmdistError when
-    the download fails or the digest is wrong.
+    An interrupted download stays there and is continued by the next call; a wrong digest or a full
+    disk deletes it. MMDIST_MIRROR replaces the scheme and host of the address. Raises MmdistError
+    when the download fails or the digest is wrong.
     """
     import requests
 
-    assert entry.url
-    assert entry.digest
+    assert entry.url is not None
+    part = folder / f"{entry.digest}.part"
     mirror = os.environ.get("MMDIST_MIRROR")
     url = mirror.rstrip("/") + urlsplit(entry.url).path if mirror else entry.url
     with suppress(MmdistError):
         if _size(part):
             check_digest(entry, part)
-            return
-    for attempt in range(1, ATTEMPTS + 1):
+            return part
+    for is_last in (False, False, True):  # each attempt continues the one before
         before = _size(part)
         try:
             _download(url, part, f"downloading {entry.name}, MB", progress)
             break
         except requests.RequestException as error:
             size = _size(part)
-            if size != before and attempt < ATTEMPTS:
+            if size != before and not is_last:
                 continue
             kept = f", which continues after the {size:,} bytes that are kept" if size else ""
             raise MmdistError(
                 f"{entry.name!r} could not be downloaded from {url} ({_reason(error)}); connect to "
-                f"the network and try again{kept}, or bring the file from another machine "
-                f"(mmdist pull NAME --from FILE)."
+                f"the network and try again{kept}, or bring the file from another machine (for "
+                f"weights: mmdist pull NAME --from FILE)."
             ) from error
         except OSError as error:
             part.unlink(missing_ok=True)
@@ -133,6 +132,7 @@ def fetch(entry: Entry, part: Path, progress: Progress = None) -> None:
     except MmdistError as error:
         part.unlink()
         raise MmdistError(f"{error} What {url} sent was deleted.") from error
+    return part
 
 
 def _download(url: str, part: Path, what: str, progress: Progress) -> None:

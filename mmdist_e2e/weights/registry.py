@@ -12,12 +12,11 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdist_e2e.store import write_atomically, write_json
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MmdistError, check_choice
 from mmdist_e2e.weights.download import Entry, Progress, fetch, file_sha256
 
 if TYPE_CHECKING:
@@ -206,8 +205,7 @@ def cache_folder() -> Path:
 
 def cached_folder(entry: Entry) -> Path:
     """Where an entry is kept, whether it is there or not."""
-    root = SHIPPED_ROOT if entry.ships else cache_folder() / "weights"
-    return root / entry.name
+    return (SHIPPED_ROOT if entry.ships else cache_folder() / "weights") / entry.name
 
 
 def is_available(entry: Entry) -> bool:
@@ -219,14 +217,8 @@ def is_available(entry: Entry) -> bool:
 def find(name: str, *kinds: str) -> Entry:
     """The entry of a name, of some kinds. Raises MmdistError, with the nearest name, for others."""
     names = [entry.name for entry in ENTRIES.values() if not kinds or entry.kind in kinds]
-    if name in names:
-        return ENTRIES[name]
-    near = get_close_matches(name, names, 1)
-    meant = f" did you mean {near[0]!r}?" if near else ""
-    raise MmdistError(
-        f"{name!r} is unknown;{meant} valid: {', '.join(names)}, or a folder with config.json and "
-        f"model.safetensors."
-    )
+    check_choice("The name or folder", name, names)
+    return ENTRIES[name]
 
 
 def checkpoint_folder(name_or_path: str) -> Path:
@@ -274,16 +266,15 @@ def install(entry: Entry, write: Writer, file: Path | None, progress: Progress =
     from filelock import FileLock
 
     folder = cached_folder(entry)
-    part = folder.with_name(f"{entry.digest}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{entry.name}.lock")):
+            if file is None and is_available(entry):
+                return
+            source = file or fetch(entry, folder.parent, progress)
+            write(entry, folder, source)
             if file is None:
-                if is_available(entry):
-                    return
-                fetch(entry, part, progress)
-            write(entry, folder, file or part)
-            part.unlink(missing_ok=True)
+                source.unlink()
     except (OSError, NotImplementedError) as error:  # a file system without locks
         raise MmdistError(
             f"{entry.name!r} cannot be kept in {folder} "
