@@ -227,7 +227,8 @@ def test_show_tells_licences_and_where_from(name, monkeypatch, tmp_path):
         return
     assert shown["address"] == entry.url
     assert (entry.digest or "unknown: supply the file") in shown["digest"]
-    assert shown["folder"] == f"not in the cache; get it with: mmdist pull {name}"
+    bring = "" if entry.digest else " --from FILE"
+    assert shown["folder"] == f"not in the cache; get it with: mmdist pull {name}{bring}"
     assert shown.get("needs", "") == ", ".join(entry.needs)
 
 

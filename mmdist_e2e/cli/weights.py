@@ -111,7 +111,7 @@ def show_command(name: str) -> None:
     folder = registry.cached_folder(entry)
     facts, _, licence = entry.facts.rpartition("; ")
     terms = [f"{data}: {text}" for data, text in registry.TERMS.items() if data in facts]
-    held = registry.is_available(entry)
+    held, own = registry.is_available(entry), "" if entry.digest else " --from FILE"
     digest = entry.git_sha1 and f"{entry.git_sha1} (as a git object)"
     lines = {
         "what": facts,
@@ -120,7 +120,7 @@ def show_command(name: str) -> None:
         "needs": ", ".join(entry.needs),
         "address": entry.url,
         "digest": digest or entry.sha256 or (entry.url and "unknown: supply the file"),
-        "folder": folder if held else f"not in the cache; get it with: mmdist pull {name}",
+        "folder": folder if held else f"not in the cache; get it with: mmdist pull {name}{own}",
         "file": _source(folder) if held else None,
     }
     config = entry.config or (registry.read_config(folder) if held else {})

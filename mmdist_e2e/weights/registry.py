@@ -367,7 +367,7 @@ def damage(folder: Path) -> str:
     except KeyError:
         return "no digests were recorded"
     except (MmdistError, OSError) as error:
-        return str(error)
+        return str(error).removesuffix(".")
     return f"{', '.join(bad)} changed or went missing since" if bad else ""
 
 
