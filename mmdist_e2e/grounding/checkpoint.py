@@ -55,7 +55,6 @@ def save_checkpoint(
     files = {MODEL: save(weights)}
     if vectors.name != SHIPPED_NAME or vectors.digest != shipped_word_vectors().digest:
         files[WORDS] = vectors.to_bytes()
-    (folder / CONFIG).unlink(missing_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
     write_json(folder / VOCABULARY, {"words": list(vocabulary.words)})
