@@ -228,6 +228,19 @@ def test_a_tampered_file_is_refused_before_it_is_read(charades, clip, name, monk
     assert not cached_folder(ENTRIES[name]).joinpath("config.json").exists()
 
 
+def test_an_interrupted_download_is_continued_by_the_next_call(charades, clip):
+    ground = ("ground", clip, QUERY, "--model", "cpl-charades", "--json")
+    sizes = [place(charades.root, name).stat().st_size for name in CHARADES]
+    charades.drop_after = max(sizes) // 4
+    message = sentence(run(*ground))
+    assert "which continues after the" in message
+    assert len(list(cached_folder(ENTRIES["cpl-charades"]).parent.glob("*.part"))) == 1
+    charades.drop_after = None
+    assert run(*ground).exit_code == 0
+    assert sum(sizes) <= charades.sent < sum(sizes) + 4 * 16384
+    assert not list(cached_folder(ENTRIES["cpl-charades"]).parent.glob("*.part"))
+
+
 def test_without_a_network_it_is_one_sentence(charades, clip):
     charades.close()
     message = sentence(run("ground", clip, QUERY, "--model", "cpl-charades"))
@@ -320,8 +333,8 @@ def test_two_processes_ask_at_once_and_each_file_is_fetched_once(charades, clip,
 
 @pytest.mark.slow
 def test_the_networks_real_shape(server, monkeypatch, tmp_path):
-    """I3D at full width, and CPL's own sizes."""
-    clip = make_video(tmp_path / "clip.mp4", 24, rate=24, width=64, height=48)
+    """I3D at full width on three seconds, and a model of its 1,024 channels."""
+    clip = make_video(tmp_path / "clip.mp4", 72, rate=24, width=64, height=48)
     torch.manual_seed(3)
     torch.save(InceptionI3d(157, 3).state_dict(), place(server.root, CHARADES[0]))
     write_cpl(server.root, "charades", "CharadesSTA", 1024)

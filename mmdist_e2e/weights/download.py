@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from mmdist_e2e.structures import MmdistError
 
 TIMEOUT_SECONDS = 60
-BLOCK_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 14  # less than this is lost where a connection drops
 
 Progress = Callable[[str, int, int], None] | None  # what, done, of how many
 
