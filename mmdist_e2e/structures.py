@@ -78,6 +78,12 @@ class Answer(Sequence[Moment]):
         raw = asdict(self)
         return raw | {name: list(raw[name]) for name in ("unknown_words", "moments")}
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per moment, for a table: its rank, start, end and score, and what was asked."""
+        known = {name: getattr(self, name) for name in ("video", "query", "duration_seconds")}
+        ranked = enumerate(self.moments, start=1)
+        return [known | {"rank": rank, **asdict(m), "model": self.model} for rank, m in ranked]
+
     @property
     def table(self) -> str:
         """Query, video, moments and unknown words, as text."""

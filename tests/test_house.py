@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "mmdist_e2e"
-ROOMS = ("structures", "store", "weights", "extractors", "grounding", "pipeline", "cli")
+ROOMS = (
+    "structures",
+    "store",
+    "weights",
+    "extractors",
+    "grounding",
+    "pipeline",
+    "workspace",
+    "cli",
+)
 MAY_IMPORT = {
     "structures": set(),
     "store": {"structures"},
@@ -20,6 +29,7 @@ MAY_IMPORT = {
     "extractors": {"structures", "store", "weights"},
     "grounding": {"structures", "store", "weights"},
     "pipeline": {"structures", "store", "weights", "extractors", "grounding"},
+    "workspace": {"structures", "store", "weights", "grounding"},
     "cli": {*ROOMS},
 }
 ONLY_HERE = {  # library -> the files that may know it

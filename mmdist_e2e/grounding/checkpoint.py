@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from mmdist_e2e.weights.words import (
 FORMAT = 1
 CONFIG, MODEL, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
 WORDS = "words.safetensors"
+STATE = "state.safetensors"  # of a training, beside its checkpoint
 
 
 def save_checkpoint(
@@ -103,6 +105,17 @@ def load_checkpoint(folder: Path) -> GroundingModel:
             f"'{trained_with['name']}', and '{vectors.name}' is not the same; restore its {WORDS}."
         )
     return GroundingModel(model.eval(), recipe, Vocabulary(words, vectors), config)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a checkpoint's training is done, as its state says; without a state, it is."""
+    if not (folder / STATE).is_file():
+        return (folder / CONFIG).is_file()
+    with suppress(OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError):
+        with safe_open(folder / STATE, framework="pt") as file:
+            known = {key: json.loads(value) for key, value in file.metadata().items()}
+        return bool(known["progress"]["epoch"] >= known["identity"]["settings"]["epochs"])
+    return False
 
 
 def command_of(config: Mapping[str, Any]) -> str:
