@@ -96,7 +96,7 @@ def test_a_teacher_reads_two_modalities(both: Path, tmp_path: Path) -> None:
 def test_a_student_answers_without_flow(both: Path, tmp_path: Path) -> None:
     run = learn(both, tmp_path / "student")
     assert run.exit_code == 0, run.output
-    assert "--teacher TEACHER" in (tmp_path / "student" / "README.md").read_text()
+    assert "--teacher teacher --train A.json" in (tmp_path / "student" / "README.md").read_text()
     history = (tmp_path / "student" / "history.json").read_text()
     assert "distill_global" in history
     assert "distill_local" in history

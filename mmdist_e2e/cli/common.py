@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from mmdist_e2e.grounding.config import PRESETS
 from mmdist_e2e.grounding.data.annotations import PROTOCOLS
 from mmdist_e2e.weights.pull import model_folder
 from mmdist_e2e.workspace import OPTIONS
@@ -187,12 +188,19 @@ protocol = click.option(
     help="official keeps all queries; cpl drops those that end after their video.",
 )
 
+preset = click.option(
+    "--preset",
+    default="paper",
+    show_default=True,
+    type=click.Choice(list(PRESETS)),
+    help="Where settings come from: the paper, its values on ActivityNet Captions, or what did "
+    "better with few queries. --length and --set replace single ones.",
+)
+
 length = click.option(
     "--length",
-    default=64,
-    show_default=True,
     type=click.IntRange(min=4),
-    help="Positions L that features are resampled to.",
+    help="Positions L that features are resampled to.  [default: the preset's]",
 )
 
 device = click.option(

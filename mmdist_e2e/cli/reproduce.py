@@ -44,6 +44,7 @@ from mmdist_e2e.workspace import RUNS, fill
     help="Number of seeds of the other rows.",
 )
 @options.protocol
+@options.preset
 @options.length
 @options.device
 @SETTINGS
@@ -78,7 +79,7 @@ def reproduce_command(
         given[name] = given.pop(option)
     chosen = parse_settings(settings)
     source = world_of(given["test"]) or f"{given['features'].name} with {given['train'].name}"
-    vectors, device = load_word_vectors(given.pop("glove")), resolve_device(device)
+    vectors, device = load_word_vectors(given["glove"]), resolve_device(device)
     material = paper.Material(source=source, word_vectors=vectors, device=device, **given)
     if dry_run:
         done = paper.finished(out, paper.inputs_of(material, jobs, chosen))

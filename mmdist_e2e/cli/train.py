@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.table import Table
 
 from mmdist_e2e.cli import common as options
-from mmdist_e2e.cli.common import PATH, StepDisplay, results, say
+from mmdist_e2e.cli.common import PATH, StepDisplay, notes, results, say
 from mmdist_e2e.cli.extract import parse_modalities
+from mmdist_e2e.grounding.config import OURS, advice, configure
 from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.workspace import RUNS, fill
@@ -42,6 +45,7 @@ def train_group() -> None:
 
 
 OPTIONS = (  # of every recipe, in the order of the help
+    options.preset,
     options.places("rgb", "flow", "train", "val"),
     click.option(
         "--carve",
@@ -79,6 +83,11 @@ OPTIONS = (  # of every recipe, in the order of the help
     ),
     options.device,
     SETTINGS,
+    click.option(
+        "--tensorboard",
+        is_flag=True,
+        help="Also write the figures of log.csv for TensorBoard, to OUT/tensorboard.",
+    ),
 )
 
 
@@ -132,10 +141,11 @@ def _train(
         out = RUNS / (f"{recipe}-seed{given['seed']}" if given["seed"] else recipe)
         found += f" --out {out}"
     overrides = parse_settings(settings) | ({} if epochs is None else {"epochs": epochs})
-    vectors = load_word_vectors(given.pop("glove"))
+    vectors = load_word_vectors(given["glove"])
     with processes(resolve_device(device)) as device, StepDisplay() as display:
         first = rank() == 0
-        say(found if first else "")
+        if first:
+            say(found)
         summary = train_run(
             recipe_name=recipe,
             features_path=given.pop("rgb") or given["flow"],
@@ -148,6 +158,7 @@ def _train(
             word_vectors=vectors,
             overrides=overrides,
             device=device,
+            started=partial(_show, recipe, given["preset"]) if first else None,
             progress=display if first else None,
             **given,
         )
@@ -163,6 +174,28 @@ def _train(
     notes += [options.skipped(name, left) for name, left in summary["skipped"].items()]
     for line in (*notes, *summary["continued"], result):
         results.print(f"{out}: {line}", markup=False, soft_wrap=True)
+
+
+def _show(recipe: str, preset: str, settings: Mapping[str, Any], queries: int) -> None:
+    """Print every setting of a training, with the paper's value where it differs."""
+    paper = preset if preset != "small" else "paper"
+    standard = configure(recipe, preset=paper, modalities=2)
+    table = Table(title=f"Settings (preset {preset})", title_justify="left", show_edge=False)
+    for column in ("setting", "value", "paper or CPL, where it differs"):
+        table.add_column(column)
+    for name, value in settings.items():
+        part = standard.parts.get(standard.homes.get(name, ""))
+        other = getattr(part, name, value)
+        told = "" if other == value else _shown(other) + (" (ours)" if name in OURS else "")
+        table.add_row(name, _shown(value), told)
+    notes.print(table)
+    if text := advice(preset, queries):
+        say(text)
+
+
+def _shown(value: object) -> str:
+    """A setting's value as --set takes it."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mmdist_e2e.grounding.answer import GroundingModel
-from mmdist_e2e.grounding.config import Recipe, get_recipe
+from mmdist_e2e.grounding.config import Recipe
 from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.data.text import Vocabulary
@@ -118,34 +119,18 @@ def is_finished(folder: Path) -> bool:
     return False
 
 
-def command_of(config: Mapping[str, Any]) -> str:
-    """The command that trains such a model, with every setting that differs from the recipe's."""
-    model, training = config["model"], config["training"]
-    shape = {key: model[key] for key in ("feature_dim", "word_dim", "vocabulary_size", "length")}
-    channels = config.get("mutual", {}).get("channels", ())
-    standard = get_recipe(config["name"])(**shape, queries=config.get("queries"), channels=channels)
-    changed = {
-        name: config[part][name]
-        for name, part in standard.homes.items()
-        if name not in ("channels", "epochs")
-        and name in config[part]
-        and (own := getattr(standard.parts[part], name)) is not None
-        and config[part][name] != own
-    }
-    options = {
-        "length": model["length"],
-        "epochs": training["epochs"],
-        "modality": ",".join(config.get("modalities", config["features"])),
-    }
-    if "distill" in config:
-        options["teacher"] = "TEACHER"
-    if not config.get("validation"):
-        options["carve"] = 0
-    elif config.get("carved"):
-        options["carve"] = config["carved"]
-    words = [f"--{name} {value}" for name, value in options.items()]
-    words += [f"--set {name}={value}" for name, value in sorted(changed.items())]
-    return " ".join(["mmdist train", config["name"], *words, f"--seed {config['seed']}"])
+def command_line(recipe: str, options: Mapping[str, object], settings: Mapping[str, object]) -> str:
+    """`mmdist train` with these options, for a shell; absolute paths are cut to their names."""
+    words = ["mmdist", "train", recipe]
+    for name, value in options.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            absolute = isinstance(value, Path) and value.is_absolute()
+            words += [f"--{name}", Path(str(value)).name if absolute else str(value)]
+    for name, value in settings.items():
+        words += ["--set", f"{name}={str(value).lower()}"]
+    return shlex.join(words)
 
 
 def model_card(config: Mapping[str, Any]) -> str:
@@ -157,11 +142,12 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"{modality} features of {matters.get('extractor', '?')}"
         for modality, matters in config["features"].items()
     )
+    command = f"`{config['command']}`" if "command" in config else "not recorded"
     continued = "".join(f" {sentence}" for sentence in config.get("continued", ()))
     return f"""# {config["name"]}: moments of a video from a sentence
 
 - **Trained on**: {config["trained_on"]}; sentences and videos only, no timestamps.
-- **Command**: `{command_of(config)}`{continued}
+- **Command**: {command}{continued}
 - **Reads**: {reads}, {model["feature_dim"]} channels at {model["length"]} positions;
   sentences of at most 20 words by {config["word_vectors"]["name"]}.
 - **Chosen**: {config["selected_by"]}.
@@ -206,9 +192,8 @@ def annotations_digest(annotations: Iterable[Annotation], *, moments: bool = Tru
 
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
     """Every setting by its name, without what follows from the training data."""
-    derived = ("feature_dim", "word_dim", "vocabulary_size", "channels")
     values = {name: getattr(recipe.parts[part], name) for name, part in recipe.homes.items()}
-    return {"recipe": recipe.name} | {n: v for n, v in values.items() if n not in derived}
+    return {"recipe": recipe.name} | values
 
 
 def input_differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
