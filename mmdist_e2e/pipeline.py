@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mmdist_e2e.store import FeatureStore, fast_digest
 from mmdist_e2e.structures import Answer, Features, MmdistError, differences
+from mmdist_e2e.weights.pull import model_folder
 from mmdist_e2e.weights.registry import (
     DEFAULT_RGB_EXTRACTOR,
     ENTRIES,
+    PCA,
     SHIPPED_MODEL,
     cache_folder,
     checkpoint_folder,
+    pulled_file,
     read_config,
 )
 
@@ -121,13 +124,9 @@ class Grounder:
                 f"This model was trained on {name!r} features, which mmdist cannot extract by "
                 f"name; give the extractor's folder, or features instead of a video."
             )
-        if "pca" in matters:
-            raise MmdistError(
-                f"This model reads {modality} features that a PCA reduced; make them with "
-                f"mmdist extract --pca, and give features instead of a video."
-            )
+        pca = pulled_file(PCA) if "pca" in matters else None
         chosen = {key: matters[key] for key in ("mode", "fps_policy", "layer") if key in matters}
-        spec = describe(name, **chosen)
+        spec = describe(name, **chosen, pca=pca)
         if unlike := differences(matters, spec.matters):
             raise MmdistError(
                 f"The extractor {name!r} does not make the {modality} features that this model "
@@ -289,15 +288,20 @@ def load(
     """Load a grounding model; by default the shipped one.
 
     Args:
-        model: folder of a training run or a checkpoint.
+        model: folder of a training run or a checkpoint, or a name (see: mmdist weights list); a
+            public model is downloaded on first use, with its extractor and vocabulary.
         cache: folder of cached features; True for the user's cache folder, None for no caching.
         device, precision, extractor, features: see Grounder.
 
-    Raises MmdistError when the folder is no checkpoint, and as Grounder.
+    Raises MmdistError for an unknown name, a failed download, or a folder that is no checkpoint,
+    and as Grounder.
     """
     from mmdist_e2e.grounding.checkpoint import load_checkpoint
 
-    loaded = load_checkpoint(SHIPPED_MODEL if model is None else _path("model", model))
+    folder = SHIPPED_MODEL if model is None else _path("model", model)
+    if not folder.is_dir():
+        folder = model_folder(str(folder))
+    loaded = load_checkpoint(folder)
     if cache is True:
         cache = cache_folder() / "features"
     return Grounder(

@@ -51,7 +51,7 @@ class Answer(Sequence[Moment]):
     video: the path as given; "" where features were given.
     unknown_words: words of the query that the model does not read.
     model, trained_on: the model's name and its training data.
-    warning: why the answer may be wrong on real video; None for a model trained on real video.
+    warning: on which videos the answer is a guess; None where nothing is known.
     """
 
     video: str

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from mmdist_e2e.grounding.config import PRESETS
 from mmdist_e2e.grounding.data.annotations import PROTOCOLS
+from mmdist_e2e.weights.pull import model_folder
 from mmdist_e2e.workspace import OPTIONS
 
 if TYPE_CHECKING:
@@ -135,6 +136,13 @@ def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
 
 
 PATH = click.Path(path_type=Path)
+
+
+def pulled(name: Path) -> Path:
+    """The folder of a model that is given by name. Raises MmdistError as `model_folder`."""
+    with StepDisplay() as progress:
+        return model_folder(str(name), progress)
+
 
 PLACES = {  # what the options of a workspace are, and where they are looked for
     "rgb": "Features: a folder that mmdist extract wrote, an HDF5 file or a folder of VIDEO.npy.  "

@@ -55,6 +55,7 @@ def evaluate_command(
 
     if len(runs) > 1 and (out or given["predictions_path"]):
         raise MmdistError("--out and --predictions are for one run; omit them for several.")
+    runs = tuple(run if run.is_dir() else options.pulled(run) for run in runs)
     given |= {"runs": runs, "device": resolve_device(device)}
     say(fill("evaluate", given, "runs", MODALITIES, "annotations"))
     runs, given["features_path"] = given.pop("runs"), given.pop("rgb") or given["flow"]

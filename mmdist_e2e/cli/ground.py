@@ -29,8 +29,8 @@ from mmdist_e2e.workspace import RECIPES, VIDEOS, newest_run
 @click.option(
     "--model",
     type=options.PATH,
-    help="Folder of a training run.  [default: the newest finished run in runs/, a student before "
-    "a teacher before a baseline; without any, the model that ships]",
+    help="Name (see: mmdist weights list) or folder of a model.  [default: the newest finished run "
+    "in runs/, a student before a teacher before a baseline; without any, the model that ships]",
 )
 @click.option(
     "--extractor",
@@ -77,6 +77,8 @@ def ground_command(
     write = row_writer(out) if out else None
     if not clip.exists() and (VIDEOS / clip).is_file():
         clip = VIDEOS / clip
+    if model is not None and not model.is_dir():
+        model = options.pulled(model)
     run = newest_run(*RECIPES) if model is None else None
     grounder = load(
         model or run, device=device, cache=cache or True, extractor=extractors, features=features

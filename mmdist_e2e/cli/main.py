@@ -26,6 +26,7 @@ COMMANDS = {  # name -> module in this folder and the command in it
     "evaluate": "evaluate.evaluate_command",
     "reproduce": "reproduce.reproduce_command",
     "weights": "weights.weights_group",
+    "pull": "weights.pull_command",
 }
 
 

@@ -54,10 +54,12 @@ def save_checkpoint(
     facts: seed, trained_on, selected_by, and whatever else config.json shall record.
     """
     vectors = vocabulary.vectors
-    weights = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
-    write_atomically(folder / MODEL, weights)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    files = {MODEL: save(weights)}
     if vectors.name != SHIPPED_NAME or vectors.digest != shipped_word_vectors().digest:
-        write_atomically(folder / WORDS, vectors.to_bytes())
+        files[WORDS] = vectors.to_bytes()
+    for name, content in files.items():
+        write_atomically(folder / name, content)
     write_json(folder / VOCABULARY, {"words": list(vocabulary.words)})
     config = {
         "format": FORMAT,
@@ -66,6 +68,7 @@ def save_checkpoint(
         "modalities": list(table.matters),  # JSON objects have no order
         "features": {modality: dict(matters) for modality, matters in table.matters.items()},
         "word_vectors": {"name": vectors.name, "dim": vectors.dim, "digest": vectors.digest},
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         **facts,
     }
     write_atomically(folder / CARD, model_card(config).encode())
