@@ -48,7 +48,7 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
 @click.option(
     "--pca",
     type=common.PATH,
-    help="HDF5 or .npz file with x_mean and U that reduces the rows, as ActivityNet's C3D were.",
+    help="activitynet-pca, or an HDF5 or .npz file with x_mean and U that reduces the rows.",
 )
 @_choice(
     "--fps-policy",
@@ -84,10 +84,13 @@ def extract_command(
     """
     from mmdist_e2e.extractors.batch import Report, extract_many, find_videos
     from mmdist_e2e.store import FeatureStore, check_out
+    from mmdist_e2e.weights.registry import file_named
 
     given = {"paths": paths}
     say(fill("extract", given, "paths"))
     sampling = {name: settings.pop(name) for name in ("mode", "layer", "pca", "fps_policy")}
+    if sampling["pca"] is not None:
+        sampling["pca"] = file_named(sampling["pca"])
     wanted = parse_modalities(modality) if modality is not None else None
     specs = choose_extractors(wanted, extractors, **sampling)
     modalities = [spec.modality for spec in specs]

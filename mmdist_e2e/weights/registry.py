@@ -350,6 +350,13 @@ def pulled_file(name: str) -> Path:
     return cached_folder(ENTRIES[name]) / name
 
 
+def file_named(path: Path) -> Path:
+    """The path, or the file in the cache that it names. Raises MmdistError before it is pulled."""
+    entry = ENTRIES.get(str(path))
+    is_name = entry is not None and entry.kind == "file" and not path.exists()
+    return pulled_file(str(path)) if is_name else path
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json. Raises MmdistError when it is missing or holds no settings."""
     with suppress(OSError, ValueError):
