@@ -127,7 +127,7 @@ PUBLIC: tuple[Entry, ...] = (
 SHIPPED_ROOT = Path(__file__).parent / "data"
 
 CPL = "https://github.com/minghangz/cpl/raw/main"
-PCA = "activitynet-pca"
+PCA, PCA_PAGE = "activitynet-pca", "http://activity-net.org/challenges/2016/download.html"
 NO_LICENCE = "its repository gives no licence"
 
 
@@ -163,12 +163,7 @@ ENTRIES: dict[str, Entry] = {
             "c3d-sports1m",
             PCA,
         ),
-        Entry(
-            PCA,
-            "file",
-            "PCA_activitynet_v1-3.hdf5, ActivityNet's PCA of C3D features; unknown",
-            url="http://activity-net.org/challenges/2016/download.html",
-        ),
+        Entry(PCA, "file", "PCA_activitynet_v1-3.hdf5, for C3D features; unknown", None, PCA_PAGE),
     )
 }
 
