@@ -30,7 +30,7 @@ class MmdistError(ValueError):
 def check_choice(name: str, value: str, valid: Sequence[str]) -> None:
     """Raises MmdistError unless `value` is one of the valid words."""
     if value not in valid:
-        near = difflib.get_close_matches(value, valid, n=1)
+        near = difflib.get_close_matches(str(value), valid, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise MmdistError(f"{name} {value!r} is unknown; valid: {', '.join(valid)}.{hint}")
 
