@@ -74,7 +74,7 @@ class Index:
     """When each picture of a file is shown, and what the container claims.
 
     times_N: float64 player times in seconds, ascending; the first may be above 0.
-    duration_seconds: from 0 to the end of the last picture.
+    duration_seconds: from 0 to the end of the last picture. last_seconds: its length alone.
     exact: whether times_N was read from the packets alone, one picture each.
     plain: whether the n-th decoded picture is certainly shown, upright, at times_N[n].
     shape: [H, W, 3] of the first picture, upright; all others are scaled to it.
@@ -87,6 +87,7 @@ class Index:
     container: str
     times_N: NDArray[np.float64]
     duration_seconds: float
+    last_seconds: float
     exact: bool
     plain: bool
     shape: tuple[int, int, int]
@@ -372,7 +373,8 @@ def scan(path: Path, alive: Callable[[], None]) -> Index:
     regular = np.mean(np.abs(gaps - gap) < 0.1 * gap + 0.002) > 0.9
     if claimed is None and seconds is not None and regular:
         claimed = round((seconds - first) / gap)
-    end = max(max(ends) - zero, float(times_N[-1]) + (listed[-1][1] or gap))
+    length = listed[-1][1] or gap
+    end = max(max(ends) - zero, float(times_N[-1]) + length)
     plain = plain and exact and duration is not None
     shape = (0, 0, 3)
     index = Index(
@@ -380,6 +382,7 @@ def scan(path: Path, alive: Callable[[], None]) -> Index:
         kind,
         times_N,
         end,
+        length,
         exact,
         plain,
         shape,

@@ -145,8 +145,10 @@ def plan(
             return own, times_N + 1e-6, order_N / own
         late = np.abs((times_N - times_N[0]) * own - order_N).max() < 0.5
         fps = own if late else min(fps, max(own, sustained_fps(times_N)))
-    delay = (0.5 / fps - TIE_SECONDS) if policy == "exact" else ROUNDING_SECONDS
-    samples = max(1, math.ceil((index.duration_seconds - delay) * fps))
+    delay, end = ROUNDING_SECONDS, index.duration_seconds
+    if policy == "exact":
+        delay, end = 0.5 / fps - TIE_SECONDS, float(times_N[-1]) + index.last_seconds
+    samples = max(1, math.ceil((end - delay) * fps))
     times_M = np.arange(samples) / fps
     return fps, times_M + delay, times_M
 
