@@ -22,8 +22,7 @@ from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.batches import Item, batches, draw_masks
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.data.text import Sentence
-from mmdist_e2e.grounding.losses import BatchLoss
-from mmdist_e2e.grounding.teacher import TeacherAnswers
+from mmdist_e2e.grounding.losses import BatchLoss, Taught
 from mmdist_e2e.grounding.train import Trainer
 
 QUERIES, VIDEOS, L, FEATURES, WORDS, WORD_DIM, VOCABULARY = 10_602, 5_338, 200, 1024, 9, 300, 1111
@@ -46,11 +45,11 @@ def items() -> list[Item]:
     return made
 
 
-def answers() -> TeacherAnswers:
+def answers() -> Taught:
     generator = torch.Generator().manual_seed(1)
     spans = torch.rand(2, QUERIES, generator=generator).clamp(0.1, 0.9)
     maps_QL = torch.rand(QUERIES, L, generator=generator) * 2 - 1
-    return TeacherAnswers(*spans, maps_QL)
+    return Taught(*spans, maps_QL)
 
 
 def table_of(modalities: int) -> FeatureTable:

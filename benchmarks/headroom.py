@@ -25,7 +25,8 @@ from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.batches import make_items
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.evaluate import evaluate_run, truth_of
-from mmdist_e2e.grounding.teacher import TeacherAnswers, teach
+from mmdist_e2e.grounding.losses import Taught
+from mmdist_e2e.grounding.teacher import teach
 from mmdist_e2e.weights.words import shipped_word_vectors
 
 
@@ -35,21 +36,21 @@ def taught_by_timestamps(
     annotations: list[Annotation],
     table: FeatureTable,
     **rest: Any,
-) -> TeacherAnswers:
+) -> Taught:
     """In place of `cached_answers`: of every pair its first annotated moment."""
     del path  # nothing is kept
     answers = teach(teacher, annotations, table, **rest)
     spans_QT2, seconds_Q = truth_of(make_items(annotations, table, teacher.vocabulary))
     moments_Q2 = torch.from_numpy(spans_QT2[:, 0] / seconds_Q[:, None]).float()
     starts_Q1, ends_Q1 = moments_Q2[:, :1], moments_Q2[:, 1:]
-    maps_QL = answers.maps_QL
+    maps_QL = answers.maps_BL
     middle_L = (torch.arange(maps_QL.shape[1]) + 0.5) / maps_QL.shape[1]
     inside_QL = (middle_L >= starts_Q1) & (middle_L < ends_Q1)
     return replace(
         answers,
-        centers_Q=moments_Q2.mean(dim=1),
-        widths_Q=(ends_Q1 - starts_Q1).squeeze(1),
-        maps_QL=torch.where(inside_QL, maps_QL[inside_QL].mean(), maps_QL[~inside_QL].mean()),
+        centers_B=moments_Q2.mean(dim=1),
+        widths_B=(ends_Q1 - starts_Q1).squeeze(1),
+        maps_BL=torch.where(inside_QL, maps_QL[inside_QL].mean(), maps_QL[~inside_QL].mean()),
     )
 
 

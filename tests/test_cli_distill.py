@@ -173,13 +173,13 @@ def test_its_answers_are_what_it_answers(both: Path) -> None:
     answers = distill.teach(teacher, annotations, table)
     items = make_items(annotations, table, teacher.vocabulary)
     first = predict(teacher.model, items, table)
-    starts = (answers.centers_Q - answers.widths_Q / 2).clamp_min(0)
+    starts = (answers.centers_B - answers.widths_B / 2).clamp_min(0)
     np.testing.assert_allclose(starts, first.starts[:, 0], atol=1e-6)
     order = [3, 0, 5]
     batch = next(batches(items, table, 3, order))
     taught = answers.of(batch.items_B)
-    np.testing.assert_array_equal(taught.maps_BL, answers.maps_QL[order])
-    assert answers.maps_QL.shape == (len(items), 16)
+    np.testing.assert_array_equal(taught.maps_BL, answers.maps_BL[order])
+    assert answers.maps_BL.shape == (len(items), 16)
 
 
 def test_a_student_without_a_fitting_teacher_is_refused(both: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
 
 from mmdist_e2e.grounding.answer import GroundingModel
 from mmdist_e2e.grounding.config import Recipe
@@ -28,11 +27,7 @@ from mmdist_e2e.grounding.data.text import Vocabulary
 from mmdist_e2e.grounding.network import GlobalBranch, build_network
 from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.weights.words import (
-    SHIPPED_NAME,
-    read_safetensors,
-    shipped_word_vectors,
-)
+from mmdist_e2e.weights.words import SHIPPED_NAME, read_safetensors, shipped_word_vectors
 
 FORMAT = 1
 CONFIG, MODEL, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
@@ -162,22 +157,17 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def model_digest(trained: GroundingModel) -> str:
     """Of all that a model's answers depend on, besides features and query."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(trained.model.state_dict().items()):
+        weights.update(f"{name} {list(tensor.shape)}".encode())
+        weights.update(tensor.cpu().contiguous().numpy().tobytes())
     recipe = {k: v for k, v in trained.recipe.to_json().items() if k != "training"}
     vocabulary = trained.vocabulary
     words = [list(vocabulary.words), vocabulary.vectors.digest]
     longest = trained.config.get("longest_duration_seconds")
-    return digest_of([tensors_digest(trained.model.state_dict()), recipe, words, longest])
+    return digest_of([weights.hexdigest(), recipe, words, longest])
 
 
 def annotations_digest(annotations: Iterable[Annotation], *, moments: bool = True) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmdist_e2e.grounding.answer import spans
 from mmdist_e2e.grounding.config import LossConfig, MatchingConfig, Recipe
 from mmdist_e2e.grounding.data.batches import Batch
 from mmdist_e2e.grounding.network import (
@@ -103,10 +104,8 @@ def nearest_span(
     centers_BK: Tensor, widths_BK: Tensor, center_B: Tensor, width_B: Tensor
 ) -> Tensor:
     """[B]: the proposal of highest IoU with a span, both cut at the video's ends."""
-    starts_BK = (centers_BK - widths_BK / 2).clamp_min(0)
-    ends_BK = (centers_BK + widths_BK / 2).clamp_max(1)
-    start_B1 = (center_B - width_B / 2).clamp_min(0).unsqueeze(1)
-    end_B1 = (center_B + width_B / 2).clamp_max(1).unsqueeze(1)
+    starts_BK, ends_BK = spans(centers_BK, widths_BK)
+    start_B1, end_B1 = spans(center_B.unsqueeze(1), width_B.unsqueeze(1))
     shared_BK = (torch.minimum(ends_BK, end_B1) - torch.maximum(starts_BK, start_B1)).clamp_min(0)
     union_BK = (ends_BK - starts_BK) + (end_B1 - start_B1) - shared_BK
     return (shared_BK / union_BK.clamp_min(torch.finfo(union_BK.dtype).tiny)).argmax(dim=1)
@@ -114,11 +113,18 @@ def nearest_span(
 
 @dataclass(frozen=True)
 class Taught:
-    """A teacher's answers to a batch: the span of k^T in units of the video, and m^T."""
+    """A teacher's answers to B queries: the span of k^T in units of the video, and m^T.
+
+    k^T is the proposal of the highest score (Eq. 9).
+    """
 
     centers_B: Tensor
     widths_B: Tensor
     maps_BL: Tensor
+
+    def of(self, queries: Tensor) -> Taught:
+        """The answers to some of the queries, on the device of their numbers."""
+        return Taught(*(each[queries.cpu()].to(queries.device) for each in vars(self).values()))
 
 
 class BatchLoss(nn.Module):
@@ -148,9 +154,9 @@ class BatchLoss(nn.Module):
         pseudo = None
         if distill and distill.distill_global:
             assert taught is not None
-            spans = proposals.centers_BK, proposals.widths_BK
-            nearest_B = nearest_span(*spans, taught.centers_B, taught.widths_B)
-            pseudo = model.proposal_masks(*(pick(t, nearest_B) for t in spans))
+            places = proposals.centers_BK, proposals.widths_BK
+            nearest_B = nearest_span(*places, taught.centers_B, taught.widths_B)
+            pseudo = model.proposal_masks(*(pick(t, nearest_B) for t in places))
         terms = global_terms(model, proposals, batch.ids_BW, masked_BW, loss_config, ratio, pseudo)
         hinges = [term for name, term in terms.items() if name.startswith("hinge")]
         loss = (

@@ -1,12 +1,8 @@
-"""A student's teacher: what it answers to the training pairs, asked once and stored.
-
-Shape suffixes: Q queries, B batch, L positions.
-"""
+"""A student's teacher: what it answers to the training pairs, asked once and stored."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,36 +17,19 @@ from mmdist_e2e.grounding.answer import (
     score_proposals,
 )
 from mmdist_e2e.grounding.checkpoint import (
+    annotations_digest,
     digest_of,
     load_checkpoint,
     model_digest,
-    tensors_digest,
 )
 from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.batches import batches, make_items
-from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
+from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.losses import Taught, pick
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError
 
 FILE = "teacher.safetensors"
-
-
-@dataclass(frozen=True)
-class TeacherAnswers:
-    """Of every training query, in the order of the annotations.
-
-    centers_Q, widths_Q: the span of k^T = argmax of Eq. 9. maps_QL: m^T.
-    """
-
-    centers_Q: Tensor
-    widths_Q: Tensor
-    maps_QL: Tensor
-
-    def of(self, queries_B: Tensor) -> Taught:
-        """The answers to a batch, where the batch lies."""
-        device = queries_B.device
-        return Taught(*(each_Q[queries_B.cpu()].to(device) for each_Q in vars(self).values()))
 
 
 @torch.inference_mode()
@@ -60,7 +39,7 @@ def teach(
     table: FeatureTable,
     *,
     progress: Progress | None = None,
-) -> TeacherAnswers:
+) -> Taught:
     """Ask a teacher about the training pairs: eval mode, fixed masks, so no seed enters.
 
     table: features of the teacher's modalities. Raises MmdistError when they were made otherwise.
@@ -79,7 +58,7 @@ def teach(
         done += len(best_B)
         if progress:
             progress("asking the teacher", done, len(items))
-    return TeacherAnswers(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return Taught(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def cached_answers(
@@ -89,32 +68,25 @@ def cached_answers(
     table: FeatureTable,
     *,
     progress: Progress | None = None,
-) -> TeacherAnswers:
+) -> Taught:
     """`teach`, stored in `path` and read from there for the same teacher, pairs and features."""
-    pairs = [[a.video, a.sentence] for a in annotations]
-    features = [list(table.videos), tensors_digest({"features": table.data_VLF})]
-    identity = digest_of([model_digest(teacher), pairs, features])
+    pairs = annotations_digest(annotations, moments=False)
+    identity = digest_of([model_digest(teacher), pairs, table.digests])
     if path.is_file():
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("identity") == identity:
-                    return TeacherAnswers(**{n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError):
-            pass  # damaged: asked again, and replaced
+                    return Taught(**{n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError, TypeError):
+            pass  # damaged or of an older version: asked again, and replaced
     answers = teach(teacher, annotations, table, progress=progress)
     tensors = {name: tensor.contiguous() for name, tensor in vars(answers).items()}
     write_atomically(path, save(tensors, metadata={"identity": identity}))
     return answers
 
 
-def load_teacher(
-    run: Path | None,
-    annotations: Sequence[Annotation],
-    features_path: Path,
-    flow_features_path: Path | None,
-    length: int,
-) -> tuple[GroundingModel, FeatureTable]:
-    """A student's teacher, and the features that it reads of the training pairs.
+def load_teacher(run: Path | None, length: int) -> GroundingModel:
+    """A student's teacher.
 
     Raises MmdistError when a student of `length` positions cannot learn from it.
     """
@@ -134,5 +106,4 @@ def load_teacher(
             f"The teacher reads {recipe.model.length} positions and the student "
             f"{length}; give --length {recipe.model.length}."
         )
-    places = places_of(trained.modalities, features_path, flow_features_path)
-    return trained, load_features(places, [a.video for a in annotations], length=length)
+    return trained

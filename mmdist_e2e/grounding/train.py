@@ -36,7 +36,6 @@ from mmdist_e2e.grounding.checkpoint import (
     annotations_digest,
     command_line,
     digest_of,
-    load_checkpoint,
     model_digest,
     recipe_settings,
     refuse_other,
@@ -67,11 +66,11 @@ from mmdist_e2e.grounding.evaluate import (
     recall_metrics,
     video_seconds,
 )
-from mmdist_e2e.grounding.losses import BatchLoss
+from mmdist_e2e.grounding.losses import BatchLoss, Taught
 from mmdist_e2e.grounding.network import build_network
 from mmdist_e2e.grounding.parallel import rank, several, share
 from mmdist_e2e.grounding.teacher import FILE as TEACHER
-from mmdist_e2e.grounding.teacher import TeacherAnswers, cached_answers, load_teacher
+from mmdist_e2e.grounding.teacher import cached_answers, load_teacher
 from mmdist_e2e.store import check_out, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
@@ -138,7 +137,7 @@ class Trainer:
         items: Sequence[Item],
         table: FeatureTable,
         seed: int,
-        answers: TeacherAnswers | None = None,
+        answers: Taught | None = None,
     ) -> None:
         """answers: the teacher's, of the same items, where the recipe is a student's."""
         assert (recipe.distill is None) == (answers is None)
@@ -256,13 +255,6 @@ SELECTED_BY = {
 WATCHED = {"R@1,IoU=0.5": "R@1", "R@5,IoU=0.5": "R@5", "mIoU": "mIoU"}  # in progress
 
 
-def validate(trainer: Trainer, items: Sequence[Item], windows: Windows | None) -> dict[str, float]:
-    """Metrics as `mmdist evaluate` gives them; and `loss`, the mean L_rec[k*]: no timestamps."""
-    predictions = answer_items(trainer.model, items, trainer.table, windows)
-    metrics = recall_metrics(prediction_iou(predictions, items))
-    return metrics | {"loss": float(predictions.losses.min(axis=1).mean())}
-
-
 def train_run(
     *,
     recipe_name: str,
@@ -290,46 +282,45 @@ def train_run(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train a recipe from features and sentences; `out` becomes the best epoch's checkpoint.
+    """Train a recipe from features and sentences; returns a summary.
 
-    Writes out/ (best), out/last/ (last epoch), out/history.json, out/log.csv (the same figures) and
-    out/state.safetensors. A second call with the same inputs resumes or, with more epochs,
-    continues the run; a finished run is left as it is.
+    Writes out/ (the checkpoint of the best epoch), out/last/ (of the last one), out/history.json,
+    out/log.csv (the same figures) and out/state.safetensors. A second call with the same inputs
+    resumes or, with more epochs, continues the run; a finished run is left as it is.
 
-    carve: without `val_path`, the share of training videos set aside as validation; 0: no
-    validation, the last epoch is taken. modalities: what the network reads; flow_features_path: of
-    flow, if not stored with RGB. teacher: the run that a student learns from; its features are read
-    from the same paths. vocabulary_path: the words to predict (see `read_words`), by default those
-    of the training sentences. skip_missing: leave out queries of videos without features; summary
-    and checkpoint count them. overrides: settings by name, which replace the preset's, as `length`
-    does. glove: the file of `word_vectors`, for the card. tensorboard: also write out/tensorboard/,
-    the figures of log.csv. started: called before training with every setting and the number of
-    queries. more_epochs: whether a run may be continued past the epochs that it was started with.
-    Returns a summary.
+    flow_features_path: of flow, if not stored with RGB. carve: without `val_path`, the share of
+    training videos set aside as validation; 0: none, the last epoch is taken. vocabulary_path: the
+    words to predict (see `read_words`), by default those of the training sentences. skip_missing:
+    leave out queries of videos without features; summary and checkpoint count them. teacher: the
+    run that a student learns from; its features are read from the same paths. overrides: settings
+    by name, which replace the preset's, as `length` does. glove: the file of `word_vectors`, for
+    the card. tensorboard: also write out/tensorboard/, the figures of log.csv. started: called
+    before training with every setting and the number of queries. more_epochs: whether a run may be
+    continued past the epochs that it was started with.
 
     Timestamps are read for the figures of validation alone; they choose the checkpoint only with
     `select_by="val_recall"`. Raises MmdistError for unusable input, and when `out` holds a run of
     other inputs.
     """
     check_out(out)
-    overrides = dict(overrides or {})
-    shape: Any = {"preset": preset, "length": length, "modalities": len(modalities)}
-    recipe = configure(recipe_name, settings=overrides, **shape)
+    overrides = overrides or {}
+    recipe = configure(
+        recipe_name, preset=preset, length=length, settings=overrides, modalities=len(modalities)
+    )
     length = recipe.model.length
     if tensorboard and find_spec("tensorboard") is None:
         raise MmdistError(
             "--tensorboard needs a further package; run: pip install 'mmdist-e2e[tensorboard]'."
         )
-    events = out / EVENTS if tensorboard and rank() == 0 else None
     places = places_of(modalities, features_path, flow_features_path)
+    trained = load_teacher(teacher, length) if recipe.distill else None
+    taught = places_of(trained.modalities, features_path, flow_features_path) if trained else {}
     skipped: dict[str, dict[str, int]] = {}
 
     def load(split: str, path: Path) -> list[Annotation]:
         annotations = load_annotations(path, durations=durations, protocol=protocol)
         if skip_missing:
-            taught = load_checkpoint(teacher).modalities if teacher else ()
-            asked = places | places_of(taught, features_path, flow_features_path)
-            annotations, skipped[split] = having_features(annotations, asked)
+            annotations, skipped[split] = having_features(annotations, places | taught)
         return annotations
 
     train_annotations = load("train", train_path)
@@ -369,21 +360,14 @@ def train_run(
         **({"vocabulary": digest_of(vocabulary.words)} if words else {}),
         **{f"features ({modality})": digest for modality, digest in table.digests.items()},
     }
-    if recipe.distill is not None:
-        trained, taught_table = load_teacher(
-            teacher, train_annotations, features_path, flow_features_path, length
-        )
+    if trained:
+        taught_table = load_features(taught, [a.video for a in train_annotations], length=length)
         digests["teacher"] = model_digest(trained)
         for modality, digest in taught_table.digests.items():
             digests[f"features for the teacher ({modality})"] = digest
     carved = carve if carve and not val_path else None
     settings = recipe_settings(recipe) | {"seed": seed, "carve": carved}
-    inputs = {
-        "settings": settings,
-        "digests": digests,
-        "continued": [],
-    }
-    state_path = out / STATE
+    inputs = {"settings": settings, "digests": digests, "continued": []}
     found = _found(out, inputs, more_epochs=more_epochs)
     summary = {
         "out": str(out),
@@ -395,17 +379,20 @@ def train_run(
         "continued": inputs["continued"],
         "skipped": skipped,
     }
+    events = out / EVENTS if tensorboard and rank() == 0 else None
     if found.epoch == recipe.training.epochs:
-        with _event_log(events, found.history):
-            return summary | found.summary() | {"how": "finished before"}
+        if events:
+            write_events(events, found.history)
+        return summary | found.summary() | {"how": "finished before"}
     if started:
         warmup = {"warmup_updates": recipe.training.warmup(len(items))}
         started(settings | warmup, len(items))
 
     answers = None
-    if recipe.distill is not None:
-        asked = train_annotations, taught_table.to(device)
-        answers = cached_answers(out / TEACHER, trained, *asked, progress=progress)
+    if trained:
+        answers = cached_answers(
+            out / TEACHER, trained, train_annotations, taught_table.to(device), progress=progress
+        )
     trainer = Trainer(recipe, items, table, seed, answers)
     longest = max(video_seconds(item, table) for item in items)
     windows = cut_long_videos(val_items, table, places, longest_seconds=longest)
@@ -444,79 +431,62 @@ def train_run(
         **({"continued": inputs["continued"]} if inputs["continued"] else {}),
     }
     if found.epoch:
-        trainer.load_state(state_path)
+        trainer.load_state(out / STATE)
     elif rank() == 0:  # from now on, `out` is a run of these inputs
-        trainer.save_state(state_path, inputs)
+        trainer.save_state(out / STATE, inputs)
     save_in = partial(
         save_checkpoint, model=trainer.model, recipe=recipe, vocabulary=vocabulary, table=table
     )
-    select_by = recipe.training.select_by
-    with _event_log(events, found.history) as log_events:
-        while (state := trainer.state).epoch < recipe.training.epochs:
-            validation = _epoch(trainer, val_items, windows, progress)
-            epoch = state.epoch
-            score = float(epoch)
-            if select_by != "last":
-                score = (
-                    validation["R@1,IoU=0.5"] if select_by == "val_recall" else -validation["loss"]
-                )
-            now = facts | {"epoch": epoch, "validation": validation}
-            if best := score > state.best_score:
-                state.best_score, state.best_epoch = score, epoch
-            if rank() != 0:  # all processes hold the same weights, and one writes
-                continue
-            if best:
-                save_in(out, facts=now)
-            if epoch == recipe.training.epochs:
-                save_in(out / LAST, facts=now | {"selected_by": SELECTED_BY["last"]})
-            write_json(out / HISTORY, state.history)
-            write_atomically(out / LOG, _csv(state.history).encode())
-            # Last, so that a run killed before it repeats the whole epoch.
-            trainer.save_state(state_path, inputs)
-            log_events(state.history[-1:])
+    while (state := trainer.state).epoch < recipe.training.epochs:
+        _epoch(trainer, val_items, windows, progress)
+        if rank() != 0:  # all processes hold the same weights, and one writes
+            continue
+        now = facts | {"epoch": state.epoch, "validation": state.history[-1]["validation"]}
+        if state.best_epoch == state.epoch:
+            save_in(out, facts=now)
+        if state.epoch == recipe.training.epochs:
+            save_in(out / LAST, facts=now | {"selected_by": SELECTED_BY["last"]})
+        write_json(out / HISTORY, state.history)
+        write_atomically(out / LOG, _csv(state.history).encode())
+        # A run that is killed before this repeats the whole epoch.
+        trainer.save_state(out / STATE, inputs)
+        if events:
+            write_events(events, state.history)
     how = f"resumed after epoch {found.epoch}" if found.epoch else "trained"
     return summary | trainer.state.summary() | {"how": how}
 
 
-def _figures(entry: Mapping[str, Any]) -> dict[str, float]:
-    """Of an epoch of the history: every term of the loss, every figure of validation."""
-    validation = {f"validation {name}": value for name, value in entry["validation"].items()}
-    return {**entry["losses"], **validation}
-
-
-@contextmanager
-def _event_log(folder: Path | None, history: History) -> Iterator[Callable[[History], None]]:
-    """Gives a function that adds epochs to TensorBoard's events in `folder`; None: it does nothing.
-
-    What earlier calls wrote is replaced by `history`, so that no step appears twice.
-    """
-    if folder is None:
-        yield lambda entries: None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    with SummaryWriter(folder) as writer:
-
-        def add(entries: History) -> None:
-            for entry in entries:
-                for name, value in _figures(entry).items():
-                    writer.add_scalar(name, value, entry["epoch"])
-            writer.flush()
-
-        add(history)
-        yield add
+def _rows(history: History) -> list[dict[str, Any]]:
+    """Of every epoch its number, every term of the loss and every figure of validation."""
+    return [
+        {"epoch": entry["epoch"]}
+        | entry["losses"]
+        | {f"validation {name}": value for name, value in entry["validation"].items()}
+        for entry in history
+    ]
 
 
 def _csv(history: History) -> str:
-    """One line per epoch: its number and its figures."""
-    rows = [{"epoch": entry["epoch"]} | _figures(entry) for entry in history]
+    rows = _rows(history)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def write_events(folder: Path, history: History) -> None:
+    """Replace TensorBoard's events in `folder`, so that no step appears twice."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    # purge_step: a TensorBoard that is open forgets what it read from the old events.
+    with SummaryWriter(folder, purge_step=0) as writer:
+        for row in _rows(history):
+            epoch = row.pop("epoch")
+            for name, value in row.items():
+                writer.add_scalar(name, value, epoch)
 
 
 def _found(out: Path, inputs: dict[str, Any], *, more_epochs: bool) -> TrainingState:
@@ -562,25 +532,35 @@ def _epoch(
     val_items: Sequence[Item],
     windows: Windows | None,
     progress: Progress | None,
-) -> dict[str, float]:
-    """Train an epoch, add it to the history, and return its validation.
+) -> None:
+    """Train an epoch, add it to the history, and note whether it is the best so far.
 
     Raises MmdistError, before anything is saved, when a loss or weight is not finite.
     """
     losses = trainer.run_epoch(progress)
-    epoch = trainer.state.epoch
+    state, training = trainer.state, trainer.recipe.training
+    epoch = state.epoch
     weights = all(bool(p.isfinite().all()) for p in trainer.model.parameters())
-    validation = validate(trainer, val_items, windows) if val_items and weights else {}
+    validation: dict[str, float] = {}
+    if val_items and weights:
+        predictions = answer_items(trainer.model, val_items, trainer.table, windows)
+        validation = recall_metrics(prediction_iou(predictions, val_items))
+        validation["loss"] = float(predictions.losses.min(axis=1).mean())
     if not weights or not all(map(math.isfinite, (*losses.values(), *validation.values()))):
         raise MmdistError(
             f"The loss is no longer finite in epoch {epoch}; lower the learning rate, or look "
             f"for extreme values in the features."
         )
-    trainer.state.history.append({"epoch": epoch, "losses": losses, "validation": validation})
+    state.history.append({"epoch": epoch, "losses": losses, "validation": validation})
+    score = float(epoch)
+    if training.select_by != "last":
+        by_recall = training.select_by == "val_recall"
+        score = validation["R@1,IoU=0.5"] if by_recall else -validation["loss"]
+    if score > state.best_score:
+        state.best_score, state.best_epoch = score, epoch
     if progress:
         figures = {"loss": losses["loss"]}
         figures |= {short: validation[k] for k, short in WATCHED.items() if k in validation}
         told = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
-        what = f"epoch {epoch} of {trainer.recipe.training.epochs}: {told}"
+        what = f"epoch {epoch} of {training.epochs}: {told}"
         progress(what, len(trainer.items), len(trainer.items))
-    return validation
