@@ -294,7 +294,7 @@ def test_without_a_writable_home_there_is_an_answer(load, clip, monkeypatch):
     monkeypatch.setenv("HOME", "/proc/nothing")
     grounder = load(cache=True)
     with pytest.warns(UserWarning, match="cannot be written"):
-        assert len(grounder.ground(clip, QUERY)) == 3
+        assert grounder.ground(clip, QUERY)
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no zip", None])

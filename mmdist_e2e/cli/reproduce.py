@@ -75,10 +75,11 @@ def reproduce_command(
     )
     check_out(out)
     say(fill("reproduce", given, *MODALITIES, "train", "annotations"))
-    for name, option in (("features", "rgb"), ("flow_features", "flow"), ("test", "annotations")):
-        given[name] = given.pop(option)
     chosen = parse_settings(settings)
-    source = world_of(given["test"]) or f"{given['features'].name} with {given['train'].name}"
+    source = world_of(given["annotations"]) or f"{given['rgb'].name} with {given['train'].name}"
+    names = {"rgb": "features", "flow": "flow_features", "train": "train", "val": "val"}
+    for option, name in (names | {"annotations": "test"}).items():
+        given[f"{name}_path"] = given.pop(option)
     vectors, device = load_word_vectors(given["glove"]), resolve_device(device)
     material = paper.Material(source=source, word_vectors=vectors, device=device, **given)
     if dry_run:

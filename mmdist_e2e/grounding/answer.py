@@ -75,22 +75,20 @@ class GroundingModel:
         own: str | None = self.config.get("warning")
         return SYNTHETIC_WARNING if "synthetic world" in self.trained_on else own
 
-    def check_table(self, table: FeatureTable) -> None:
-        """`check_features` of every modality."""
-        for modality, matters in table.matters.items():
-            self.check_features(modality, matters)
-
-    def check_features(self, modality: str, matters: Mapping[str, Any]) -> None:
+    def check_features(self, made: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises MmdistError when features were not made like those of training, saying how.
 
-        A public model also accepts the features that its authors published.
+        made: by modality, what matters of their provenance. A public model also accepts the
+        features that its authors published.
         """
-        is_published = matters in self.config.get("accepts", ())
-        if not is_published and (unlike := differences(self.matters[modality], matters)):
-            raise MmdistError(
-                f"These {modality} features were not made as this model needs them: "
-                f"{'; '.join(unlike)}; extract them again with the model's extractor and settings."
-            )
+        for modality, matters in made.items():
+            is_published = matters in self.config.get("accepts", ())
+            if not is_published and (unlike := differences(self.matters[modality], matters)):
+                raise MmdistError(
+                    f"These {modality} features were not made as this model needs them: "
+                    f"{'; '.join(unlike)}; extract them again with the model's extractor and "
+                    f"settings."
+                )
 
     def check_query(self, query: str) -> Sentence:
         """The query as the network reads it.
@@ -122,8 +120,7 @@ class GroundingModel:
                 f"{', '.join(sorted(features)) or 'none'}."
             )
         given = [features[modality] for modality in self.modalities]
-        for modality, each in zip(self.modalities, given, strict=True):
-            self.check_features(modality, each.provenance.matters)
+        self.check_features({each.modality: each.provenance.matters for each in given})
         longest = float(self.config["longest_duration_seconds"])
         starts = window_starts(given[0].duration_seconds, longest)
         if len(starts) == 1:

@@ -11,20 +11,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmdist_e2e.grounding.answer import (
-    Predictions,
-    Progress,
-    cut,
-    merge,
-    predict,
-    window_starts,
-)
+from mmdist_e2e.grounding.answer import Predictions, Progress, cut, merge, predict, window_starts
 from mmdist_e2e.grounding.checkpoint import (
     annotations_digest,
     digest_of,
@@ -267,25 +261,25 @@ def evaluate_items(
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     """Metrics of a model and of its four controls; and its predictions."""
-    predictions = answer_items(model, items, table, windows, progress=progress)
-    iou_QK = prediction_iou(predictions, items)
-    span, constant_iou_Q = best_constant_span(*truth_of(items))
+
+    def answer(network: GlobalBranch, asked: Sequence[Item]) -> tuple[Predictions, Array]:
+        predictions = answer_items(network, asked, table, windows, progress=progress)
+        return predictions, prediction_iou(predictions, items)
+
+    predictions, iou_QK = answer(model, items)
     order = shuffled_order([item.annotation.video for item in items])
-    asked = [
-        replace(item, sentence=items[j].sentence) for item, j in zip(items, order, strict=True)
-    ]
-    shuffled = answer_items(model, asked, table, windows, progress=progress)
+    others = [replace(i, sentence=items[j].sentence) for i, j in zip(items, order, strict=True)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        untrained_model = build_network(recipe).to(table.data_VLF.device)
-    untrained = answer_items(untrained_model, items, table, windows, progress=progress)
+        untrained = build_network(recipe).to(table.data_VLF.device)
+    span, constant_iou_Q = best_constant_span(*truth_of(items))
     result = {
         "metrics": recall_metrics(iou_QK),
         "controls": {
             "best constant span": recall_metrics(constant_iou_Q[:, None]),
             "random own proposal": random_proposal_metrics(iou_QK, np.isfinite(predictions.scores)),
-            "untrained network": recall_metrics(prediction_iou(untrained, items)),
-            "shuffled queries": recall_metrics(prediction_iou(shuffled, items)),
+            "untrained network": recall_metrics(answer(untrained, items)[1]),
+            "shuffled queries": recall_metrics(answer(model, others)[1]),
         },
         "best_constant_span": list(span),
         "queries": len(items),
@@ -355,7 +349,7 @@ def evaluate_run(
         annotations, skipped["skipped"] = having_features(annotations, places)
     videos = [a.video for a in annotations]
     table = load_features(places, videos, length=trained.recipe.model.length).to(device)
-    trained.check_table(table)
+    trained.check_features(table.matters)
     items = make_items(annotations, table, trained.vocabulary)
     inputs = {
         "settings": {"protocol": protocol},
@@ -408,9 +402,5 @@ def spread_over_runs(
     spread = []
     for name, metrics in rows[0].items():
         values = {metric: [row[name][metric] for row in rows] for metric in metrics}
-        spread.append((name, {metric: _mean_and_deviation(v) for metric, v in values.items()}))
+        spread.append((name, {m: (mean(v), stdev(v) if v[1:] else 0.0) for m, v in values.items()}))
     return spread
-
-
-def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

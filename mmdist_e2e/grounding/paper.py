@@ -191,20 +191,20 @@ LOCKS = ".locks"
 
 @dataclass(frozen=True)
 class Material:
-    """What every row is trained and scored on; source: the same in words."""
+    """What every row is trained and scored on, by the names of `train_run`; source: in words."""
 
     source: str
-    features: Path
-    flow_features: Path | None
-    train: Path
-    val: Path | None
-    test: Path
+    features_path: Path
+    flow_features_path: Path | None
+    train_path: Path
+    val_path: Path | None
+    test_path: Path
     word_vectors: WordVectors
     durations: Path | None = None
     protocol: str = "official"
     preset: str = "paper"
     length: int | None = None
-    glove: Path | None = None  # the file of `word_vectors`
+    glove: Path | None = None
     device: str = "cpu"
 
 
@@ -224,10 +224,10 @@ def inputs_of(
         load_annotations(path, durations=material.durations, protocol=material.protocol)
         if path is not None
         else []
-        for path in (material.train, material.val, material.test)
+        for path in (material.train_path, material.val_path, material.test_path)
     )
     modalities: Sequence[str] = [m for m in BOTH if any(m in row.modalities for row, _ in jobs)]
-    places = places_of(modalities, material.features, material.flow_features)
+    places = places_of(modalities, material.features_path, material.flow_features_path)
     videos = [a.video for a in (*train, *val, *test)]
     read = load_features(places, videos, length=1).digests  # of what is read, whatever the length
     words = {word for a in train for word in tokenize(a.sentence)}
@@ -333,7 +333,9 @@ def reproduce(
                 start = time.monotonic()
                 names = inputs[row, seed]["settings"]
                 own = {name: value for name, value in settings.items() if name in names}
-                result = _train_and_score(material, row, seed, out, own, progress, started)
+                result = _train_and_score(
+                    material, row, seed, out, own, progress=progress, started=started
+                )
                 seconds = round(time.monotonic() - start, 1)
                 done = {"result": result, "seconds": seconds, "inputs": inputs[row, seed]}
                 write_json(run / DONE, done)
@@ -350,41 +352,31 @@ def reproduce(
 
 
 def _train_and_score(
-    material: Material,
-    row: Row,
-    seed: int,
-    out: Path,
-    settings: Mapping[str, Any],
-    progress: Progress | None,
-    started: Callable[[Mapping[str, Any], int], None],
+    material: Material, row: Row, seed: int, out: Path, settings: Mapping[str, Any], **told: Any
 ) -> dict[str, Any]:
+    """told: `progress` and `started` of `train_run`."""
     run, teacher = run_of(out, row, seed), run_of(out, TEACHER, seed)
     if row.taught and not (teacher / DONE).is_file():
         raise MmdistError(f"its teacher '{teacher}' is not finished.")
-    shared: dict[str, Any] = {
-        "features_path": material.features,
-        "flow_features_path": material.flow_features,
-        "durations": material.durations,
-        "protocol": material.protocol,
-        "device": material.device,
-        "progress": progress,
+    given = {
+        name: value for name, value in vars(material).items() if name not in ("source", "test_path")
     }
     train_run(
         recipe_name=row.recipe,
-        train_path=material.train,
-        val_path=material.val,
         out=run,
         seed=seed,
-        word_vectors=material.word_vectors,
         modalities=row.modalities,
         teacher=teacher if row.taught else None,
-        preset=material.preset,
-        length=material.length,
-        glove=material.glove,
-        started=started,
         overrides={**settings, **row.settings},
         more_epochs=False,
-        **shared,
+        **given,
+        **told,
     )
-    result = evaluate_run(run, annotations_path=material.test, **shared)
+    same = ("features_path", "flow_features_path", "durations", "protocol", "device")
+    result = evaluate_run(
+        run,
+        annotations_path=material.test_path,
+        progress=told["progress"],
+        **{name: given[name] for name in same},
+    )
     return {name: value for name, value in result.items() if name != "out"}

@@ -44,7 +44,7 @@ def teach(
 
     table: features of the teacher's modalities. Raises MmdistError when they were made otherwise.
     """
-    teacher.check_table(table)
+    teacher.check_features(table.matters)
     model = teacher.model.to(table.data_VLF.device).eval()
     items = make_items(annotations, table, teacher.vocabulary)
     parts: list[tuple[Tensor, ...]] = []
