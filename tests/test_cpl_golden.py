@@ -19,7 +19,7 @@ from test_models import batch_loss
 from mmdist_e2e.grounding.config import GlobalConfig, LossConfig
 from mmdist_e2e.grounding.data.batches import Batch
 from mmdist_e2e.grounding.losses import diversity_loss
-from mmdist_e2e.grounding.network import GlobalBranch, reconstruction_loss
+from mmdist_e2e.grounding.network import GroundingNetwork, reconstruction_loss
 
 CONFIG = GlobalConfig(
     feature_dim=6, word_dim=5, vocabulary_size=9, length=40, hidden=16, heads=2, layers=2,
@@ -114,7 +114,9 @@ def numbers(*shape: int, seed: int) -> np.ndarray:
 
 def weights() -> dict[str, np.ndarray]:
     """Every tensor of the network, in the order of their names."""
-    shapes = {key: tuple(value.shape) for key, value in GlobalBranch(CONFIG).state_dict().items()}
+    shapes = {
+        key: tuple(value.shape) for key, value in GroundingNetwork(CONFIG).state_dict().items()
+    }
     made = {}
     for seed, (key, shape) in enumerate(sorted(shapes.items()), start=1):
         values = numbers(*shape, seed=seed)
@@ -150,8 +152,8 @@ def test_plain_loops_give_the_golden_values(golden):
 
 
 @pytest.fixture(scope="module")
-def model() -> GlobalBranch:
-    network = GlobalBranch(CONFIG)
+def model() -> GroundingNetwork:
+    network = GroundingNetwork(CONFIG)
     network.load_state_dict({k: torch.from_numpy(v).float() for k, v in weights().items()})
     return network.eval()
 

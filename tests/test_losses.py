@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from mmdist_e2e.grounding.config import LossConfig
 from mmdist_e2e.grounding.data.batches import Batch
 from mmdist_e2e.grounding.losses import choose_proposal, diversity_loss
-from mmdist_e2e.grounding.network import GlobalBranch, reconstruction_loss
+from mmdist_e2e.grounding.network import GroundingNetwork, reconstruction_loss
 
 
 def test_diversity_against_loops() -> None:
@@ -77,7 +77,7 @@ def test_cpl_loss_against_plain_loops(negatives: bool) -> None:
 
 
 def full_cpl_loss(
-    model: GlobalBranch, batch: Batch, masked: torch.Tensor, config: LossConfig, ratio: float
+    model: GroundingNetwork, batch: Batch, masked: torch.Tensor, config: LossConfig, ratio: float
 ) -> torch.Tensor:
     """Everything with gradient, chosen afterwards: what `batch_loss` must equal."""
     proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
@@ -121,7 +121,7 @@ def test_the_cheap_step_equals_the_full_one_in_value_and_gradient() -> None:
 
 def test_gradient_reaches_every_parameter() -> None:
     torch.manual_seed(3)
-    model, batch = GlobalBranch(TINY), random_batch([5, 2, 7, 3])
+    model, batch = GroundingNetwork(TINY), random_batch([5, 2, 7, 3])
     masked = (torch.arange(7) % 3 == 0) & batch.is_word_BW
     batch_loss(model, batch, masked, LossConfig(), ratio=0.8)["loss"].backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]

@@ -26,7 +26,7 @@ from mmdist_e2e.grounding.losses import BatchLoss, Taught
 from mmdist_e2e.grounding.network import (
     Attention,
     Dropout,
-    GlobalBranch,
+    GroundingNetwork,
     gaussian_masks,
     mask_bias,
     reconstruction_loss,
@@ -40,10 +40,10 @@ TINY = GlobalConfig(
 )  # fmt: skip
 
 
-def random_model(config: GlobalConfig = TINY, seed: int = 0) -> GlobalBranch:
+def random_model(config: GlobalConfig = TINY, seed: int = 0) -> GroundingNetwork:
     """All weights random, biases and learned vectors too, so that none of them hides."""
     torch.manual_seed(seed)
-    model = GlobalBranch(config)
+    model = GroundingNetwork(config)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -75,7 +75,7 @@ def alone(batch: Batch, row: int) -> Batch:
 
 
 def batch_loss(
-    model: GlobalBranch, batch: Batch, masked: torch.Tensor, loss: LossConfig,
+    model: GroundingNetwork, batch: Batch, masked: torch.Tensor, loss: LossConfig,
     matching: MatchingConfig | None = None, mutual: MutualConfig | None = None,
     distill: DistillConfig | None = None, taught: Taught | None = None, *, ratio: float,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
@@ -87,7 +87,7 @@ def batch_loss(
 
 
 def all_losses(
-    model: GlobalBranch, batch: Batch, masked: torch.Tensor
+    model: GroundingNetwork, batch: Batch, masked: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Proposal masks [B, K, N] and losses [B, K + 1], the whole video last."""
     proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
@@ -130,7 +130,7 @@ def test_against_plain_loops(words: int) -> None:
 
 def test_keys_are_those_of_cpl() -> None:
     config = GlobalConfig(feature_dim=1024, word_dim=300, vocabulary_size=1111, length=200)
-    shapes = {k: tuple(v.shape) for k, v in GlobalBranch(config).state_dict().items()}
+    shapes = {k: tuple(v.shape) for k, v in GroundingNetwork(config).state_dict().items()}
     assert len(shapes) == 119
     assert shapes["mask_vec"] == shapes["start_vec"] == (300,)
     assert shapes["pred_vec"] == (1024,)
@@ -151,7 +151,7 @@ def test_keys_are_those_of_cpl() -> None:
 
 
 def test_start_of_training() -> None:
-    model = GlobalBranch(TINY)
+    model = GroundingNetwork(TINY)
     assert not any(v.any() for v in (model.mask_vec, model.start_vec, model.pred_vec))
     attention = model.frame_stack.decoder_layers[0].self_attn
     assert not attention.in_proj_bias.any()
@@ -255,7 +255,7 @@ def test_later_words_do_not_reach_earlier_outputs() -> None:
 
 
 def test_features_of_another_shape_are_refused() -> None:
-    model = GlobalBranch(TINY)
+    model = GroundingNetwork(TINY)
     batch = random_batch([3])
     with pytest.raises(MmdistError, match=r"\[12, 5\].*\[11, 5\]"):
         model.propose(batch.frames_BLF[:, 1:], batch.words_BWE, batch.is_word_BW)

@@ -23,12 +23,7 @@ from mmdist_e2e.grounding.config import Recipe
 from mmdist_e2e.grounding.data.batches import Batch, Item, batches, collate, mask_patterns
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.data.text import Sentence, Vocabulary, is_content_word
-from mmdist_e2e.grounding.network import (
-    GlobalBranch,
-    GroundingNetwork,
-    Proposals,
-    reconstruction_loss,
-)
+from mmdist_e2e.grounding.network import GroundingNetwork, Proposals, reconstruction_loss
 from mmdist_e2e.structures import Features, MmdistError, Moment, differences
 
 SYNTHETIC_WARNING = "trained on a drawn world: on real video this is a guess."
@@ -97,7 +92,8 @@ class GroundingModel:
         reconstruction needs words of its vocabulary, an activation map any word with a vector.
         """
         sentence = self.vocabulary.encode(query)
-        if not (sentence.ids_W > 0).any() and not self.model.score_weight:
+        local = self.recipe.local
+        if not (sentence.ids_W > 0).any() and not (local and local.score_weight):
             telling = [word for word in self.vocabulary.words if is_content_word(word)]
             raise MmdistError(
                 f"None of the words of the query '{query}' occurs in the sentences that this model "
@@ -277,29 +273,27 @@ def proposal_scores(activation_BK: Tensor, losses_BK: Tensor, weight: float) -> 
 
 
 @torch.inference_mode()
-def predict_batch(model: GlobalBranch, batch: Batch) -> Scored:
+def predict_batch(model: GroundingNetwork, batch: Batch) -> Scored:
     """Proposals and their scores; the model must be in eval mode. No seed enters."""
     proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
     return score_proposals(model, batch, proposals)
 
 
 @torch.inference_mode()
-def score_proposals(model: GlobalBranch, batch: Batch, proposals: Proposals) -> Scored:
+def score_proposals(model: GroundingNetwork, batch: Batch, proposals: Proposals) -> Scored:
     """`predict_batch` of proposals that were already made."""
     assert not model.training
     centers_BK, widths_BK = proposals.centers_BK, proposals.widths_BK
     losses_BK = mean_reconstruction(model, batch, proposals)
     scores_BK = -losses_BK
-    if isinstance(model, GroundingNetwork) and model.score_weight:
-        maps_BL = model.activate(batch, proposals)
-        activation_BK = mean_activation(
-            maps_BL, *spans(centers_BK, widths_BK), contrast=model.ranks_by_contrast
-        )
-        scores_BK = proposal_scores(activation_BK, losses_BK, model.score_weight)
+    if (local := model.local_config) and local.score_weight:
+        maps_BL, contrast = model.activate(batch, proposals), local.ranking == "contrast"
+        activation_BK = mean_activation(maps_BL, *spans(centers_BK, widths_BK), contrast=contrast)
+        scores_BK = proposal_scores(activation_BK, losses_BK, local.score_weight)
     return Scored(centers_BK, widths_BK, losses_BK, scores_BK)
 
 
-def mean_reconstruction(model: GlobalBranch, batch: Batch, proposals: Proposals) -> Tensor:
+def mean_reconstruction(model: GroundingNetwork, batch: Batch, proposals: Proposals) -> Tensor:
     """r_p, [B, K]: Eq. 1 averaged over the sentence's P mask patterns.
 
     The frames are encoded once for all patterns.
@@ -325,7 +319,7 @@ def rank(scored: Scored) -> Predictions:
 
 
 def predict(
-    model: GlobalBranch,
+    model: GroundingNetwork,
     items: Sequence[Item],
     table: FeatureTable,
     *,

@@ -24,7 +24,7 @@ from mmdist_e2e.grounding.config import Recipe
 from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.data.text import Vocabulary
-from mmdist_e2e.grounding.network import GlobalBranch, build_network
+from mmdist_e2e.grounding.network import GroundingNetwork, build_network
 from mmdist_e2e.store import write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import SHIPPED_NAME, read_safetensors, shipped_word_vectors
@@ -38,7 +38,7 @@ STATE = "state.safetensors"  # of a training, beside its checkpoint
 def save_checkpoint(
     folder: Path,
     *,
-    model: GlobalBranch,
+    model: GroundingNetwork,
     recipe: Recipe,
     vocabulary: Vocabulary,
     table: FeatureTable,

@@ -37,7 +37,7 @@ from mmdist_e2e.grounding.data.features import (
     read_features,
 )
 from mmdist_e2e.grounding.data.published import protocol_of
-from mmdist_e2e.grounding.network import GlobalBranch, GroundingNetwork, build_network
+from mmdist_e2e.grounding.network import GroundingNetwork, build_network
 from mmdist_e2e.store import check_out, row_writer, write_json
 from mmdist_e2e.structures import MmdistError, Moment
 
@@ -116,7 +116,7 @@ def cut_long_videos(
 
 
 def answer_items(
-    model: GlobalBranch,
+    model: GroundingNetwork,
     items: Sequence[Item],
     table: FeatureTable,
     windows: Windows | None = None,
@@ -262,7 +262,7 @@ def evaluate_items(
 ) -> tuple[dict[str, Any], Predictions]:
     """Metrics of a model and of its four controls; and its predictions."""
 
-    def answer(network: GlobalBranch, asked: Sequence[Item]) -> tuple[Predictions, Array]:
+    def answer(network: GroundingNetwork, asked: Sequence[Item]) -> tuple[Predictions, Array]:
         predictions = answer_items(network, asked, table, windows, progress=progress)
         return predictions, prediction_iou(predictions, items)
 

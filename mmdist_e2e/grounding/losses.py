@@ -18,7 +18,6 @@ from mmdist_e2e.grounding.answer import spans
 from mmdist_e2e.grounding.config import LossConfig, MatchingConfig, Recipe
 from mmdist_e2e.grounding.data.batches import Batch
 from mmdist_e2e.grounding.network import (
-    GlobalBranch,
     GroundingNetwork,
     Proposals,
     mean_map,
@@ -130,7 +129,7 @@ class Taught:
 class BatchLoss(nn.Module):
     """The loss of a recipe, as a module since DistributedDataParallel wraps modules."""
 
-    def __init__(self, model: GlobalBranch, recipe: Recipe) -> None:
+    def __init__(self, model: GroundingNetwork, recipe: Recipe) -> None:
         super().__init__()
         self.model, self.recipe = model, recipe
 
@@ -166,7 +165,6 @@ class BatchLoss(nn.Module):
             + loss_config.contrast_weight * sum(hinges)
         )
         if matching and matching.local_weight:
-            assert isinstance(model, GroundingNetwork)
             gather = peers.gather if peers else None
             maps = model.activate_each(batch, proposals, all_pairs=True, gather=gather)
             terms["local"] = local_term(mean_map(maps), batch, matching, peers)
@@ -187,7 +185,7 @@ class BatchLoss(nn.Module):
 
 
 def global_terms(
-    model: GlobalBranch,
+    model: GroundingNetwork,
     proposals: Proposals,
     ids_BW: Tensor,
     masked_BW: Tensor,
@@ -234,7 +232,11 @@ def global_terms(
 
 @torch.no_grad()
 def choose_proposal(
-    model: GlobalBranch, proposals: Proposals, masks_BKN: Tensor, ids_BW: Tensor, masked_BW: Tensor
+    model: GroundingNetwork,
+    proposals: Proposals,
+    masks_BKN: Tensor,
+    ids_BW: Tensor,
+    masked_BW: Tensor,
 ) -> Tensor:
     """Eq. 2 over all K proposals, [B]; without dropout, whose noise would affect the choice."""
     training = model.training

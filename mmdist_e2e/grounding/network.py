@@ -312,12 +312,19 @@ class Proposals:
     encoded_BTD: Tensor  # the word stack's reading of the unmasked query
 
 
-class GlobalBranch(nn.Module):
-    """Proposals, and reconstruction of the query from masked frames."""
+class GroundingNetwork(nn.Module):
+    """Proposals, reconstruction of the query from masked frames and, if configured, local branches.
 
-    def __init__(self, config: GlobalConfig) -> None:
+    local: without it this is CPL's network with CPL's keys.
+    channels: of a teacher, how many of F each modality has. The global branch reads them all
+    through one Linear; each has a local branch with a Linear and convolutions of its own.
+    """
+
+    def __init__(
+        self, config: GlobalConfig, local: LocalConfig | None = None, channels: Sequence[int] = ()
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.local_config, self.channels = config, local, tuple(channels)
         self.drop = Dropout(config.dropout)
         self.mask_vec = nn.Parameter(torch.zeros(config.word_dim))
         self.start_vec = nn.Parameter(torch.zeros(config.word_dim))
@@ -328,6 +335,13 @@ class GlobalBranch(nn.Module):
         self.trans = nn.ModuleDict({"decoder1": Stack(config), "decoder2": Stack(config)})
         self.fc_comp = nn.Linear(config.hidden, config.vocabulary_size + 1)
         self.fc_gauss = nn.Linear(config.hidden, 2 * config.proposals)
+        # Last, so that a seed gives all networks the same weights up to here.
+        self.local: LocalBranch | nn.ModuleList | None = None
+        if local is not None and not channels:
+            self.local = LocalBranch(local, config.hidden)
+        elif local is not None:
+            assert sum(channels) == config.feature_dim
+            self.local = nn.ModuleList(LocalBranch(local, config.hidden, each) for each in channels)
 
     @property
     def frame_stack(self) -> Stack:
@@ -418,37 +432,6 @@ class GlobalBranch(nn.Module):
         read_CWD = self.word_stack(words_BTD[:, :-1], token_bias_CW, memory, copies=copies)
         logits: Tensor = self.fc_comp(read_CWD)
         return logits.reshape(-1, copies, *logits.shape[1:])
-
-
-class GroundingNetwork(GlobalBranch):
-    """The network of baseline, student and teacher: a global branch, local ones if configured.
-
-    local: without it this is CPL's network with CPL's keys.
-    channels: of the teacher, how many of F each modality has. The global branch reads them all
-    through one Linear; each has a local branch with a Linear and convolutions of its own.
-    """
-
-    def __init__(
-        self, config: GlobalConfig, local: LocalConfig | None = None, channels: Sequence[int] = ()
-    ) -> None:
-        super().__init__(config)  # first, so that a seed gives all networks the same weights here
-        self.local_config, self.channels = local, tuple(channels)
-        self.local: LocalBranch | nn.ModuleList | None = None
-        if local is not None and not channels:
-            self.local = LocalBranch(local, config.hidden)
-        elif local is not None:
-            assert sum(channels) == config.feature_dim
-            self.local = nn.ModuleList(LocalBranch(local, config.hidden, each) for each in channels)
-
-    @property
-    def score_weight(self) -> float:
-        """γ of Eq. 9; 0 without a local branch."""
-        return self.local_config.score_weight if self.local_config else 0.0
-
-    @property
-    def ranks_by_contrast(self) -> bool:
-        """Whether the rest of the video counts when proposals are ranked."""
-        return self.local_config is not None and self.local_config.ranking == "contrast"
 
     def activate(self, batch: Batch, proposals: Proposals, *, all_pairs: bool = False) -> Tensor:
         """Eq. 4: activation maps [B, L], or with `all_pairs` [B, B, L] of video i and sentence j.

@@ -34,7 +34,7 @@ from mmdist_e2e.grounding.data.text import tokenize
 from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
 from mmdist_e2e.grounding.train import train_run
 from mmdist_e2e.store import check_out, write_atomically, write_json
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MmdistError, check_choice
 from mmdist_e2e.weights.words import WordVectors
 
 SHOWN = ("R@1,IoU=0.3", "R@1,IoU=0.5", "R@1,IoU=0.7", "mIoU")
@@ -109,12 +109,8 @@ TEACHER = next(row for row in ROWS if row.name == "teacher")
 
 def rows_of(tables: Sequence[int]) -> list[Row]:
     """The rows of some tables, each once. Raises MmdistError for a table that has none."""
-    unknown = sorted(set(tables) - set(TABLES))
-    if unknown or not tables:
-        raise MmdistError(
-            f"There is no table {', '.join(map(str, unknown)) or 'given'}; valid: "
-            f"{', '.join(map(str, TABLES))}."
-        )
+    for number in tables:
+        check_choice("The table", str(number), list(map(str, TABLES)))
     return [row for row in ROWS if set(row.tables) & set(tables)]
 
 

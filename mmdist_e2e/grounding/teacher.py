@@ -10,12 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mmdist_e2e.grounding.answer import (
-    INFERENCE_BATCH,
-    GroundingModel,
-    Progress,
-    score_proposals,
-)
+from mmdist_e2e.grounding.answer import INFERENCE_BATCH, GroundingModel, Progress, score_proposals
 from mmdist_e2e.grounding.checkpoint import (
     annotations_digest,
     digest_of,

@@ -19,7 +19,7 @@ from mmdist_e2e.grounding.checkpoint import CARD, save_checkpoint
 from mmdist_e2e.grounding.config import Recipe, cpl
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.data.text import Vocabulary
-from mmdist_e2e.grounding.network import GlobalBranch
+from mmdist_e2e.grounding.network import GroundingNetwork
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.download import git_blob_sha1
@@ -201,7 +201,7 @@ def convert_cpl(
     """
     dataset, recipe = released.dataset, released.recipe
     shape = recipe.model
-    model = GlobalBranch(shape).eval()
+    model = GroundingNetwork(shape).eval()
     if problems := misfits(model.state_dict(), released.state):
         raise released.misfit(problems)
     model.load_state_dict(released.state)
