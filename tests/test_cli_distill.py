@@ -12,11 +12,12 @@ from click.testing import Result
 from test_cli_train import SMALL, files, mmdist, train
 
 from mmdist_e2e.grounding import teacher as distill
-from mmdist_e2e.grounding.answer import predict
+from mmdist_e2e.grounding.answer import Progress, predict
 from mmdist_e2e.grounding.checkpoint import load_checkpoint
 from mmdist_e2e.grounding.data.annotations import load_annotations
 from mmdist_e2e.grounding.data.batches import batches, make_items
 from mmdist_e2e.grounding.data.features import load_features
+from mmdist_e2e.grounding.train import Trainer
 from mmdist_e2e.structures import Features, Provenance
 
 __all__ = ["files"]  # a fixture
@@ -106,34 +107,28 @@ def test_a_student_answers_without_flow(both: Path, tmp_path: Path) -> None:
     shutil.copy(both / "F.hdf5", moved)
     shutil.copy(both / "C.json", moved)
     shutil.rmtree(tmp_path / "student")
-    (moved / "student" / "teacher.safetensors").unlink()  # not needed to answer
     data = ["--features", moved / "F.hdf5", "--annotations", moved / "C.json"]
     result = mmdist("evaluate", moved / "student", *data, "--json")
     assert result.exit_code == 0, result.output
     assert list(load_checkpoint(moved / "student").modalities) == ["rgb"]
 
 
-def test_the_teacher_is_asked_once(
+def test_a_killed_student_ends_like_one_that_was_not(
     both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-    original = distill.teach
-    monkeypatch.setattr(distill, "teach", lambda *a, **k: asked.append(1) or original(*a, **k))
-    assert learn(both, tmp_path / "a").exit_code == 0
+    original = Trainer.run_epoch
 
-    def once_more() -> None:
-        for path in (tmp_path / "a").iterdir():
-            if path.name != "teacher.safetensors":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        assert learn(both, tmp_path / "a").exit_code == 0
+    def killed(self: Trainer, progress: Progress | None = None) -> dict[str, float]:
+        if self.state.epoch == 1:
+            raise KeyboardInterrupt
+        return original(self, progress)
 
-    once_more()  # read from the cache
-    assert len(asked) == 1
-    (tmp_path / "a" / "teacher.safetensors").write_bytes(b"damaged")
-    once_more()
-    assert len(asked) == 2
-    again = learn(both, tmp_path / "b")
-    assert again.exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_epoch", killed)
+        assert learn(both, tmp_path / "a", "--epochs", 2).exit_code != 0
+    resumed = learn(both, tmp_path / "a", "--epochs", 2)
+    assert "resumed after epoch 1" in resumed.output
+    assert learn(both, tmp_path / "b", "--epochs", 2).exit_code == 0
     weights = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from mmdist_e2e.grounding.checkpoint import recipe_settings
 from mmdist_e2e.grounding.config import (
     OURS,
     Recipe,
@@ -90,7 +89,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def settings_of(name: str, preset: str, **options: Any) -> dict[str, Any]:
-    values = recipe_settings(configure(name, preset=preset, modalities=2, **options))
+    values = configure(name, preset=preset, modalities=2, **options).settings
     assert values.pop("recipe") == name
     return values
 

@@ -164,28 +164,27 @@ def _train(
         )
     if not first:  # of several processes one prints
         return
-    notes = [] if summary["how"] == "trained" else [summary["how"]]
+    lines = [] if summary["how"] == "trained" else [summary["how"]]
     validation = ", ".join(f"{name} {value:.2f}" for name, value in summary["validation"].items())
     result = (
         f"recipe {recipe}, seed {summary['seed']}, {summary['queries']} queries, "
         f"best epoch {summary['best_epoch']} of {summary['epochs']} "
         f"(chosen by {summary['selected_by']}): {validation or 'no validation'}"
     )
-    notes += [options.skipped(name, left) for name, left in summary["skipped"].items()]
-    for line in (*notes, *summary["continued"], result):
+    lines += [options.skipped(name, left) for name, left in summary["skipped"].items()]
+    for line in (*lines, *summary["continued"], result):
         results.print(f"{out}: {line}", markup=False, soft_wrap=True)
 
 
 def _show(recipe: str, preset: str, settings: Mapping[str, Any], queries: int) -> None:
     """Print every setting of a training, with the paper's value where it differs."""
     paper = preset if preset != "small" else "paper"
-    standard = configure(recipe, preset=paper, modalities=2)
+    standard = configure(recipe, preset=paper, modalities=2).settings
     table = Table(title=f"Settings (preset {preset})", title_justify="left", show_edge=False)
     for column in ("setting", "value", "paper or CPL, where it differs"):
         table.add_column(column)
     for name, value in settings.items():
-        part = standard.parts.get(standard.homes.get(name, ""))
-        other = getattr(part, name, value)
+        other = standard.get(name, value)
         told = "" if other == value else _shown(other) + (" (ours)" if name in OURS else "")
         table.add_row(name, _shown(value), told)
     notes.print(table)

@@ -180,12 +180,6 @@ def annotations_digest(annotations: Iterable[Annotation], *, moments: bool = Tru
     )
 
 
-def recipe_settings(recipe: Recipe) -> dict[str, Any]:
-    """Every setting by its name, without what follows from the training data."""
-    values = {name: getattr(recipe.parts[part], name) for name, part in recipe.homes.items()}
-    return {"recipe": recipe.name} | values
-
-
 def input_differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """How recorded inputs differ from those wanted, in words; empty where they agree."""
     if "digests" not in known:

@@ -250,6 +250,12 @@ class Recipe:
         names = {f.name: part for part, held in self.parts.items() for f in fields(held)}
         return {name: part for name, part in names.items() if name not in GIVEN}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its name, without what follows from the training data."""
+        parts = self.parts
+        return {"recipe": self.name, **{n: getattr(parts[p], n) for n, p in self.homes.items()}}
+
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, **{name: asdict(part) for name, part in self.parts.items()}}
 
@@ -281,7 +287,7 @@ class Recipe:
 
         Raises MmdistError for an unknown name and for a value that is not valid.
         """
-        homes, parts = self.homes, self.parts
+        homes, parts, settings = self.homes, self.parts, self.settings
         changes: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             if name not in homes:
@@ -289,7 +295,7 @@ class Recipe:
                     f"The recipe '{self.name}' has no setting {name!r}; valid: "
                     f"{', '.join(sorted(homes))}."
                 )
-            now = getattr(parts[homes[name]], name)
+            now = settings[name]
             if isinstance(now, bool):
                 words = {"true": True, "false": False, "1": True, "0": False}
                 value = words.get(str(value).lower(), value)

@@ -25,7 +25,6 @@ from mmdist_e2e.grounding.checkpoint import (
     annotations_digest,
     digest_of,
     input_differences,
-    recipe_settings,
 )
 from mmdist_e2e.grounding.config import advice, configure
 from mmdist_e2e.grounding.data.annotations import load_annotations
@@ -254,7 +253,7 @@ def _settings(row: Row, material: Material, settings: Mapping[str, Any]) -> dict
     made = partial(configure, row.recipe, preset=material.preset, length=material.length)
     names = made(modalities=2).homes
     given = {name: value for name, value in settings.items() if name in names}
-    return recipe_settings(made(settings={**given, **row.settings}, modalities=2))
+    return made(settings={**given, **row.settings}, modalities=2).settings
 
 
 def finished(

@@ -1,4 +1,4 @@
-"""A student's teacher: what it answers to the training pairs, asked once and stored."""
+"""A student's teacher: what it answers to the training pairs, asked once in a training."""
 
 from __future__ import annotations
 
@@ -6,25 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from mmdist_e2e.grounding.answer import INFERENCE_BATCH, GroundingModel, Progress, score_proposals
 from mmdist_e2e.grounding.checkpoint import (
-    annotations_digest,
-    digest_of,
     load_checkpoint,
-    model_digest,
 )
 from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.batches import batches, make_items
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.losses import Taught, pick
-from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError
-
-FILE = "teacher.safetensors"
 
 
 @torch.inference_mode()
@@ -54,30 +46,6 @@ def teach(
         if progress:
             progress("asking the teacher", done, len(items))
     return Taught(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
-def cached_answers(
-    path: Path,
-    teacher: GroundingModel,
-    annotations: Sequence[Annotation],
-    table: FeatureTable,
-    *,
-    progress: Progress | None = None,
-) -> Taught:
-    """`teach`, stored in `path` and read from there for the same teacher, pairs and features."""
-    pairs = annotations_digest(annotations, moments=False)
-    identity = digest_of([model_digest(teacher), pairs, table.digests])
-    if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("identity") == identity:
-                    return Taught(**{n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError, TypeError):
-            pass  # damaged or of an older version: asked again, and replaced
-    answers = teach(teacher, annotations, table, progress=progress)
-    tensors = {name: tensor.contiguous() for name, tensor in vars(answers).items()}
-    write_atomically(path, save(tensors, metadata={"identity": identity}))
-    return answers
 
 
 def load_teacher(run: Path | None, length: int) -> GroundingModel:

@@ -37,7 +37,6 @@ from mmdist_e2e.grounding.checkpoint import (
     command_line,
     digest_of,
     model_digest,
-    recipe_settings,
     refuse_other,
     save_checkpoint,
 )
@@ -69,8 +68,7 @@ from mmdist_e2e.grounding.evaluate import (
 from mmdist_e2e.grounding.losses import BatchLoss, Taught
 from mmdist_e2e.grounding.network import build_network
 from mmdist_e2e.grounding.parallel import rank, several, share
-from mmdist_e2e.grounding.teacher import FILE as TEACHER
-from mmdist_e2e.grounding.teacher import cached_answers, load_teacher
+from mmdist_e2e.grounding.teacher import load_teacher, teach
 from mmdist_e2e.store import check_out, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
@@ -366,7 +364,7 @@ def train_run(
         for modality, digest in taught_table.digests.items():
             digests[f"features for the teacher ({modality})"] = digest
     carved = carve if carve and not val_path else None
-    settings = recipe_settings(recipe) | {"seed": seed, "carve": carved}
+    settings = recipe.settings | {"seed": seed, "carve": carved}
     inputs = {"settings": settings, "digests": digests, "continued": []}
     found = _found(out, inputs, more_epochs=more_epochs)
     summary = {
@@ -390,9 +388,7 @@ def train_run(
 
     answers = None
     if trained:
-        answers = cached_answers(
-            out / TEACHER, trained, train_annotations, taught_table.to(device), progress=progress
-        )
+        answers = teach(trained, train_annotations, taught_table.to(device), progress=progress)
     trainer = Trainer(recipe, items, table, seed, answers)
     longest = max(video_seconds(item, table) for item in items)
     windows = cut_long_videos(val_items, table, places, longest_seconds=longest)
