@@ -78,12 +78,12 @@ def public_step(folder: Path) -> Callable[[], None]:
 
 
 def our_step(precision: str) -> Callable[[], None]:
-    from mmdist_e2e.grounding.config import get_recipe
+    from mmdist_e2e.grounding.config import cpl
     from mmdist_e2e.grounding.data.batches import Batch, draw_masks
     from mmdist_e2e.grounding.data.features import FeatureTable
     from mmdist_e2e.grounding.train import Trainer
 
-    recipe = get_recipe("cpl")(
+    recipe = cpl(
         feature_dim=FEATURES, word_dim=WORD_DIM, vocabulary_size=VOCABULARY, length=L
     ).overridden({"precision": precision})
     given = inputs()

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mmdist_e2e.grounding.config import Recipe, get_recipe
+from mmdist_e2e.grounding.config import RECIPES, Recipe
 from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.batches import Item, batches, draw_masks
 from mmdist_e2e.grounding.data.features import FeatureTable
@@ -104,7 +104,7 @@ def main() -> None:
     total = dict.fromkeys(("fp32", "bf16"), 0.0)
     for name, modalities in (("baseline", 1), ("teacher", 2), ("student", 1)):
         table = table_of(modalities)
-        recipe = get_recipe(name)(
+        recipe = RECIPES[name](
             feature_dim=modalities * FEATURES,
             word_dim=WORD_DIM,
             vocabulary_size=VOCABULARY,

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdist_e2e.grounding.answer import Predictions
+from mmdist_e2e.grounding.answer import Predictions, iou
 from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.batches import Item
 from mmdist_e2e.grounding.data.text import Vocabulary
 from mmdist_e2e.grounding.evaluate import (
     best_constant_span,
-    iou,
     prediction_iou,
     random_proposal_metrics,
     recall_metrics,

@@ -18,7 +18,6 @@ from mmdist_e2e.grounding.config import (
     baseline,
     configure,
     cpl,
-    get_recipe,
     student,
     teacher,
 )
@@ -287,7 +286,7 @@ def test_good_settings_take_their_kind() -> None:
 
 def test_unknown_recipe() -> None:
     with pytest.raises(MmdistError, match="valid: baseline, cpl"):
-        get_recipe("clp")
+        configure("clp")
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**64])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmdist_e2e.grounding.answer import cut, merge, window_starts
-from mmdist_e2e.structures import Features, Moment, Provenance
+from mmdist_e2e.structures import Features, Provenance
 
 
 @pytest.mark.parametrize("duration", [30.0, 37.5, 37.6, 45.0, 60.0, 61.3, 3600.0])
@@ -35,5 +35,5 @@ def test_cut_takes_the_snippets_of_the_window() -> None:
 
 
 def test_merge_keeps_the_best_of_what_overlaps() -> None:
-    a, b, c = Moment(10, 20, -1.0), Moment(11, 21, -0.5), Moment(18, 30, -2.0)
-    assert merge([a, b, c]) == [b, c]
+    a, b, c = [10.0, 20.0, -1.0, 7.0], [11.0, 21.0, -0.5, 8.0], [18.0, 30.0, -2.0, 9.0]
+    assert merge(np.array([a, b, c])).tolist() == [b, c]

@@ -26,6 +26,7 @@ from mmdist_e2e.grounding.data.text import Sentence, Vocabulary, is_content_word
 from mmdist_e2e.grounding.network import GroundingNetwork, Proposals, reconstruction_loss
 from mmdist_e2e.structures import Features, MmdistError, Moment, differences
 
+Array = NDArray[np.float64]
 SYNTHETIC_WARNING = "trained on a drawn world: on real video this is a guess."
 FEW = 8  # windows that one thread reads at least as fast as several
 
@@ -123,9 +124,8 @@ class GroundingModel:
             return self._read([given], sentence)[0]
         windows = [[cut(each, start, longest) for each in given] for start in starts]
         read = zip(starts, self._read(windows, sentence), strict=True)
-        return merge(
-            [Moment(m.start + start, m.end + start, m.score) for start, ms in read for m in ms]
-        )
+        rows = [(m.start + start, m.end + start, m.score) for start, ms in read for m in ms]
+        return [Moment(*row) for row in merge(np.array(rows)).tolist()]
 
     def _read(self, videos: Sequence[Sequence[Features]], sentence: Sentence) -> list[list[Moment]]:
         """K moments of each video, best first; of a video its modalities, in the model's order."""
@@ -196,19 +196,26 @@ def cut(features: Features, start: float, window_seconds: float) -> Features:
     )
 
 
-def merge(moments: Sequence[Moment]) -> list[Moment]:
-    """Non-maximum suppression: best first, none that overlaps a better one by IoU > 0.5."""
-    kept: list[Moment] = []
-    for moment in sorted(moments, key=lambda m: -m.score):
-        if all(_iou(moment, other) <= MERGE_IOU for other in kept):
-            kept.append(moment)
-    return kept
+def iou(a: Array, b: Array) -> Array:
+    """[..., 2] × [..., 2] -> [...]: intersection / union in seconds; 0 where both are empty."""
+    shared = np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0])
+    shared = np.maximum(shared, 0.0)
+    union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - shared
+    ratio: Array = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    return ratio
 
 
-def _iou(a: Moment, b: Moment) -> float:
-    shared = max(0.0, min(a.end, b.end) - max(a.start, b.start))
-    union = (a.end - a.start) + (b.end - b.start) - shared
-    return shared / union if union > 0 else 0.0
+def merge(rows: Array) -> Array:
+    """Non-maximum suppression of rows of start, end, score and whatever else they hold.
+
+    Returns the kept rows, the highest score first: those that overlap no better one by IoU > 0.5.
+    """
+    rows = rows[np.argsort(-rows[:, 2], kind="stable")]
+    kept: list[int] = []
+    for i, row in enumerate(rows):
+        if not (iou(row[:2], rows[kept, :2]) > MERGE_IOU).any():
+            kept.append(i)
+    return rows[kept]
 
 
 INFERENCE_BATCH = 32
@@ -231,10 +238,10 @@ class Predictions:
     starts, ends in [0, 1] of the video; scores of Eq. 9; losses: the reconstruction losses r_p.
     """
 
-    starts: NDArray[np.float64]
-    ends: NDArray[np.float64]
-    scores: NDArray[np.float64]
-    losses: NDArray[np.float64]
+    starts: Array
+    ends: Array
+    scores: Array
+    losses: Array
 
 
 def spans(centers: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:

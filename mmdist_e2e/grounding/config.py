@@ -424,12 +424,6 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 }
 
 
-def get_recipe(name: str) -> Callable[..., Recipe]:
-    """The recipe function of a name. Raises MmdistError for an unknown one."""
-    check_choice("The recipe", name, list(RECIPES))
-    return RECIPES[name]
-
-
 def configure(
     name: str,
     *,
@@ -442,7 +436,8 @@ def configure(
 
     Raises MmdistError for an unknown recipe, preset or setting, and for a value that is not valid.
     """
+    check_choice("The recipe", name, list(RECIPES))
     settings = dict(settings or {})
     length, sizes = settings.pop("length", length), dict.fromkeys(GIVEN[:3], 1)
-    made = get_recipe(name)(preset=preset, length=length, channels=(1,) * modalities, **sizes)
+    made = RECIPES[name](preset=preset, length=length, channels=(1,) * modalities, **sizes)
     return made.overridden(settings)

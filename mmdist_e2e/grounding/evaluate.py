@@ -18,7 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmdist_e2e.grounding.answer import Predictions, Progress, cut, merge, predict, window_starts
+from mmdist_e2e.grounding.answer import (
+    Array,
+    Predictions,
+    Progress,
+    cut,
+    iou,
+    merge,
+    predict,
+    window_starts,
+)
 from mmdist_e2e.grounding.checkpoint import (
     annotations_digest,
     digest_of,
@@ -39,22 +48,11 @@ from mmdist_e2e.grounding.data.features import (
 from mmdist_e2e.grounding.data.published import protocol_of
 from mmdist_e2e.grounding.network import GroundingNetwork, build_network
 from mmdist_e2e.store import check_out, row_writer, write_json
-from mmdist_e2e.structures import MmdistError, Moment
+from mmdist_e2e.structures import MmdistError
 
-Array = NDArray[np.float64]
 METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)
 GRID_STEPS = 20  # the best constant span lies on a grid of 1/20 = 0.05
-R_AT_5 = 5
-
-
-def iou(a: Array, b: Array) -> Array:
-    """[..., 2] × [..., 2] -> [...]: intersection / union in seconds; 0 where both are empty."""
-    shared = np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0])
-    shared = np.maximum(shared, 0.0)
-    union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - shared
-    ratio: Array = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-    return ratio
 
 
 @dataclass(frozen=True)
@@ -146,8 +144,11 @@ def answer_items(
         parts = iter(read(pieces, windows.table))
         for q, starts in enumerate(starts_Q):
             if starts:
-                own = [(start, next(parts)) for _, start in starts]
-                answers[q] = _merged(own, windows.seconds, seconds_Q[q])
+                own = [next(parts) for _ in starts]
+                for part_4K, (_, start) in zip(own, starts, strict=True):
+                    part_4K[:2] = part_4K[:2] * windows.seconds + start
+                answers[q] = merge(np.hstack(own).T).T
+                answers[q][:2] /= seconds_Q[q]
     most = max(answer.shape[1] for answer in answers.values())
     all_4QK = np.full((4, len(items), most), -np.inf)
     all_4QK[:2], all_4QK[3] = 0.0, np.inf
@@ -157,26 +158,13 @@ def answer_items(
     return Predictions(*all_4QK)
 
 
-def _merged(parts: Sequence[tuple[float, Array]], window_seconds: float, seconds: float) -> Array:
-    """[4, K'] of a video, in units of it, from the start and the [4, K] of each of its windows."""
-    losses: dict[int, float] = {}  # by the identity of a moment, which merging keeps
-    moments = []
-    for offset, part_4K in parts:
-        for start, end, score, loss in part_4K.T.tolist():
-            moment = Moment(start * window_seconds + offset, end * window_seconds + offset, score)
-            moments.append(moment)
-            losses[id(moment)] = loss
-    kept = merge(moments)
-    return np.array([[m.start / seconds, m.end / seconds, m.score, losses[id(m)]] for m in kept]).T
-
-
 def recall_metrics(iou_QK: Array) -> dict[str, float]:
     """R@1 and, from five moments on, R@5 at each threshold, and mIoU of the first, in percent.
 
     iou_QK: IoU with the annotation, best-ranked moment first. A hit is IoU >= m.
     """
     metrics = {}
-    for n in (1, R_AT_5):
+    for n in (1, 5):
         if iou_QK.shape[1] >= n:
             best_Q = iou_QK[:, :n].max(axis=1)
             for m in IOU_THRESHOLDS:
