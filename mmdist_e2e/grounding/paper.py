@@ -49,8 +49,8 @@ Done = Mapping[tuple[str, int], Mapping[str, Any]]
 class Row:
     """One row: a recipe with some settings, and R@1 at IoU 0.3, 0.5, 0.7 in the paper.
 
-    headline: trained over all seeds, the others over fewer. taught: learns from the teacher.
-    beside: the row that it is compared with, seed by seed.
+    The rows of Table 1 are trained over all seeds, the others over fewer. beside: the row that it
+    is compared with, seed by seed.
     """
 
     name: str
@@ -59,22 +59,19 @@ class Row:
     paper: tuple[float, float, float]
     settings: Mapping[str, Any] = field(default_factory=dict)
     modalities: tuple[str, ...] = RGB
-    headline: bool = False
-    taught: bool = False
     beside: str | None = None
+
+    @property
+    def taught(self) -> bool:
+        """Whether it learns from the teacher of the same seed."""
+        return self.recipe == "student"
 
 
 ROWS = (
-    Row("cpl", "cpl", (1,), (66.40, 49.24, 22.39), headline=True),
-    Row("baseline", "baseline", (1, 3, 4), (67.26, 51.58, 24.22), headline=True, beside="cpl"),
-    Row(
-        "teacher", "teacher", (1, 5), (70.11, 54.72, 26.00), modalities=BOTH, headline=True,
-        beside="student",
-    ),
-    Row(
-        "student", "student", (1, 4), (68.90, 53.29, 25.27), headline=True, taught=True,
-        beside="baseline",
-    ),
+    Row("cpl", "cpl", (1,), (66.40, 49.24, 22.39)),
+    Row("baseline", "baseline", (1, 3, 4), (67.26, 51.58, 24.22), beside="cpl"),
+    Row("teacher", "teacher", (1, 5), (70.11, 54.72, 26.00), modalities=BOTH, beside="student"),
+    Row("student", "student", (1, 4), (68.90, 53.29, 25.27), beside="baseline"),
     Row(
         "baseline without local", "baseline", (3,), (65.83, 50.54, 23.31),
         {"local_weight": 0, "score_weight": 0}, beside="baseline",
@@ -90,33 +87,33 @@ ROWS = (
     ),
     Row(
         "teacher without mutual", "teacher", (5,), (69.73, 53.86, 24.76),
-        {"mutual_weight": 0}, modalities=BOTH, beside="teacher",
+        {"mutual_weight": 0}, BOTH, beside="teacher",
     ),
     Row(
         "student without local distillation", "student", (4,), (68.21, 51.68, 24.45),
-        {"distill_local": "false"}, taught=True, beside="student",
+        {"distill_local": "false"}, beside="student",
     ),
     Row(
         "student without global distillation", "student", (4,), (68.02, 52.85, 24.98),
-        {"distill_global": "false"}, taught=True, beside="student",
+        {"distill_global": "false"}, beside="student",
     ),
 )  # fmt: skip
 
-TABLES = (1, 3, 4, 5)
 TEACHER = next(row for row in ROWS if row.name == "teacher")
 
 
 def rows_of(tables: Sequence[int]) -> list[Row]:
     """The rows of some tables, each once. Raises MmdistError for a table that has none."""
+    valid = sorted({str(table) for row in ROWS for table in row.tables})
     for number in tables:
-        check_choice("The table", str(number), list(map(str, TABLES)))
+        check_choice("The table", str(number), valid)
     return [row for row in ROWS if set(row.tables) & set(tables)]
 
 
 def plan(rows: Sequence[Row], seeds: Sequence[int], ablation_seeds: Sequence[int]) -> list[Job]:
     """What to train, in order: seed by seed, teachers before their students.
 
-    Headline rows come first, so that an interrupted call leaves complete comparisons.
+    The rows of Table 1 come first, so that an interrupted call leaves complete comparisons.
     """
     wanted = {*(row.name for row in rows), *(TEACHER.name for row in rows if row.taught)}
     needed = [row for row in ROWS if row.name in wanted]
@@ -125,7 +122,7 @@ def plan(rows: Sequence[Row], seeds: Sequence[int], ablation_seeds: Sequence[int
         for headline, of_these in ((True, seeds), (False, ablation_seeds))
         for seed in of_these
         for row in needed
-        if row.headline is headline
+        if (1 in row.tables) is headline
     ]
 
 

@@ -415,16 +415,13 @@ def train_run(
     }
     facts = {
         "command": command_line(recipe_name, options, overrides),
-        "seed": seed,
+        **{name: summary[name] for name in ("seed", "queries", "selected_by")},
         "trained_on": source,
-        "queries": len(train_annotations),
-        "selected_by": summary["selected_by"],
         "carved": carved,
         "longest_duration_seconds": longest,
         "training": recipe.to_json()["training"] | {"warmup_updates": trainer.warmup},
         "inputs": digests,
-        **({"skipped": skipped} if skipped else {}),
-        **({"continued": inputs["continued"]} if inputs["continued"] else {}),
+        **{name: summary[name] for name in ("skipped", "continued") if summary[name]},
     }
     if found.epoch:
         trainer.load_state(out / STATE)
