@@ -180,9 +180,8 @@ def _show(recipe: str, preset: str, settings: Mapping[str, Any], queries: int) -
     """Print every setting of a training, with the paper's value where it differs."""
     paper = preset if preset != "small" else "paper"
     standard = configure(recipe, preset=paper, modalities=2).settings
-    table = Table(title=f"Settings (preset {preset})", title_justify="left", show_edge=False)
-    for column in ("setting", "value", "paper or CPL, where it differs"):
-        table.add_column(column)
+    table = Table("setting", "value", "paper or CPL, where it differs", show_edge=False)
+    table.title, table.title_justify = f"Settings (preset {preset})", "left"
     for name, value in settings.items():
         other = standard.get(name, value)
         told = "" if other == value else _shown(other) + (" (ours)" if name in OURS else "")
