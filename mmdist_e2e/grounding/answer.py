@@ -280,16 +280,16 @@ def proposal_scores(activation_BK: Tensor, losses_BK: Tensor, weight: float) -> 
 
 
 @torch.inference_mode()
-def predict_batch(model: GroundingNetwork, batch: Batch) -> Scored:
-    """Proposals and their scores; the model must be in eval mode. No seed enters."""
-    proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-    return score_proposals(model, batch, proposals)
+def predict_batch(
+    model: GroundingNetwork, batch: Batch, proposals: Proposals | None = None
+) -> Scored:
+    """Proposals, made here if not given, and their scores. No seed enters.
 
-
-@torch.inference_mode()
-def score_proposals(model: GroundingNetwork, batch: Batch, proposals: Proposals) -> Scored:
-    """`predict_batch` of proposals that were already made."""
+    The model must be in eval mode.
+    """
     assert not model.training
+    if proposals is None:
+        proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
     centers_BK, widths_BK = proposals.centers_BK, proposals.widths_BK
     losses_BK = mean_reconstruction(model, batch, proposals)
     scores_BK = -losses_BK

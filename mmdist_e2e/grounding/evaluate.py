@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mmdist_e2e.grounding.answer import (
     Array,
+    GroundingModel,
     Predictions,
     Progress,
     cut,
@@ -35,7 +36,6 @@ from mmdist_e2e.grounding.checkpoint import (
     model_digest,
     refuse_other,
 )
-from mmdist_e2e.grounding.config import Recipe
 from mmdist_e2e.grounding.data.annotations import Annotation, load_annotations
 from mmdist_e2e.grounding.data.batches import Item, make_items
 from mmdist_e2e.grounding.data.features import (
@@ -240,15 +240,14 @@ def shuffled_order(videos: Sequence[str], *, seed: int = 0) -> list[int]:
 
 
 def evaluate_items(
-    model: GroundingNetwork,
-    recipe: Recipe,
+    trained: GroundingModel,
     items: Sequence[Item],
     table: FeatureTable,
-    windows: Windows | None = None,
-    *,
-    progress: Progress | None = None,
+    windows: Windows | None,
+    progress: Progress | None,
 ) -> tuple[dict[str, Any], Predictions]:
     """Metrics of a model and of its four controls; and its predictions."""
+    model = trained.model
 
     def answer(network: GroundingNetwork, asked: Sequence[Item]) -> tuple[Predictions, Array]:
         predictions = answer_items(network, asked, table, windows, progress=progress)
@@ -259,7 +258,7 @@ def evaluate_items(
     others = [replace(i, sentence=items[j].sentence) for i, j in zip(items, order, strict=True)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        untrained = build_network(recipe).to(table.data_VLF.device)
+        untrained = build_network(trained.recipe).to(table.data_VLF.device)
     span, constant_iou_Q = best_constant_span(*truth_of(items))
     result = {
         "metrics": recall_metrics(iou_QK),
@@ -355,9 +354,7 @@ def evaluate_run(
         items, table, places, longest_seconds=float(trained.config["longest_duration_seconds"])
     )
     trained.model.to(device)
-    result, predictions = evaluate_items(
-        trained.model, trained.recipe, items, table, windows, progress=progress
-    )
+    result, predictions = evaluate_items(trained, items, table, windows, progress)
     result |= {
         "protocol": protocol_of(annotations_path, annotations_of(items)),
         "annotations": annotations_path.name,

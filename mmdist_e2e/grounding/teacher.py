@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmdist_e2e.grounding.answer import INFERENCE_BATCH, GroundingModel, Progress, score_proposals
+from mmdist_e2e.grounding.answer import INFERENCE_BATCH, GroundingModel, Progress, predict_batch
 from mmdist_e2e.grounding.checkpoint import (
     load_checkpoint,
 )
@@ -38,7 +38,7 @@ def teach(
     done = 0
     for batch in batches(items, table, INFERENCE_BATCH, range(len(items))):
         proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
-        scored = score_proposals(model, batch, proposals)
+        scored = predict_batch(model, batch, proposals)
         best_B = scored.scores_BK.argmax(dim=1)
         spans = pick(scored.centers_BK, best_B), pick(scored.widths_BK, best_B)
         parts.append(tuple(t.cpu().clone() for t in (*spans, model.activate(batch, proposals))))
