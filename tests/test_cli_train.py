@@ -228,5 +228,5 @@ def test_a_loss_that_is_not_finite_is_one_sentence(files: Path, tmp_path: Path) 
 
 def test_help_says_what_the_checkpoint_is_chosen_on() -> None:
     text = " ".join(mmdist("train", "baseline", "--help").output.split())
-    assert "train without --val, then run `mmdist evaluate" in text
+    assert "train with --carve 0.1, then run `mmdist evaluate" in text
     assert "set aside to choose the checkpoint on" in text

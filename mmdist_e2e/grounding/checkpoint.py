@@ -12,10 +12,11 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -36,6 +37,7 @@ from mmdist_e2e.weights.words import (
 FORMAT = 1
 CONFIG, MODEL, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
 WORDS = "words.safetensors"
+STATE = "state.safetensors"  # of a training, beside its checkpoint
 
 
 def save_checkpoint(
@@ -52,10 +54,12 @@ def save_checkpoint(
     facts: seed, trained_on, selected_by, and whatever else config.json shall record.
     """
     vectors = vocabulary.vectors
-    weights = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
-    write_atomically(folder / MODEL, weights)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    files = {MODEL: save(weights)}
     if vectors.name != SHIPPED_NAME or vectors.digest != shipped_word_vectors().digest:
-        write_atomically(folder / WORDS, vectors.to_bytes())
+        files[WORDS] = vectors.to_bytes()
+    for name, content in files.items():
+        write_atomically(folder / name, content)
     write_json(folder / VOCABULARY, {"words": list(vocabulary.words)})
     config = {
         "format": FORMAT,
@@ -64,6 +68,7 @@ def save_checkpoint(
         "modalities": list(table.matters),  # JSON objects have no order
         "features": {modality: dict(matters) for modality, matters in table.matters.items()},
         "word_vectors": {"name": vectors.name, "dim": vectors.dim, "digest": vectors.digest},
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         **facts,
     }
     write_atomically(folder / CARD, model_card(config).encode())
@@ -103,11 +108,24 @@ def load_checkpoint(folder: Path) -> GroundingModel:
     return GroundingModel(model.eval(), recipe, Vocabulary(words, vectors), config)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a checkpoint's training is done, as its state says; without a state, it is."""
+    if not (folder / STATE).is_file():
+        return (folder / CONFIG).is_file()
+    with suppress(OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError):
+        with safe_open(folder / STATE, framework="pt") as file:
+            known = {key: json.loads(value) for key, value in file.metadata().items()}
+        return bool(known["progress"]["epoch"] >= known["identity"]["settings"]["epochs"])
+    return False
+
+
 def command_line(recipe: str, options: Mapping[str, object], settings: Mapping[str, object]) -> str:
     """`mmdist train` with these options, for a shell; absolute paths are cut to their names."""
     words = ["mmdist", "train", recipe]
     for name, value in options.items():
-        if value is not None:
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
             absolute = isinstance(value, Path) and value.is_absolute()
             words += [f"--{name}", Path(str(value)).name if absolute else str(value)]
     for name, value in settings.items():

@@ -32,8 +32,11 @@ from mmdist_e2e.grounding.answer import Progress
 from mmdist_e2e.grounding.checkpoint import (
     CONFIG,
     MODEL,
+    STATE,
     annotations_digest,
     command_line,
+    digest_of,
+    load_checkpoint,
     model_digest,
     recipe_settings,
     refuse_other,
@@ -44,12 +47,17 @@ from mmdist_e2e.grounding.data.annotations import (
     Annotation,
     carve_validation,
     load_annotations,
-    protocol_of,
     world_of,
 )
 from mmdist_e2e.grounding.data.batches import Item, batches, draw_masks, make_items
-from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
-from mmdist_e2e.grounding.data.text import Vocabulary, tokenize
+from mmdist_e2e.grounding.data.features import (
+    FeatureTable,
+    having_features,
+    load_features,
+    places_of,
+)
+from mmdist_e2e.grounding.data.published import protocol_of
+from mmdist_e2e.grounding.data.text import Vocabulary, read_words, tokenize
 from mmdist_e2e.grounding.evaluate import (
     Windows,
     annotations_of,
@@ -234,7 +242,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], TrainingState, dict[str, Ten
         ) from error
 
 
-STATE, HISTORY, LOG, LAST = "state.safetensors", "history.json", "log.csv", "last"
+HISTORY, LOG, LAST = "history.json", "log.csv", "last"
 EVENTS = "tensorboard"
 History = Sequence[Mapping[str, Any]]  # of every epoch its number, losses and validation
 CARVED_FRACTION = 0.1
@@ -266,6 +274,8 @@ def train_run(
     seed: int,
     word_vectors: WordVectors,
     carve: float = CARVED_FRACTION,
+    vocabulary_path: Path | None = None,
+    skip_missing: bool = False,
     durations: Path | None = None,
     protocol: str = "official",
     modalities: Sequence[str] = ("rgb",),
@@ -289,9 +299,11 @@ def train_run(
     carve: without `val_path`, the share of training videos set aside as validation; 0: no
     validation, the last epoch is taken. modalities: what the network reads; flow_features_path: of
     flow, if not stored with RGB. teacher: the run that a student learns from; its features are read
-    from the same paths. overrides: settings by name, which replace the preset's, as `length` does.
-    glove: the file of `word_vectors`, for the card. tensorboard: also write out/tensorboard/, the
-    figures of log.csv. started: called before training with every setting and the number of
+    from the same paths. vocabulary_path: the words to predict (see `read_words`), by default those
+    of the training sentences. skip_missing: leave out queries of videos without features; summary
+    and checkpoint count them. overrides: settings by name, which replace the preset's, as `length`
+    does. glove: the file of `word_vectors`, for the card. tensorboard: also write out/tensorboard/,
+    the figures of log.csv. started: called before training with every setting and the number of
     queries. more_epochs: whether a run may be continued past the epochs that it was started with.
     Returns a summary.
 
@@ -309,11 +321,22 @@ def train_run(
             "--tensorboard needs a further package; run: pip install 'mmdist-e2e[tensorboard]'."
         )
     events = out / EVENTS if tensorboard and rank() == 0 else None
-    train_annotations = load_annotations(train_path, durations=durations, protocol=protocol)
+    places = places_of(modalities, features_path, flow_features_path)
+    skipped: dict[str, dict[str, int]] = {}
+
+    def load(split: str, path: Path) -> list[Annotation]:
+        annotations = load_annotations(path, durations=durations, protocol=protocol)
+        if skip_missing:
+            taught = load_checkpoint(teacher).modalities if teacher else ()
+            asked = places | places_of(taught, features_path, flow_features_path)
+            annotations, skipped[split] = having_features(annotations, asked)
+        return annotations
+
+    train_annotations = load("train", train_path)
     val_annotations: list[Annotation] = []
     where = "no validation"
     if val_path is not None:
-        val_annotations = load_annotations(val_path, durations=durations, protocol=protocol)
+        val_annotations = load("val", val_path)
         where = val_path.name
         if both := {a.video for a in train_annotations} & {a.video for a in val_annotations}:
             raise MmdistError(
@@ -323,10 +346,10 @@ def train_run(
     elif carve:
         train_annotations, val_annotations, where = carve_validation(train_annotations, carve)
     sentences = [a.sentence for a in train_annotations]
-    word_vectors = word_vectors.limited(w for s in sentences for w in tokenize(s))
-    limit = recipe.training.vocabulary_limit
-    vocabulary = Vocabulary.from_sentences(sentences, word_vectors, size=limit)
-    places = places_of(modalities, features_path, flow_features_path)
+    words = read_words(vocabulary_path) if vocabulary_path else []
+    word_vectors = word_vectors.limited([*words, *(w for s in sentences for w in tokenize(s))])
+    limit = None if words else recipe.training.vocabulary_limit
+    vocabulary = Vocabulary.from_sentences(words or sentences, word_vectors, size=limit)
     videos = [a.video for a in (*train_annotations, *val_annotations)]
     table = load_features(places, videos, length=length).to(device)
     recipe = recipe.fitted(
@@ -343,6 +366,7 @@ def train_run(
         "annotations (train)": annotations_digest(train_annotations, moments=False),
         "annotations (validation)": annotations_digest(val_annotations),
         "word vectors": word_vectors.digest,
+        **({"vocabulary": digest_of(vocabulary.words)} if words else {}),
         **{f"features ({modality})": digest for modality, digest in table.digests.items()},
     }
     if recipe.distill is not None:
@@ -369,6 +393,7 @@ def train_run(
         "vocabulary": len(vocabulary),
         "selected_by": SELECTED_BY[recipe.training.select_by].format(where),
         "continued": inputs["continued"],
+        "skipped": skipped,
     }
     if found.epoch == recipe.training.epochs:
         with _event_log(events, found.history):
@@ -398,7 +423,9 @@ def train_run(
         "val": val_path,
         "carve": None if val_path else carve,
         "glove": glove,
+        "vocabulary": vocabulary_path,
         "durations": durations,
+        "skip-missing": skip_missing,
         "protocol": protocol,
         "seed": seed,
         "out": out,
@@ -413,6 +440,7 @@ def train_run(
         "longest_duration_seconds": longest,
         "training": recipe.to_json()["training"] | {"warmup_updates": trainer.warmup},
         "inputs": digests,
+        **({"skipped": skipped} if skipped else {}),
         **({"continued": inputs["continued"]} if inputs["continued"] else {}),
     }
     if found.epoch:
