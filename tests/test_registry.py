@@ -270,11 +270,7 @@ def test_flow_networks_read_two_channels_of_bounded_flow():
         assert entry.git_sha1 != ENTRIES[entry.name.replace("flow", "rgb")].git_sha1
         assert entry.url.endswith(f"flow_{entry.name.rsplit('-', 1)[1]}.pt")
         preprocessing = FlowPreprocessing(**entry.config["preprocessing"])
-        assert (preprocessing.shorter_side, preprocessing.size, preprocessing.crop) == (
-            256,
-            224,
-            224,
-        )
+        assert (preprocessing.size, preprocessing.crop) == (224, 224)
         assert preprocessing.bound == 20.0
 
 
