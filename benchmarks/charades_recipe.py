@@ -5,8 +5,9 @@
 PYTORCH_I3D is a checkout of github.com/piergiaj/pytorch-i3d: its network, readers and crop run on
 JPEG frames that the `ffmpeg` command writes as the data set's README says. Flow is OpenCV's TV-L1
 on the CPU with the settings of its CUDA class, on the first 200 frames; CACHE keeps it (.npz).
-Both sides load the same random weights: Kaiming's, with the statistics of BatchNorm measured on
-frames of the video, so that activations neither vanish nor saturate. "before" is how
+Both sides load the same random weights: Kaiming's, and BatchNorm's initial statistics (0 and 1),
+which keeps the scale of activations; statistics measured on random weights would make a network
+that amplifies the noise of JPEG more than any trained one. "before" is how
 `i3d-*-charades` was run at first: dense, 25 fps at most, shorter side 256; its rows are
 interpolated at the times of the recipe's.
 
@@ -76,20 +77,14 @@ def write_flow(root: Path, cache: Path | None) -> int:
     return len(flows)
 
 
-def random_weights(inputs_1CTHW: Tensor) -> dict[str, Tensor]:
-    """Of an I3D with 157 classes; BatchNorm has the statistics of these inputs."""
+def random_weights(channels: int) -> dict[str, Tensor]:
+    """Of an I3D with 157 classes."""
     torch.manual_seed(0)
-    network = InceptionI3d(157, inputs_1CTHW.shape[1])
+    network = InceptionI3d(157, channels)
     for module in network.modules():
         if isinstance(module, nn.Conv3d):
             nn.init.kaiming_normal_(module.weight)
-        elif isinstance(module, nn.BatchNorm3d):
-            module.momentum = None  # the plain average over the calls below
-    every = inputs_1CTHW.shape[2] // 6
-    with torch.no_grad():
-        for first in range(0, inputs_1CTHW.shape[2] - 32, every):
-            network.train().features(inputs_1CTHW[:, :, first : first + 32])
-    return network.eval().state_dict()
+    return network.state_dict()
 
 
 def our_rows(name: str, state: dict[str, Tensor], video: Path, seconds: float, **old: Any) -> Rows:
@@ -100,10 +95,13 @@ def our_rows(name: str, state: dict[str, Tensor], video: Path, seconds: float, *
         write_json(Path(folder) / "config.json", config)
         spec = describe(folder)
         network = SnippetNetwork(spec, device="cpu", precision="fp32")
-    inputs, cutter, rows = network.input_stream(), DenseChunks(), []
+    inputs, rows = network.input_stream(), []
     with Decoder() as decoder:
         how: dict[str, Any] = {"fps_policy": spec.fps_policy, "longer_side": spec.longer_side}
-        for chunk in decoder.frames(video, fps=spec.fps, **how):
+        stream = decoder.frames(video, fps=spec.fps, **how)
+        count = min(stream.sample_count, round(seconds * FPS)) - (spec.modality == "flow")
+        cutter = DenseChunks(frames=count if spec.tail == "none" else 0)
+        for chunk in stream:
             for piece in inputs.push(chunk.frames_NHWC[chunk.times_N < seconds - 1e-6]):
                 rows += [network.dense_rows(part) for part in cutter.push(piece)]
         for piece in inputs.finish():
@@ -127,7 +125,7 @@ def main() -> None:
     from pytorch_i3d import InceptionI3d as Theirs
     from videotransforms import CenterCrop
 
-    before = {"fps": 25.0, "fps_policy": "ceiling", "longer_side": None}
+    before = {"fps": 25.0, "fps_policy": "ceiling", "longer_side": None, "tail": "repeat_last"}
     old_size = {"size": 224, "shorter_side": 256, "crop": 224}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -137,7 +135,7 @@ def main() -> None:
         for modality, count in counts.items():
             frames_THWC = CenterCrop(224)(readers[modality](root, "video", 1, count))
             inputs_1CTHW = torch.from_numpy(frames_THWC.transpose(3, 0, 1, 2)[None].copy())
-            state = random_weights(inputs_1CTHW)
+            state = random_weights(inputs_1CTHW.shape[1])
             theirs = Theirs(157, in_channels=inputs_1CTHW.shape[1])
             theirs.load_state_dict(state)
             with torch.inference_mode():
