@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # Carreira & Zisserman's, for windows of 16 frames. The keys are those of `describe`.
 SAMPLING = {"fps": 25.0, "fps_policy": "ceiling", "mode": "windows", "window": 16, "stride": 8}
 # Charades' frames as its README makes them, read as piergiaj/pytorch-i3d's extraction does.
-CHARADES = SAMPLING | {"fps": 24.0, "fps_policy": "exact", "mode": "dense", "longer_side": 320}
+CHARADES = SAMPLING | {"fps": 24.0, "fps_policy": "exact", "longer_side": 320}
+CHARADES |= {"mode": "dense", "tail": "none"}
 
 
 def _config(
