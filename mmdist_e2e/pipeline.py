@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mmdist_e2e.store import FeatureStore, fast_digest
 from mmdist_e2e.structures import Answer, Features, MmdistError, differences
+from mmdist_e2e.weights.pull import model_folder
 from mmdist_e2e.weights.registry import (
     DEFAULT_RGB_EXTRACTOR,
     ENTRIES,
+    PCA,
     SHIPPED_MODEL,
     cache_folder,
     checkpoint_folder,
+    pulled_file,
     read_config,
 )
 
@@ -57,6 +60,7 @@ class Grounder:
         cache: folder of cached features; None switches caching off.
         extractor: name or folder of the extractor, or several, one per modality. Needed for a
             model trained on features of an extractor that is not in the registry.
+        features: folder that `mmdist extract` wrote; what fits there is not extracted again.
 
     Raises MmdistError for arguments of a wrong type, an unknown device, and an extractor of a
     modality that the model does not read.
@@ -70,6 +74,7 @@ class Grounder:
         precision: str = "auto",
         cache: str | Path | None = None,
         extractor: str | Path | Sequence[str | Path] | None = None,
+        features: str | Path | None = None,
     ) -> None:
         import torch
 
@@ -90,6 +95,7 @@ class Grounder:
         except (RuntimeError, AssertionError) as error:
             raise MmdistError(f"The model cannot run on {device!r}: {error}") from error
         self._store = FeatureStore(_path("cache", cache)) if cache is not None else None
+        self._extracted = None if features is None else FeatureStore(_path("features", features))
         self._warned = False
         self._given: dict[str, str] = {}
         given = [extractor] if isinstance(extractor, str | os.PathLike) else extractor or ()
@@ -118,13 +124,9 @@ class Grounder:
                 f"This model was trained on {name!r} features, which mmdist cannot extract by "
                 f"name; give the extractor's folder, or features instead of a video."
             )
-        if "pca" in matters:
-            raise MmdistError(
-                f"This model reads {modality} features that a PCA reduced; make them with "
-                f"mmdist extract --pca, and give features instead of a video."
-            )
+        pca = pulled_file(PCA) if "pca" in matters else None
         chosen = {key: matters[key] for key in ("mode", "fps_policy", "layer") if key in matters}
-        spec = describe(name, **chosen)
+        spec = describe(name, **chosen, pca=pca)
         if unlike := differences(matters, spec.matters):
             raise MmdistError(
                 f"The extractor {name!r} does not make the {modality} features that this model "
@@ -134,7 +136,7 @@ class Grounder:
         return self._networks.setdefault(modality, network)
 
     def encode(self, video: str | Path, *, progress: Progress = None) -> dict[str, Features]:
-        """Features of every modality that the model reads, from the cache where it has them.
+        """Features of every modality that the model reads, from where they are stored already.
 
         Missing ones are extracted in one pass. Raises MmdistError when the video cannot be
         decoded or an extractor is not available.
@@ -146,8 +148,8 @@ class Grounder:
                 source = fast_digest(path)
         except OSError:
             pass  # the decoder says what is wrong
-        found = {m: self._cached(m, source) for m in self.model.modalities}
-        missing = [modality for modality, cached in found.items() if cached is None]
+        found = {m: self._stored(m, path, source) for m in self.model.modalities}
+        missing = [modality for modality, stored in found.items() if stored is None]
         made: dict[str, Features] = {}
         if missing:
             from mmdist_e2e.extractors.extract import extract_video
@@ -159,24 +161,31 @@ class Grounder:
             with Decoder() as decoder:
                 made = extract_video(path, networks, decoder, source=source, progress=progress)
             self._keep(made, source)
-        return {m: cached or made[m] for m, cached in found.items()}
+        return {m: stored or made[m] for m, stored in found.items()}
 
     def _cache_id(self, modality: str, source: Mapping[str, Any]) -> str:
         """Digests of the video and of how features are made, so that models share a cache."""
         matters = json.dumps(self.model.matters[modality], sort_keys=True)
         return f"{source['digest']}-{hashlib.sha256(matters.encode()).hexdigest()[:16]}"
 
-    def _cached(self, modality: str, source: Mapping[str, Any]) -> Features | None:
+    def _stored(self, modality: str, path: Path, source: Mapping[str, Any]) -> Features | None:
         """Features that were made in this way from this video; None where they must be made."""
-        if self._store is None or not source:
+        if not source:
             return None
-        try:
-            features = self._store.load(self._cache_id(modality, source), modality)
-        except Exception:
-            return None  # missing, or damaged: a damaged file may raise anything
-        provenance = features.provenance
-        same = provenance.matters == self.model.matters[modality] and provenance.source == source
-        return features if same and features.modality == modality else None
+        places = [(self._store, self._cache_id(modality, source))] if self._store else []
+        if self._extracted:
+            parts = path.absolute().with_suffix("").parts  # an id is the path below some folder
+            places += [(self._extracted, "/".join(parts[i:])) for i in range(1, len(parts))]
+        for store, video in places:
+            try:
+                features = store.load(video, modality)
+            except Exception:  # noqa: S112 - missing, or damaged: that may raise anything
+                continue
+            made = features.provenance
+            same = made.matters == self.model.matters[modality] and made.source == source
+            if same and features.modality == modality:
+                return features
+        return None
 
     def _keep(self, made: Mapping[str, Features], source: Mapping[str, Any]) -> None:
         """Write features to the cache; where that fails, warn once."""
@@ -274,22 +283,33 @@ def load(
     precision: str = "auto",
     cache: str | Path | Literal[True] | None = True,
     extractor: str | Path | Sequence[str | Path] | None = None,
+    features: str | Path | None = None,
 ) -> Grounder:
     """Load a grounding model; by default the shipped one.
 
     Args:
-        model: folder of a training run or a checkpoint.
+        model: folder of a run, or a name; a public model is downloaded on first use.
         cache: folder of cached features; True for the user's cache folder, None for no caching.
-        device, precision, extractor: see Grounder.
+        device, precision, extractor, features: see Grounder.
 
-    Raises MmdistError when the folder is no checkpoint, and as Grounder.
+    Raises MmdistError for an unknown name, a failed download, no checkpoint, and as Grounder.
     """
     from mmdist_e2e.grounding.checkpoint import load_checkpoint
 
-    loaded = load_checkpoint(SHIPPED_MODEL if model is None else _path("model", model))
+    folder = SHIPPED_MODEL if model is None else _path("model", model)
+    if not folder.is_dir():
+        folder = model_folder(str(folder))
+    loaded = load_checkpoint(folder)
     if cache is True:
         cache = cache_folder() / "features"
-    return Grounder(loaded, device=device, precision=precision, cache=cache, extractor=extractor)
+    return Grounder(
+        loaded,
+        device=device,
+        precision=precision,
+        cache=cache,
+        extractor=extractor,
+        features=features,
+    )
 
 
 def extract(

@@ -9,23 +9,25 @@ A file holds `data` [S, D] float32, `times` [S, 2] float64 and `meta` (JSON, wit
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from mmdist_e2e.structures import Features, MmdistError, Provenance
+from mmdist_e2e.structures import Features, MmdistError, Provenance, check_choice
 
 VIDEO_SUFFIXES = (
     ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
@@ -46,31 +48,56 @@ SHORTENED = re.compile(r"~[0-9a-f]{16}(?:/|$)")
 
 
 def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -> None:
-    """Write a temporary file beside `path`, fsync it and rename it onto `path`.
+    """Write a file or replace it; content: the bytes, or a function that writes to an open file.
 
-    content: the bytes, or a function that writes them to an open file.
     After a kill or on a full disk, `path` is the whole old file or absent, never a part.
     Raises MmdistError when the disk is full or the folder cannot be made or written.
     """
-    temporary = path.with_name(TEMPORARY + secrets.token_hex(6))
+    with staged(path, overwrite=True) as temporary, temporary.open("xb") as stream:
+        if callable(content):
+            content(stream)
+        else:
+            stream.write(content)
+
+
+@contextlib.contextmanager
+def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary path; what is written there appears in `target` at the end.
+
+    It lies beside `target`, or in it if that is a folder: on the same file system in any case.
+    Write a file, or a folder of files, which are added to those of an existing folder. After an
+    exception, a kill or on a full disk nothing has changed.
+    Raises MmdistError when a file exists with another content (unless `overwrite`), when the disk
+    is full or the place cannot be written.
+    """
+    folder = target if target.is_dir() else target.parent
+    temporary = folder / (TEMPORARY + secrets.token_hex(6))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as stream:
-            if callable(content):
-                content(stream)
-            else:
-                stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        made = [path for path in (temporary, *temporary.rglob("*")) if path.is_file()]
+        places = {path: target / path.relative_to(temporary) for path in made}
+        for path, place in places.items():
+            if not (overwrite or not place.exists() or filecmp.cmp(path, place, shallow=False)):
+                raise MmdistError(
+                    f"{place} exists and holds something else; give another target or move it."
+                )
+            with path.open("r+b") as stream:
+                os.fsync(stream.fileno())
+        if temporary.is_dir() and not target.exists():
+            places = {temporary: target}
+        for path, place in places.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
     except OSError as error:
         raise MmdistError(
-            f"{path} could not be written ({error.strerror or error}). Free some space or choose "
+            f"{target} could not be written ({error.strerror or error}). Free some space or choose "
             f"another folder, and run again: finished files are kept."
         ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_out(out: Path) -> None:
@@ -99,6 +126,32 @@ def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     # Bytes of file names that are not UTF-8 arrive as surrogates: JSON writes those as \udcXX.
     write_atomically(path, text.encode(errors="backslashreplace"))
+
+
+def row_writer(path: Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
+    """A function that writes rows to `path` atomically: Parquet or JSON lines, by its suffix.
+
+    Raises MmdistError at once for another suffix, and where pyarrow is needed and missing.
+    """
+    if path.suffix == ".jsonl":
+        return lambda rows: write_atomically(
+            path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        )
+    check_choice(f"The suffix of {path}", path.suffix, (".parquet", ".jsonl"))
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MmdistError(
+            f"Writing {path} needs pyarrow; run pip install 'mmdist-e2e[parquet]', or write .jsonl."
+        ) from error
+
+    def write(rows: Sequence[Mapping[str, Any]]) -> None:
+        columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+        table = pyarrow.table(columns)
+        write_atomically(path, lambda stream: parquet.write_table(table, stream))
+
+    return write
 
 
 def fast_digest(path: Path) -> dict[str, Any]:
@@ -208,6 +261,8 @@ class FeatureStore:
     def _id(self, path: Path, modality: str) -> str | None:
         """The id of a feature file; None for a hidden file that is none (macOS `._NAME`)."""
         name = path.relative_to(self.root).as_posix().removesuffix(f".{modality}.npz")
+        if name.startswith(TEMPORARY):
+            return None  # of an import that was killed
         hidden = any(part.startswith(".") for part in name.split("/"))
         if not hidden and SHORTENED.search(name) is None:
             return video_key(name)

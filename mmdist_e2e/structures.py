@@ -6,6 +6,7 @@ Shape suffixes: S snippets, D channels, L resampled positions.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +30,9 @@ class MmdistError(ValueError):
 def check_choice(name: str, value: str, valid: Sequence[str]) -> None:
     """Raises MmdistError unless `value` is one of the valid words."""
     if value not in valid:
-        raise MmdistError(f"{name} {value!r} is unknown; valid: {', '.join(valid)}.")
+        near = difflib.get_close_matches(str(value), valid, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise MmdistError(f"{name} {value!r} is unknown; valid: {', '.join(valid)}.{hint}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Answer(Sequence[Moment]):
     video: the path as given; "" where features were given.
     unknown_words: words of the query that the model does not read.
     model, trained_on: the model's name and its training data.
-    warning: why the answer may be wrong on real video; None for a model trained on real video.
+    warning: on which videos the answer is a guess; None where nothing is known.
     """
 
     video: str
@@ -74,6 +77,12 @@ class Answer(Sequence[Moment]):
         """Everything as plain JSON types."""
         raw = asdict(self)
         return raw | {name: list(raw[name]) for name in ("unknown_words", "moments")}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per moment, for a table: its rank, start, end and score, and what was asked."""
+        known = {name: getattr(self, name) for name in ("video", "query", "duration_seconds")}
+        ranked = enumerate(self.moments, start=1)
+        return [known | {"rank": rank, **asdict(m), "model": self.model} for rank, m in ranked]
 
     @property
     def table(self) -> str:

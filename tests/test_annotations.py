@@ -14,20 +14,18 @@ import numpy as np
 import pytest
 
 from mmdist_e2e.grounding.data.annotations import (
-    PUBLISHED,
     Annotation,
     BadLinesError,
     carve_validation,
-    fingerprint,
     in_protocol,
     load_annotations,
     load_durations,
-    protocol_of,
     read_annotations,
     suspicions,
     video_id,
     with_durations,
 )
+from mmdist_e2e.grounding.data.published import PUBLISHED, fingerprint, protocol_of
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, MmdistError, Provenance
 
@@ -97,6 +95,30 @@ def test_qvhighlights_lines(tmp_path: Path) -> None:
     assert second == replace(first, sentence=queries[1])
 
 
+def test_timelens_and_charades_cg(tmp_path: Path) -> None:
+    """The fields that TimeLens' loaders read, and the extra ones of Charades-CG's splits."""
+    bench = {"v1": {"duration": 30.5, "spans": [[1, 2.5], [3, 4]], "queries": ["A cat.", "A dog"]}}
+    assert load_annotations(write(tmp_path / "bench.json", bench)) == [
+        Annotation("v1", 30.5, 1, 2.5, "A cat."), Annotation("v1", 30.5, 3, 4, "A dog"),
+    ]  # fmt: skip
+    video = {"source": "didemo", "video_path": "didemo/a b.mp4", "duration": 30}
+    events = [{"query": "x", "span": [[1, 2], [4, 9]]}, {"query": "y", "span": [3, 5]}]
+    filtered = video | {"query": "z", "span": [[0, 7]], "iou": 0.5}
+    expected = [
+        Annotation("didemo/a b", 30, 4, 9, "x", ((1, 2),)),
+        Annotation("didemo/a b", 30, 3, 5, "y"),
+        Annotation("didemo/a b", 30, 0, 7, "z"),
+    ]
+    records = [video | {"events": events}, filtered]
+    lines = "\n".join(json.dumps(record) for record in records)
+    assert load_annotations(write(tmp_path / "a.jsonl", lines)) == expected
+    assert load_annotations(write(tmp_path / "a.json", records)) == expected
+    composed = {"duration": 9, "timestamps": [[1, 2]], "sentences": ["x"], "novels": [{"v-n": []}]}
+    assert load_annotations(write(tmp_path / "cg.json", {"v": composed})) == [
+        Annotation("v", 9, 1, 2, "x")
+    ]
+
+
 GOOD = '["v", 30, [1, 2], "x"]'
 QV = '{"vid": "v", "duration": 9, "query": "x", "relevant_windows": [[1, 2]]}'
 
@@ -132,6 +154,11 @@ QV = '{"vid": "v", "duration": 9, "query": "x", "relevant_windows": [[1, 2]]}'
         (f'{QV}\n{QV.replace("[[1, 2]]", "[]")}', "Line 2 .* no moment"),
         (f'{QV}\n{QV.replace("relevant_windows", "saliency")}', "Line 2 .* test split"),
         (f'{QV}\n{QV.replace("[[1, 2]]", "[[1]]")}', "Line 2"),
+        ('{"video_path": "v", "duration": 9, "events": [{"query": "x", "span": [1, 2]},'
+         ' {"query": "y", "span": [2, 1]}]}', "Event 2 of line 1 .* 0 <= start <= end"),
+        ('{"video_path": "v", "duration": 9, "events": 3}', "Line 1 .* events"),
+        ('{"v": {"duration": 9, "spans": [[1, 2]], "queries": []}}', "The video 'v'"),
+        (f'[{GOOD}, {{"vid": "v"}}]', "Row 2 .* is not JSON with vid"),
     ],
 )  # fmt: skip
 def test_bad_annotations_name_the_place(tmp_path: Path, text: str, reason: str) -> None:
@@ -249,6 +276,18 @@ def test_durations_of_a_charades_csv(tmp_path: Path) -> None:
     assert load_durations(path) == {"46GP8": 24.83, "N11GT": 18.33}
     annotations = load_annotations(write(tmp_path / "a.txt", "N11GT 0 5##x"), durations=path)
     assert annotations[0].duration_seconds == 18.33
+
+
+def test_durations_as_activitynet_has_them(tmp_path: Path) -> None:
+    videos = {"v_a": {"duration": 9.5, "subset": "training"}, "v_b.mp4": {"duration": 7}}
+    for raw in (videos, {"version": "1.3", "database": videos}):
+        assert load_durations(write(tmp_path / "d.json", raw)) == {"v_a": 9.5, "v_b": 7}
+    assert load_durations(write(tmp_path / "d.json", {"database": 3, "v": 4})) == {
+        "database": 3,
+        "v": 4,
+    }
+    with pytest.raises(MmdistError, match=r"The video 'v' .* duration"):
+        load_durations(write(tmp_path / "d.json", {"v": {"subset": "x"}}))
 
 
 def test_durations_of_a_feature_store(tmp_path: Path) -> None:

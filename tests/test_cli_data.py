@@ -1,20 +1,32 @@
-"""`mmdist data check` on sound files, broken ones, and the real ones."""
+"""`mmdist data pull` from loopback; `mmdist data check` on sound, broken and real files."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
 import unicodedata
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from mmdist_e2e.cli.main import main
+from mmdist_e2e.grounding.data import published as pulled
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, Provenance
+from mmdist_e2e.weights.cpl import DATASETS
+from mmdist_e2e.weights.download import git_blob_sha1
+
+needs_data = pytest.mark.skipif(
+    "MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files"
+)
 
 Row = list[Any]
 
@@ -151,7 +163,9 @@ def test_durations_come_from_the_store_where_the_file_has_none(tmp_path: Path) -
     assert check(*both)[0] == 0
     (tmp_path / "d.json").write_text('{"a": 8.5, "b": 25}')
     told = warnings_of(*both, "--durations", tmp_path / "d.json")
-    assert "1 videos are longer or shorter in the annotations than in the features" in told
+    assert (
+        "1 videos are longer or shorter in d.json than in the features by more than 1 s (b)" in told
+    )
     assert "(b)" in told
     save_features(tmp_path / "store", "b", 20.0, "another")
     assert (
@@ -235,13 +249,162 @@ def test_what_a_person_reads(tmp_path: Path) -> None:
         assert part in result.stdout, (part, result.stdout)
 
 
-def test_nothing_to_check() -> None:
+def test_nothing_to_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["data", "check"])
     assert result.exit_code == 1
-    assert "give --train, --val or --test" in result.stderr
+    assert f"looked in {tmp_path} and did not find: training annotations" in result.stderr
 
 
-@pytest.mark.skipif("MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files")
+def save_rates(folder: Path, **fps: float) -> tuple[Path, list[Row]]:
+    """Rows of a stride of 8 frames, and annotations of videos of 30 to 40 s."""
+    seconds = {video: 30.0 + i for i, video in enumerate(fps)}
+    rng = np.random.default_rng(0)
+    arrays = {v: rng.normal(size=(round(seconds[v] * fps[v] / 8), 4)) for v in fps}
+    save_arrays(folder, "".join(fps), **arrays)
+    return folder, [[v, seconds[v], [2.0, 6.0], f"person opens door {v}."] for v in fps]
+
+
+def test_rows_per_second_of_foreign_features(tmp_path: Path) -> None:
+    fps = dict.fromkeys("abcdefgh", 25.0) | {"i": 30.0, "j": 30.0, "k": 50.0}
+    features, rows = save_rates(tmp_path / "f", **fps)
+    files = ("--features", features, "--val", write_rows(tmp_path / "v.json", rows))
+    code, report = check(*files)
+    assert code == 0
+    assert report["features"]["rows_per_second"]["median"] == pytest.approx(25 / 8, rel=0.02)
+    assert report["features"]["implied_fps"]["at stride 8"] == pytest.approx(25, rel=0.02)
+    assert report["features"]["implied_fps"]["at stride 16"] == pytest.approx(50, rel=0.02)
+    told = "\n".join(report["warnings"])
+    median = f"{report['features']['rows_per_second']['median']:.3g}"
+    off = f"videos have rows per second more than 10% off the median of {median}"
+    assert f"2 {off}, by about 30/25 (i, j); check at which fps" in told
+    assert f"1 {off}, by about 60/30 (k); check" in told
+    assert len(report["warnings"]) == 2
+    # Agreement is silent; short videos may be a row off.
+    features, rows = save_rates(tmp_path / "g", **dict.fromkeys("abcdefgh", 25.0))
+    np.save(features / "z.npy", np.random.default_rng(1).normal(size=(5, 4)))
+    rows.append(["z", 1.2, [0.1, 1.0], "person runs."])
+    _, report = check("--features", features, "--val", write_rows(tmp_path / "w.json", rows))
+    assert report["warnings"] == []
+    assert "implied fps" in CliRunner().invoke(main, ["data", "check", *map(str, files)]).stdout
+
+
+def test_rows_that_were_resampled_imply_no_fps(tmp_path: Path) -> None:
+    rows = [["a", 10.0, [2.0, 6.0], "person runs."], ["b", 30.0, [2.0, 6.0], "person falls."]]
+    files = ("--features", save_arrays(tmp_path / "f", "ab"))
+    _, report = check(*files, "--val", write_rows(tmp_path / "v.json", rows))
+    assert report["features"]["rows_in_every_video"] == 6
+    assert "implied_fps" not in report["features"]
+    assert report["warnings"] == []
+
+
+def test_durations_that_differ_between_sources(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text('{"a": 10.2, "b": 14}')
+    (tmp_path / "two.json").write_text('{"a": 10, "b": 14.5, "c": 3}')
+    rows = write_rows(tmp_path / "t.json", rows_of("ab"))
+    more = ("--durations", tmp_path / "one.json", "--durations", tmp_path / "two.json")
+    told = warnings_of("--test", rows, *more)
+    assert "1 videos are longer or shorter in one.json than in test by more than 1 s (b)" in told
+    assert "than in two.json" not in told
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a server on loopback that stands for CPL's repository."""
+    root = tmp_path / "served"
+    for there in list(pulled.DIGESTS):
+        (root / there).parent.mkdir(parents=True, exist_ok=True)
+        path = write_rows(root / there, [[there, 9.0, [1, 2], "person runs."]])
+        monkeypatch.setitem(pulled.DIGESTS, there, git_blob_sha1(path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(pulled, "URL", f"http://127.0.0.1:{server.server_port}/")
+    yield root
+    server.shutdown()
+
+
+def pull(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["data", "pull", *map(str, arguments)])
+
+
+def refused(result: Result) -> str:
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    return result.output
+
+
+def test_annotations_are_pulled_by_name(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = pull("activitynet-captions")
+    assert result.exit_code == 0, result.output
+    assert "ActivityNet Captions in CPL's rows (protocol official" in result.output
+    assert "not be redistributed; get them at activity-net.org" in result.output
+    assert "Next: mmdist extract" in result.output
+    names = ("train", "val", "test")
+    folder = tmp_path / "annotations"
+    assert sorted(p.name for p in folder.iterdir()) == sorted(f"{n}.json" for n in names)
+    for name in names:
+        served = published / "activitynet" / f"{name}_data.json"
+        assert (folder / f"{name}.json").read_bytes() == served.read_bytes()
+    # What is there already is kept without a network, and what is missing is fetched.
+    (folder / "val.json").unlink()
+    (published / "activitynet" / "test_data.json").unlink()
+    assert pull("activitynet-captions").exit_code == 0
+    assert (folder / "val.json").is_file()
+    assert pull("cpl-vocabulary-charades").exit_code == 0
+    assert (folder / "glove.pkl").is_file()
+    # Another data set would overwrite it.
+    told = refused(pull("charades-sta"))
+    assert "annotations/train.json exists and is not that of charades-sta" in told
+    assert "allenai" in pull("charades-sta", "--out", "c").output
+    assert "Did you mean 'charades-sta'?" in refused(pull("charades-std", "--out", "d"))
+
+
+@pytest.mark.parametrize("fault", ["tampered", "gone", "no network", "full disk"])
+def test_a_failed_pull_leaves_nothing(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    file = published / "charades" / "test.json"  # the second of the two
+    if fault == "tampered":
+        file.write_text(file.read_text() + " ")
+        told = "digest"
+    elif fault == "gone":
+        file.unlink()
+        told = "404"
+    elif fault == "no network":
+        monkeypatch.setattr(pulled, "URL", "http://127.0.0.1:9/")
+        told = "could not be downloaded"
+    else:
+
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        told = "No space left"
+    before = sorted(tmp_path.rglob("*"))
+    assert told in refused(pull("charades-sta", "--out", tmp_path / "annotations"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@needs_data
+def test_published_files_are_known_by_their_digests() -> None:
+    root = Path(os.environ["MMDIST_DATA"]) / "charades_sta"
+    for name in ("train", "test"):
+        assert git_blob_sha1(root / f"cpl_{name}.json") == pulled.DIGESTS[f"charades/{name}.json"]
+    for name, data in (("charades", "CharadesSTA"), ("activitynet", "ActivityNet")):
+        assert pulled.DIGESTS[f"{name}/glove.pkl"] == DATASETS[data].vocabulary_id
+    _, report = check("--train", root / "charades_sta_train.txt")
+    assert report["splits"]["train"]["protocol"].startswith("charades_sta official, training")
+
+
+@needs_data
 def test_real_files() -> None:
     pytest.importorskip("h5py", reason="needs the extra hdf5")
     root = Path(os.environ["MMDIST_DATA"])

@@ -45,6 +45,24 @@ def learn(both: Path, out: Path, *more: object) -> Result:
     return train(both, out, *flow, *more, recipe="student")
 
 
+def test_a_student_skips_what_its_teacher_cannot_read(both: Path, tmp_path: Path) -> None:
+    """Videos without flow, which the student itself does not read."""
+    import h5py
+
+    first = json.loads((both / "A.json").read_text())[0][0]
+    with h5py.File(both / "flow.hdf5") as flow, h5py.File(tmp_path / "f.hdf5", "w") as some:
+        for video in set(flow) - {first}:
+            some[video] = flow[video][()]
+    lacking = ["--flow-features", tmp_path / "f.hdf5", "--epochs", 1]
+    told = learn(both, tmp_path / "s", *lacking)
+    assert told.exit_code == 1
+    assert "1 of" in told.output
+    assert "no flow features" in told.output
+    run = learn(both, tmp_path / "s", *lacking, "--skip-missing")
+    assert run.exit_code == 0, run.output
+    assert "train: left out 2 queries of 1 videos" in run.stdout
+
+
 def test_a_teacher_reads_two_modalities(both: Path, tmp_path: Path) -> None:
     config = json.loads((both / "teacher" / "config.json").read_text())
     assert config["modalities"] == ["rgb", "flow"]
@@ -78,7 +96,7 @@ def test_a_teacher_reads_two_modalities(both: Path, tmp_path: Path) -> None:
 def test_a_student_answers_without_flow(both: Path, tmp_path: Path) -> None:
     run = learn(both, tmp_path / "student")
     assert run.exit_code == 0, run.output
-    assert "--teacher TEACHER" in (tmp_path / "student" / "README.md").read_text()
+    assert "--teacher teacher --train A.json" in (tmp_path / "student" / "README.md").read_text()
     history = (tmp_path / "student" / "history.json").read_text()
     assert "distill_global" in history
     assert "distill_local" in history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from mmdist_e2e.cli.main import main
 from mmdist_e2e.grounding import evaluate as evaluation
 
 ACTIONS = ("opens", "sits", "reads", "eats")
-SMALL = [
+SMALL = ["--preset=small"] + [
     f"--set={setting}"
     for setting in (
         "hidden=16", "heads=2", "layers=1", "feed_forward=24", "frame_divisor=1", "batch_size=8",
@@ -137,6 +138,47 @@ def test_a_length_that_is_not_valid_is_refused(files: Path, tmp_path: Path, valu
     assert "length must be a whole number at least 1; got" in run.output
 
 
+def test_the_settings_are_one_table_that_marks_what_differs(files: Path, tmp_path: Path) -> None:
+    run = train(files, tmp_path, "--set", "temperature=0.1", "--carve", 0)
+    assert run.exit_code == 0, run.output
+    lines = run.stderr.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("epoch 1"))
+    assert max(map(len, lines[: first - 1])) <= 80
+    rows = {name: told for name, *told in (re.split(r"\s*│\s*", x.strip()) for x in lines[:first])}
+    assert rows["length"] == ["16", "200"]
+    assert rows["ranking"] == ["contrast", "inside"]
+    assert rows["heads"] == ["2", "4"]
+    assert rows["local_weight"] == ["4.5", ""]
+    assert rows["temperature"] == ["0.1", "0.15 (ours)"]  # the paper gives none
+    assert rows["warmup_updates"] == ["1", "400"]  # a tenth of ten updates
+    assert rows["select_by"] == ["last", "val_loss (ours)"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    parts = [part for part in config.values() if isinstance(part, dict)]
+    assert {name for name in rows if any(name in part for part in parts)} > {"dropout", "epochs"}
+    assert "only" not in run.stderr  # `small` needs no advice
+    again = train(files, tmp_path, "--set", "temperature=0.1", "--carve", 0)
+    assert "heads" not in again.stderr  # nothing is trained
+
+
+def test_the_papers_preset_is_the_default_and_says_how_small_did(
+    files: Path, tmp_path: Path
+) -> None:
+    data = ["--features", files / "F.hdf5", "--train", files / "A.json", "--epochs", 1]
+    tiny = ["--set=hidden=16", "--set=layers=1", "--set=feed_forward=16", "--set=proposals=2"]
+    run = mmdist("train", "baseline", *data, *tiny, "--out", tmp_path)
+    assert run.exit_code == 0, run.output
+    assert "There are only 26 training queries." in run.stderr
+    assert "`--preset small` had" in run.stderr
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model"]["length"] == 200
+    assert config["local"]["ranking"] == "inside"
+    assert config["command"].startswith("mmdist train baseline --preset paper --length 200 ")
+    assert config["command"].endswith("--set proposals=2 --set epochs=1")
+    near = mmdist("train", "baseline", *data, "--out", tmp_path / "b", "--preset", "papr")
+    assert near.exit_code == 2
+    assert "'paper'" in near.output
+
+
 def test_a_finished_run_is_said_to_be_finished(files: Path, tmp_path: Path) -> None:
     first = train(files, tmp_path)
     again = train(files, tmp_path)
@@ -186,5 +228,5 @@ def test_a_loss_that_is_not_finite_is_one_sentence(files: Path, tmp_path: Path) 
 
 def test_help_says_what_the_checkpoint_is_chosen_on() -> None:
     text = " ".join(mmdist("train", "baseline", "--help").output.split())
-    assert "train without --val, then run `mmdist evaluate" in text
+    assert "train with --carve 0.1, then run `mmdist evaluate" in text
     assert "set aside to choose the checkpoint on" in text

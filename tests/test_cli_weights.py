@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from mmdist_e2e.cli.main import main
 from mmdist_e2e.extractors.networks.c3d import C3D
 from mmdist_e2e.extractors.networks.i3d import InceptionI3d
-from mmdist_e2e.extractors.profiles import describe
+from mmdist_e2e.extractors.profiles import describe, profile_of
 from mmdist_e2e.extractors.runner import load_network
 from mmdist_e2e.weights.download import file_sha256
 from mmdist_e2e.weights.registry import (
@@ -97,7 +97,7 @@ def test_a_wrong_digest_converts_nothing(narrow, monkeypatch, tmp_path):
     entry, file, _, _ = narrow
     right = entry.sha256
     convert = ("convert", entry.name, file, "--out", tmp_path / "out")
-    assert "--digest needs a SHA-256" in sentence(weights(*convert, "--digest", "abc"))
+    assert "not abc" in sentence(weights(*convert, "--digest", "abc"))
     assert "not 0000" in sentence(weights(*convert, "--digest", "0" * 64))
     without_digest(monkeypatch, entry)
     assert "not 0000" in sentence(weights(*convert, "--digest", "0" * 64))
@@ -149,10 +149,11 @@ def test_mistakes_are_one_sentence(narrow, tmp_path):
     entry, file, _, _ = narrow
     out = ("--out", tmp_path / "out")
     unknown = sentence(weights("convert", "c3d", file, *out))
-    assert "'c3d' are unknown" in unknown
+    assert "'c3d' is unknown" in unknown
     assert "c3d-sports1m-mm, c3d-sports1m, slow_r50" in unknown
-    assert "world2-rgb" not in unknown
-    assert "ship with mmdist" in sentence(weights("convert", "world2-rgb", file, *out))
+    for other in ("cpl-charades", "activitynet-pca"):
+        assert f"{other!r} is unknown" in sentence(weights("convert", other, file, *out))
+    assert "ships with mmdist" in sentence(weights("convert", "world2-rgb", file, *out))
     missing = sentence(weights("convert", entry.name, tmp_path / "none.pth", *out))
     assert str(tmp_path / "none.pth") in missing
     assert entry.url in missing
@@ -173,11 +174,91 @@ def test_the_list_names_every_entry_and_what_is_available(narrow):
     assert set(ENTRIES) <= set(before)
     assert before["world2-rgb"][:4] == ["shipped", "rgb", "i3d", "ships"]
     assert before["i3d-flow-charades"][:4] == ["public", "flow", "i3d", "no"]
+    assert before["student-world2"][::3] == ["model", "ships"]
+    assert before["cpl-charades"][::3] == ["model", "no"]
+    assert before["activitynet-pca"][::3] == ["file", "no, supply it"]
     assert before["slow_r50"][:4] == ["public", "rgb", "pytorchvideo", "no, supply it"]
     assert before[entry.name][3] == "no"
     assert "Apache-2.0" in before[entry.name][4]
     weights("convert", entry.name, file, "--out", cached_folder(entry))
     assert rows()[entry.name][3] == "yes"
+
+
+def test_verify_names_what_is_damaged_and_how_to_repair_it(narrow, tmp_path):
+    entry, file, _, _ = narrow
+    assert entry.name not in weights("verify").output
+    assert f"mmdist pull {entry.name}" in sentence(weights("verify", entry.name))
+    assert CliRunner().invoke(main, ["pull", entry.name, "--from", str(file)]).exit_code == 0
+    everything = weights("verify")
+    assert everything.exit_code == 0, everything.output
+    for name in (entry.name, "world2-rgb", "world2-flow", "student-world2"):
+        assert f"{name}: as recorded" in everything.output.splitlines()
+    tensors = cached_folder(entry) / "model.safetensors"
+    whole = tensors.read_bytes()
+    repair = f"delete {tensors.parent} and run: mmdist pull {entry.name}"
+    for content in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-1], b"", None):
+        tensors.unlink() if content is None else tensors.write_bytes(content)
+        result = weights("verify")
+        assert result.exit_code == 1
+        assert "student-world2: as recorded" in result.output
+        assert f"Error: {entry.name}: model.safetensors" in result.output
+        assert repair in result.output
+        assert weights("verify", "world2-rgb").exit_code == 0
+    tensors.write_bytes(whole)
+    assert weights("verify", entry.name, tensors.parent).exit_code == 0
+    for text in ("{", "{}"):
+        (tensors.parent / "config.json").write_text(text)
+        assert repair in sentence(weights("verify", entry.name))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_show_tells_licences_and_where_from(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("MMDIST_CACHE", str(tmp_path))
+    entry = ENTRIES[name]
+    result = weights("show", name)
+    assert result.exit_code == 0, result.output
+    lines = dict(line.split(":", 1) for line in result.output.splitlines())
+    shown = {key: value.strip() for key, value in lines.items()}
+    assert shown["licence"] == entry.facts.rpartition("; ")[2]
+    assert shown["training data"]
+    if entry.ships:
+        assert shown["folder"] == str(cached_folder(entry))
+        assert "drawn by mmdist" in shown["training data"]
+        return
+    assert shown["address"] == entry.url
+    assert (entry.digest or "unknown: supply the file") in shown["digest"]
+    bring = "" if entry.digest else " --from FILE"
+    assert shown["folder"] == f"not in the cache; get it with: mmdist pull {name}{bring}"
+    assert shown.get("needs", "") == ", ".join(entry.needs)
+
+
+def test_show_tells_the_terms_of_the_training_data_and_the_profile(narrow):
+    entry, file, _, _ = narrow
+    charades = weights("show", "i3d-rgb-charades").output
+    for words in ("ImageNet: non-commercial", "Kinetics: list of videos CC BY 4.0"):
+        assert words in charades
+    assert "Charades: non-commercial research" in charades
+    assert "repository gives no licence" in weights("show", "cpl-charades").output
+    profile = profile_of(ENTRIES["i3d-rgb-charades"].config)
+    assert profile
+    assert all(f"{key}:" in charades and value in charades for key, value in profile.items())
+    CliRunner().invoke(main, ["pull", entry.name, "--from", str(file)])
+    size = f"{file.stat().st_size:,} bytes, SHA-256 {entry.sha256}"
+    assert size in weights("show", entry.name).output
+
+
+def test_the_digest_of_a_file_that_the_user_brings(narrow, monkeypatch):
+    entry, file, _, _ = narrow
+    without_digest(monkeypatch, entry)
+    pull = ["pull", entry.name, "--from", str(file), "--digest"]
+    assert "not 0000" in sentence(CliRunner().invoke(main, [*pull, "0" * 64]))
+    assert not is_available(entry)
+    assert CliRunner().invoke(main, [*pull, file_sha256(file)]).exit_code == 0
+    assert is_available(entry)
+    for wrong in (["slow_r50", "x3d_s", *pull[2:4]], [entry.name, "--digest", "0" * 64]):
+        assert "is for one NAME" in sentence(CliRunner().invoke(main, ["pull", *wrong]))
+    ships = CliRunner().invoke(main, ["pull", "world2-rgb", *pull[2:4]])
+    assert "ships with mmdist" in sentence(ships)
 
 
 def test_the_list_needs_no_torch():

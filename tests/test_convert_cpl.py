@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mmdist_e2e.grounding.data.text import tokenize
 from mmdist_e2e.structures import Features, MmdistError, Provenance
 from mmdist_e2e.weights import cpl as convert
 from mmdist_e2e.weights.download import file_sha256, git_blob_sha1
+from mmdist_e2e.weights.registry import ENTRIES
 from mmdist_e2e.weights.words import load_restricted
 
 
@@ -96,7 +98,7 @@ def test_the_card_and_the_config_say_where_it_comes_from(files):
         assert fact in card, fact
     config = json.loads((files.out / "config.json").read_text())
     assert config["features"] == {"rgb": {"extractor": "external:hdf5"}}
-    assert config["converted_from"]["updates"] == 77
+    assert config["source"]["updates"] == 77
     assert config["longest_duration_seconds"] == 194.33
     assert str(files.folder) not in card + json.dumps(config)
 
@@ -248,26 +250,24 @@ def test_options_of_cpl_are_refused_elsewhere(files, tmp_path):
 
 def test_released_files_belong_together(files, monkeypatch, tmp_path):
     files.convert()
-    ours = convert.DATASETS["CharadesSTA"]
-    other = convert.DATASETS["ActivityNet"]
-    same = {"model_id": git_blob_sha1(files.model), "vocabulary_id": "f" * 40}
+    names = ("cpl-charades", "cpl-vocabulary-charades", "cpl-vocabulary-activitynet")
+    originals = {name: ENTRIES[name] for name in names}
+    model_id, vocabulary_id = map(git_blob_sha1, (files.model, files.vocabulary))
 
-    def know(**ids: str) -> None:
-        known = {"CharadesSTA": ours, "ActivityNet": other}
-        name = ids.pop("dataset", "CharadesSTA")
-        known[name] = convert.Dataset(**{**vars(known[name]), **ids})
-        monkeypatch.setattr(convert, "DATASETS", known)
+    def know(*ids: str) -> None:
+        for name, git_sha1 in zip(names, ids, strict=True):
+            monkeypatch.setitem(ENTRIES, name, replace(originals[name], git_sha1=git_sha1))
 
-    know(**same)
+    know(model_id, "f" * 40, "e" * 40)
     released = convert.read_cpl(files.model)
     with pytest.raises(
         MmdistError, match=r"not the vocabulary that CPL released for Charades-STA;"
     ):
         convert.convert_cpl(released, files.vocabulary, tmp_path / "b")
-    know(**same | {"vocabulary_id": git_blob_sha1(files.vocabulary)})
+    know(model_id, vocabulary_id, "e" * 40)
     assert convert.convert_cpl(released, files.vocabulary, tmp_path / "b")["released"]
     assert "CPL's released file" in (tmp_path / "b" / "README.md").read_text()
-    know(dataset="ActivityNet", vocabulary_id=git_blob_sha1(files.vocabulary))
+    know(model_id, "f" * 40, vocabulary_id)
     with pytest.raises(MmdistError, match="but that for ActivityNet Captions"):
         convert.convert_cpl(released, files.vocabulary, tmp_path / "c")
 
@@ -275,7 +275,7 @@ def test_released_files_belong_together(files, monkeypatch, tmp_path):
 @pytest.mark.skipif("MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files")
 def test_the_real_vocabulary():
     root = Path(os.environ["MMDIST_DATA"]) / "charades_sta"
-    assert git_blob_sha1(root / "glove.pkl") == convert.DATASETS["CharadesSTA"].vocabulary_id
+    assert git_blob_sha1(root / "glove.pkl") == ENTRIES["cpl-vocabulary-charades"].git_sha1
     vocabulary = convert.read_vocabulary(root / "glove.pkl", 1111, 300)
     assert len(vocabulary) == len(vocabulary.vectors.words) == 1111
     assert vocabulary.words[:4] == (".", "person", "a", "the")

@@ -11,31 +11,35 @@ import pytest
 from click.testing import CliRunner
 
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.grounding.config import RECIPES
+from mmdist_e2e.grounding.config import OURS, RECIPES, configure
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
 DERIVED = {"feature_dim", "word_dim", "vocabulary_size", "length", "channels"}  # from the data
 
 
-def recipes() -> list:
-    shape = {"feature_dim": 8, "word_dim": 4, "vocabulary_size": 3, "length": 64}
-    return [make(**shape, queries=10_000, channels=(4, 4)) for make in RECIPES.values()]
+def recipes(preset: str) -> list:
+    return [configure(name, preset=preset, modalities=2) for name in RECIPES]
 
 
-def test_the_settings_page_names_every_setting_and_its_default():
+def test_the_settings_page_names_every_setting_and_both_presets_values():
     page = (ROOT / "docs" / "settings.md").read_text()
-    rows = re.findall(r"^\|[^|]*\| `(\w+)` \| ([^|]*) \|", page, re.M)
-    assert {name for name, _ in rows} == {n for r in recipes() for n in r.homes} - DERIVED
-    plain = {name: cell.strip("`") for name, cell in rows if re.fullmatch(r"`?[\w.]+`?", cell)}
-    assert len(plain) > len(rows) / 2
-    for recipe in recipes():
-        for name in plain.keys() & recipe.homes.keys():
-            value = getattr(recipe.parts[recipe.homes[name]], name)
-            if not isinstance(value, str):
-                value = str(value).lower() if isinstance(value, bool) else f"{value:g}"
-            assert plain[name] == value, name
+    cells = r" ?([^|]*?) ?\|"
+    rows = re.findall(rf"^\|[^|]*\| `(\w+)` \|{cells}{cells}{cells}", page, re.M)
+    assert {name for name, *_ in rows} == {n for r in recipes("paper") for n in r.homes} - DERIVED
+    assert {name for name, _, _, source in rows if source == "ours"} == set(OURS)
+    for column, preset in enumerate(("paper", "small"), start=1):
+        told = {row[0]: (row[column] or row[1]).strip("` ") for row in rows}
+        plain = {name: cell for name, cell in told.items() if re.fullmatch(r"[\w.]+", cell)}
+        assert len(plain) > len(rows) / 2
+        for recipe in recipes(preset):
+            for name in plain.keys() & recipe.homes.keys():
+                value = getattr(recipe.parts[recipe.homes[name]], name)
+                if not isinstance(value, str):
+                    number = isinstance(value, float)
+                    value = f"{value:g}" if number else str(value).lower()
+                assert plain[name] == value, (preset, name)
 
 
 def headings(page: Path) -> set[str]:

@@ -70,6 +70,15 @@ def test_imported_arrays(tmp_path: Path, kind: str, rows: int, length: int) -> N
     assert table.matters == {"flow": {"extractor": f"external:{kind}"}}
 
 
+def test_dimensions_of_one_are_dropped(tmp_path: Path) -> None:
+    """CPL squeezes the published I3D features likewise; one row stays a row."""
+    for video, rows in (("a", 7), ("b", 1)):
+        np.save(tmp_path / f"{video}.npy", np.arange(rows * 4.0).reshape(rows, 1, 1, 4))
+    with open_features(tmp_path) as source:
+        assert np.array_equal(source.array("a"), np.arange(28.0).reshape(7, 4))
+        assert source.array("b").shape == (1, 4)
+
+
 def test_videos_without_features_are_counted_and_named(tmp_path: Path) -> None:
     save_video(tmp_path, "v0")
     with pytest.raises(MmdistError, match=r"7 of 8 videos .*\(v1, v2, v3, v4, v5 and 2 more\)"):
@@ -102,7 +111,7 @@ def test_names_may_carry_the_suffix_of_the_video(tmp_path: Path) -> None:
     [
         (np.array([[1, np.nan], [2, 3], [np.inf, 1]]), r"'v' .*2 of 3 rows are not"),
         (np.zeros(5), r"'v' .*shape \[5\]"),
-        (np.zeros((2, 1, 1, 3)), r"'v' .*shape \[2, 1, 1, 3\]"),
+        (np.zeros((2, 1, 2, 3)), r"'v' .*shape \[2, 1, 2, 3\]"),
         (np.zeros((0, 3)), r"'v' .*shape \[0, 3\]"),
         (np.array([["x"]]), "'v' .*<U1"),
         (np.array([{}]), "'v' .*cannot be read"),  # would need a pickle
@@ -129,7 +138,7 @@ def test_damaged_and_foreign_hdf5(tmp_path: Path) -> None:
         load_features({"rgb": tmp_path / "bad.hdf5"}, ["a"], length=7)
     with h5py.File(tmp_path / "f.hdf5", "w") as file:
         file["a/i3d_features"] = np.zeros((2, 3))
-    with pytest.raises(MmdistError, match=r"'a' .*holds i3d_features and not c3d_features"):
+    with pytest.raises(MmdistError, match=r"\(a\), which has 'a/i3d_features' for one"):
         load_features({"rgb": tmp_path / "f.hdf5"}, ["a"], length=7)
 
 

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
+import json
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from serve import Server
 
 from mmdist_e2e.extractors.networks.i3d import InceptionI3d
 from mmdist_e2e.extractors.profiles import Preprocessing, describe
 from mmdist_e2e.extractors.runner import load_network
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights import registry
-from mmdist_e2e.weights.download import check_digest, file_sha256, git_blob_sha1
+from mmdist_e2e.weights.download import Entry, check_digest, fetch, file_sha256, git_blob_sha1
 from mmdist_e2e.weights.registry import (
     ENTRIES,
     PUBLIC,
@@ -34,34 +35,18 @@ from mmdist_e2e.weights.registry import (
 )
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    """Serves files, and counts what is asked for."""
-
-    requests: ClassVar[list[str]] = []
-
-    def do_GET(self) -> None:
-        self.requests.append(self.path)
-        super().do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    root = tmp_path / "served"
-    root.mkdir()
-    Quiet.requests.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield root, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+def served(tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "served").mkdir()
+    server = Server(tmp_path / "served")
+    yield server
+    server.close()
 
 
 @pytest.fixture
 def entry(served, monkeypatch, tmp_path):
     """The public I3D entry, narrow and served here, in a release's form: no counters."""
-    root, url = served
+    root, url = served.root, served.url
     torch.manual_seed(1)
     state = InceptionI3d(7, 3, 0.125).state_dict()
     state = {key: value for key, value in state.items() if "num_batches" not in key}
@@ -129,7 +114,7 @@ import os, sys, time
 from dataclasses import replace
 from pathlib import Path
 from mmdist_e2e.weights.registry import ENTRIES, checkpoint_folder
-import pooch, torch  # slow imports first, so that the processes really meet
+import requests, torch  # slow imports first, so that the processes really meet
 entry = ENTRIES["i3d-rgb-charades"]
 ENTRIES[entry.name] = replace(entry, url=sys.argv[1], git_sha1=None, sha256=sys.argv[2])
 Path(sys.argv[3]).touch()
@@ -140,16 +125,9 @@ print(checkpoint_folder(entry.name))
 
 
 @pytest.mark.slow
-def test_two_processes_download_once(entry, tmp_path, monkeypatch):
+def test_two_processes_download_once(entry, served, tmp_path):
     narrow, root, _ = entry
-    serve = Quiet.do_GET
-
-    def slowly(self) -> None:
-        time.sleep(0.5)
-        serve(self)
-
-    monkeypatch.setattr(Quiet, "do_GET", slowly)
-    (tmp_path / "cache/weights/i3d-rgb-charades/download-killed").mkdir(parents=True)
+    served.delay = 0.5
     sha256, ready, go = file_sha256(root / "net.pt"), tmp_path / "ready", tmp_path / "go"
     processes = [
         subprocess.Popen(
@@ -167,11 +145,11 @@ def test_two_processes_download_once(entry, tmp_path, monkeypatch):
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert out.strip() == str(folder)
-    assert Quiet.requests == ["/net.pt"]
+    assert served.paths == ["/net.pt"]
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_cache_that_cannot_be_written_is_one_sentence(entry, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_is_one_sentence(entry, served, monkeypatch, tmp_path):
     narrow, _, _ = entry
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file", Path("/proc/nonexistent")):
@@ -180,7 +158,106 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(entry, monkeypatch, tmp_
             checkpoint_folder(narrow.name)
         assert str(cache) in str(caught.value)
         assert repr(narrow.name) in str(caught.value)
-    assert Quiet.requests == []
+    assert served.requests == []
+
+
+@pytest.fixture
+def big(served, tmp_path) -> tuple[Entry, Path, bytes]:
+    """An entry of a megabyte, where its partial file is, and its content."""
+    content = np.random.default_rng(0).bytes(1_000_000)
+    (served.root / "big").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    entry = Entry("big", "file", "", url=f"{served.url}/big", sha256=digest)
+    return entry, tmp_path / f"{digest}.part", content
+
+
+def test_an_interrupted_download_is_continued(big, served):
+    entry, part, content = big
+    served.drop_after = 300_000
+    with pytest.raises(MmdistError, match="which continues after the ") as caught:
+        fetch(entry, part.parent)
+    kept = part.stat().st_size
+    assert f"{kept:,}" in str(caught.value)
+    assert part.read_bytes() == content[:kept]
+    assert len(served.requests) == 3  # it continues by itself, but not for ever
+    served.drop_after = None
+    seen: list[tuple[str, int, int]] = []
+    fetch(entry, part.parent, lambda *step: seen.append(step))
+    assert part.read_bytes() == content
+    assert served.requests[-1] == ("/big", f"bytes={kept}-")
+    assert served.sent < len(content) + 4 * 16384  # less than a block is lost with a connection
+    assert seen[-1] == ("downloading big, MB", 1, 1)
+    before = len(served.requests)
+    fetch(entry, part.parent)  # whole: a process was killed before it was used
+    assert len(served.requests) == before
+
+
+def test_a_dropped_connection_alone_does_not_fail(big, served):
+    entry, part, content = big
+    served.drop_after = 600_000
+    fetch(entry, part.parent)
+    assert part.read_bytes() == content
+    assert len(served.requests) == 2
+
+
+def test_a_server_that_sends_no_parts_starts_again(big, served):
+    entry, part, content = big
+    served.ranges = False
+    part.write_bytes(content[:400_000])
+    fetch(entry, part.parent)
+    assert part.read_bytes() == content
+
+
+@pytest.mark.parametrize("length", [400_000, 1_000_000, 1_000_001])
+def test_a_partial_file_of_something_else_is_deleted(big, length):
+    entry, part, content = big
+    part.write_bytes(b"x" * length)
+    if length < len(content):
+        with pytest.raises(MmdistError, match=r"it is not the file 'big'.* was deleted"):
+            fetch(entry, part.parent)
+        assert not part.exists()
+    fetch(entry, part.parent)
+    assert part.read_bytes() == content
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk that takes two blocks."""
+
+    def write(self, block: bytes) -> int:
+        if self.tell() > 100_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(block)
+
+
+def test_a_full_disk_leaves_nothing_half_written(big, monkeypatch):
+    entry, part, _ = big
+    real = Path.open
+
+    def full(path: Path, mode: str = "r", *args: object) -> object:
+        return FullDisk(path, mode) if path == part and "r" not in mode else real(path, mode, *args)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(
+        MmdistError, match=r"No space left on device.*make room, or set MMDIST_CACHE"
+    ):
+        fetch(entry, part.parent)
+    assert not part.exists()
+
+
+def test_a_mirror_replaces_scheme_and_host(big, served, monkeypatch):
+    entry, part, content = big
+    monkeypatch.setenv("MMDIST_MIRROR", f"{served.url}/")
+    fetch(replace(entry, url="https://nowhere.invalid/big?raw=true"), part.parent)
+    assert part.read_bytes() == content
+
+
+def test_a_profile_that_changed_is_renewed_without_a_download(entry, served):
+    folder = checkpoint_folder(entry[0].name)
+    path = folder / "config.json"
+    now = json.loads(path.read_text())
+    path.write_text(json.dumps({**now, "fps": 3.0, "gone": 1}))
+    assert read_config(checkpoint_folder(entry[0].name)) == now
+    assert len(served.requests) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's own cache folder")
@@ -204,7 +281,10 @@ def test_git_blob_digest_is_gits(tmp_path):
 def test_an_unknown_name_lists_the_valid_ones():
     with pytest.raises(MmdistError, match="'i3d-rgb-imagnet' is unknown; valid: ") as caught:
         checkpoint_folder("i3d-rgb-imagnet")
-    assert all(name in str(caught.value) for name in ENTRIES)
+    assert "Did you mean 'i3d-rgb-imagenet'?" in str(caught.value)
+    assert all(name in str(caught.value) for name in ("world2-rgb", "world2-flow"))
+    assert all(entry.name in str(caught.value) for entry in PUBLIC)
+    assert "cpl-charades" not in str(caught.value)
 
 
 def test_a_folder_that_is_no_extractor_is_named(tmp_path):
@@ -229,16 +309,14 @@ def test_the_digests_are_those_of_git_and_of_sha256(tmp_path):
 
 
 def test_weights_without_a_digest_are_never_fetched(served, monkeypatch, tmp_path):
-    root, url = served
-    (root / "net.pt").write_bytes(b"whatever")
+    (served.root / "net.pt").write_bytes(b"whatever")
     monkeypatch.setenv("MMDIST_CACHE", str(tmp_path / "my cache"))
-    entry = replace(ENTRIES["slow_r50"], url=f"{url}/net.pt")
+    entry = replace(ENTRIES["slow_r50"], url=f"{served.url}/net.pt")
     monkeypatch.setitem(ENTRIES, entry.name, entry)
-    folder = tmp_path / "my cache" / "weights" / "slow_r50"
-    command = f"mmdist weights convert slow_r50 FILE --out '{folder}'"
-    with pytest.raises(MmdistError, match=re.escape(command)):
+    with pytest.raises(MmdistError, match="mmdist pull slow_r50 --from FILE"):
         checkpoint_folder("slow_r50")
-    assert not folder.exists()
+    assert not (tmp_path / "my cache").exists()
+    assert served.requests == []
 
 
 @pytest.mark.parametrize("entry", PUBLIC, ids=lambda entry: entry.name)
@@ -246,10 +324,10 @@ def test_public_entries_are_whole(entry):
     assert ENTRIES[entry.name] is entry
     assert re.fullmatch("[0-9a-f]{40}", entry.git_sha1 or "0" * 40)
     assert re.fullmatch("[0-9a-f]{64}", entry.sha256 or "0" * 64)
-    assert entry.url.startswith("https://") or not entry.has_digest
+    assert entry.url.startswith("https://") or not entry.digest
     config = entry.config
     assert config["modality"] in ("rgb", "flow")
-    assert config["fps"] > 0
+    assert config["fps"] is None or config["fps"] > 0  # None: the video's own
     assert 1 <= config["stride"] <= config["window"]
     if config["modality"] == "rgb":
         preprocessing = Preprocessing(**config["preprocessing"])
@@ -271,6 +349,7 @@ def test_flow_networks_read_two_channels_of_bounded_flow():
         assert entry.url.endswith(f"flow_{entry.name.rsplit('-', 1)[1]}.pt")
         preprocessing = FlowPreprocessing(**entry.config["preprocessing"])
         assert (preprocessing.size, preprocessing.crop) == (224, 224)
+        assert preprocessing.shorter_side == (256 if "imagenet" in entry.name else None)
         assert preprocessing.bound == 20.0
 
 

@@ -96,11 +96,27 @@ def test_differences_are_paired_by_seed() -> None:
     scores = {"cpl": (10.0, 12.0, 14.0), "baseline": (11.0, 15.0, 19.0)}
     done = {(n, i): one(n, score) for n, each in scores.items() for i, score in enumerate(each)}
     jobs = [(row, seed) for row in rows_of([1]) for seed in range(3)]
-    lines = table(done, jobs, "toys").splitlines()
+    lines = table(done, jobs, "toys", "preset small, L 16, 16 channels").splitlines()
     (line,) = [line for line in lines if line.startswith("| baseline − cpl")]
     # 1, 3 and 5: their mean is 3, their deviation 2, and 2 / √3 = 1.15.
     assert line == "| baseline − cpl | 3 | +3.00 | 1.15 | +1.00 +3.00 +5.00 |"
     assert "toys" in lines[0]
+    assert "preset small, L 16, 16 channels" in lines[0]
+
+
+def test_the_header_names_the_preset_and_few_queries_are_told_once(
+    both: Path, tmp_path: Path
+) -> None:
+    few = ["--tables", 1, "--seeds", 1, "--set", "hidden=8"]
+    paper = run(both, tmp_path, *few, "--preset", "paper")
+    assert paper.exit_code == 0, paper.output
+    for text in (paper.stdout, (tmp_path / "table.md").read_text()):
+        assert "; preset paper, L 16, 8 channels; checkpoints" in text
+    assert paper.stderr.count("There are only") == 1
+    assert "--preset paper --length 16" in (tmp_path / "cpl-0" / "README.md").read_text()
+    small = run(both, tmp_path, *few)
+    assert small.exit_code == 1
+    assert "dropout is 0.1 there and 0.3 here" in small.output
 
 
 def test_two_calls_share_a_folder(both: Path, tmp_path: Path) -> None:

@@ -69,10 +69,11 @@ def run(
 ) -> dict[str, Any]:
     settings = {**SMALL, **overrides}
     return train.train_run(
-        recipe_name=recipe, features_path=world / "features", train_path=world / "train.txt",
-        val_path=settings.pop("val", world / "val.txt"), out=out, seed=seed,
-        carve=settings.pop("carve", 0.0),
-        word_vectors=settings.pop("vectors", shipped_word_vectors()), overrides=settings,
+        recipe_name=recipe, preset="small", features_path=world / "features",
+        train_path=world / "train.txt", val_path=settings.pop("val", world / "val.txt"),
+        out=out, seed=seed, carve=settings.pop("carve", 0.0),
+        word_vectors=settings.pop("vectors", shipped_word_vectors()),
+        tensorboard=settings.pop("tensorboard", False), overrides=settings,
     )  # fmt: skip
 
 
@@ -241,6 +242,76 @@ def test_the_history_holds_every_term_and_figure(world: Path, tmp_path: Path) ->
     )  # fmt: skip
     best = history[-1]["validation"]
     assert f"R@1 {best['R@1,IoU=0.5']:.2f}, R@5 {best['R@5,IoU=0.5']:.2f}" in told[-1]
+
+
+def test_tensorboard_has_the_figures_of_the_log_once_each(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was killed, resumed or finished before, and the weights are the same without."""
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    original = train.Trainer.save_state
+
+    def killed(self: train.Trainer, *arguments: Any) -> None:
+        if self.state.epoch == 2:
+            raise Killed
+        original(self, *arguments)
+
+    def events(folder: Path) -> list[tuple[str, int, float]]:
+        return [
+            (value.tag, event.step, value.tensor.float_val[0])
+            for path in sorted((folder / "tensorboard").iterdir())
+            for event in loader.EventFileLoader(str(path)).Load()
+            for value in event.summary.value
+        ]
+
+    run(world, tmp_path / "without", epochs=3, dropout=0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "save_state", killed)
+        with pytest.raises(Killed):
+            run(world, tmp_path / "with", epochs=3, dropout=0.2, tensorboard=True)
+    for how in ("resumed after epoch 1", "finished before"):
+        done = run(world, tmp_path / "with", epochs=3, dropout=0.2, tensorboard=True)
+        assert done["how"] == how
+        with (tmp_path / "with" / "log.csv").open() as stream:
+            rows = list(csv.DictReader(stream))
+        expected = [
+            (name, int(row["epoch"]), pytest.approx(float(value), rel=1e-6))
+            for row in rows
+            for name, value in row.items()
+            if name != "epoch"
+        ]
+        assert len(rows) == 3
+        assert events(tmp_path / "with") == expected
+    assert bits(tmp_path / "with" / "last") == bits(tmp_path / "without" / "last")
+    assert not (tmp_path / "without" / "tensorboard").exists()
+    run(world, tmp_path / "without", epochs=3, dropout=0.2, tensorboard=True)  # asked for later
+    assert events(tmp_path / "without") == events(tmp_path / "with")
+
+
+def test_without_the_tensorboard_package_nothing_is_started(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(MmdistError, match=r"pip install 'mmdist-e2e\[tensorboard\]'"):
+        run(world, tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_limited_vocabulary_keeps_the_most_frequent_words(world: Path, tmp_path: Path) -> None:
+    """The others are read, and are neither predicted nor scored."""
+    run(world, tmp_path / "all", epochs=1)
+    run(world, tmp_path / "few", epochs=1, vocabulary_limit=4)
+    kept = [
+        json.loads((tmp_path / name / "vocabulary.json").read_text())["words"]
+        for name in ("all", "few")
+    ]
+    assert kept[1] == kept[0][:4]
+    assert len(kept[0]) > 4
+    few = load_checkpoint(tmp_path / "few")
+    assert few.recipe.model.vocabulary_size == 4
+    sentence = few.vocabulary.encode(f"person {kept[0][-1]}")
+    assert sentence.tokens == ("person", kept[0][-1])
+    assert sentence.ids_W[1] == 0
 
 
 def test_validation_is_carved_by_video_where_none_is_given(world: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import textwrap
 from collections.abc import Mapping
@@ -52,9 +53,11 @@ def write_extractor(
         "pretraining": {**asdict(settings), **figures},
     }
     card = model_card(settings, figures, sum(p.numel() for p in network.parameters()))
-    write_atomically(out / "model.safetensors", save(state))
+    content = save(state)
+    write_atomically(out / "model.safetensors", content)
     write_atomically(out / "README.md", card.encode())
-    write_json(out / "config.json", config)
+    files = {"model.safetensors": hashlib.sha256(content).hexdigest()}
+    write_json(out / "config.json", {**config, "files": files})
 
 
 def name_of(modality: str) -> str:

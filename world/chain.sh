@@ -29,7 +29,7 @@ step "linear probe"
 step "tables $TABLES"
 "$BIN/mmdist" reproduce --tables "$TABLES" --features "$features" \
   --train "$world/world_sta_train.txt" --val "$world/world_sta_val.txt" \
-  --annotations "$world/world_sta_test.txt" --length 40 \
+  --annotations "$world/world_sta_test.txt" --preset small --length 40 \
   --seeds "$SEEDS" --ablation-seeds "$ABLATION_SEEDS" ${SET:+--set} ${SET// / --set } \
   --out "$WORK/rows"
 step "done"

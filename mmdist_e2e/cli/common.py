@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -22,7 +22,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from mmdist_e2e.grounding.config import PRESETS
 from mmdist_e2e.grounding.data.annotations import PROTOCOLS
+from mmdist_e2e.weights.pull import model_folder
+from mmdist_e2e.workspace import OPTIONS
 
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.batch import Outcome, Report, Video
@@ -35,8 +38,9 @@ notes = Console(stderr=True, highlight=False)
 
 
 def say(line: str) -> None:
-    """Print one plain line on stderr, without wrapping or markup."""
-    notes.print(line, markup=False, soft_wrap=True)
+    """Print one plain line on stderr, without wrapping or markup; nothing for an empty one."""
+    if line:
+        notes.print(line, markup=False, soft_wrap=True)
 
 
 class _Bars(Progress):
@@ -103,6 +107,13 @@ class StepDisplay(_Bars):
         self._said = what
 
 
+def skipped(name: str, left_out: Mapping[str, int]) -> str:
+    """What --skip-missing left out of annotations."""
+    return "{}: left out {queries} queries of {videos} videos without features".format(
+        name, **left_out
+    )
+
+
 def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
     """The final table: videos done, skipped and failed with causes; rows per modality."""
     table = Table(title="Extraction", title_justify="left", show_edge=False)
@@ -126,18 +137,47 @@ def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
 
 PATH = click.Path(path_type=Path)
 
-flow_features = click.option(
-    "--flow-features",
-    type=PATH,
-    help="Flow features: store, HDF5 or npy folder; default: --features.",
-)
 
-glove = click.option(
-    "--glove", type=PATH, help="Word vectors: GloVe text or CPL's glove.pkl; default: shipped."
-)
+def pulled(name: Path) -> Path:
+    """The folder of a model that is given by name. Raises MmdistError as `model_folder`."""
+    with StepDisplay() as progress:
+        return model_folder(str(name), progress)
 
-durations = click.option(
-    "--durations", type=PATH, help="Durations of videos in seconds: JSON, CSV or a feature store."
+
+PLACES = {  # what the options of a workspace are, and where they are looked for
+    "rgb": "Features: a folder that mmdist extract wrote, an HDF5 file or a folder of VIDEO.npy.  "
+    "[default: in features/]",
+    "flow": "Flow features that are not in --features.  [default: in features/]",
+    "train": "Annotations to train on.  [default: the training file in annotations/]",
+    "val": "Annotations of other videos, to choose the checkpoint on.  [default: the validation "
+    "file in annotations/, if there is one]",
+    "test": "Annotations for testing.  [default: the test file in annotations/]",
+    "annotations": "Annotations to score on.  [default: the test file in annotations/, else the "
+    "validation file]",
+    "teacher": "Run of the teacher to learn from.  [default: the newest finished one in runs/]",
+    "glove": "Word vectors: GloVe text or CPL's glove.pkl.  [default: annotations/glove* if there "
+    "is one, else those that ship]",
+    "durations": "Seconds by video: JSON, Charades' CSV or a feature store.  [default: "
+    "annotations/durations* if there is one]",
+}
+
+
+def places(*names: str, **more: Any) -> Callable[[Any], Any]:
+    """A decorator that adds the options of these names, in this order."""
+
+    def add(command: Any) -> Any:
+        for name in reversed(names):
+            option = click.option(OPTIONS[name], name, type=PATH, help=PLACES[name], **more)
+            command = option(command)
+        return command
+
+    return add
+
+
+skip_missing = click.option(
+    "--skip-missing",
+    is_flag=True,
+    help="Leave out queries of videos without features, and count them.",
 )
 
 protocol = click.option(
@@ -148,12 +188,19 @@ protocol = click.option(
     help="official keeps all queries; cpl drops those that end after their video.",
 )
 
+preset = click.option(
+    "--preset",
+    default="paper",
+    show_default=True,
+    type=click.Choice(list(PRESETS)),
+    help="Where settings come from: the paper, its values on ActivityNet Captions, or a smaller "
+    "network for few queries. --length and --set replace single ones.",
+)
+
 length = click.option(
     "--length",
-    default=64,
-    show_default=True,
     type=click.IntRange(min=4),
-    help="Positions L that features are resampled to.",
+    help="Positions L that features are resampled to.  [default: the preset's]",
 )
 
 device = click.option(

@@ -1,4 +1,4 @@
-"""`mmdist data`: what is wrong with annotations and features, before training on them."""
+"""`mmdist data`: annotations by name, and what is wrong with data before training on it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmdist_e2e.cli import common
-from mmdist_e2e.cli.common import StepDisplay, results
-from mmdist_e2e.structures import MODALITIES, MmdistError
+from mmdist_e2e.cli.common import StepDisplay, results, say
+from mmdist_e2e.structures import MODALITIES
+from mmdist_e2e.workspace import SPLITS, fill
 
 if TYPE_CHECKING:
     from mmdist_e2e.grounding.data.check import Report
@@ -29,58 +30,85 @@ LABELS = {  # of facts whose key does not read well
 
 @click.group("data")
 def data_group() -> None:
-    """Check annotations and features before training on them."""
+    """Fetch annotations, and check annotations and features before training on them."""
+
+
+@data_group.command("pull")
+@click.argument("name")
+@click.option("--out", default="annotations", show_default=True, type=common.PATH, help="Folder.")
+def pull_command(name: str, out: Path) -> None:
+    """Fetch the annotations NAME and verify their digests.
+
+    NAME is charades-sta or activitynet-captions (train.json, test.json and, for the second,
+    val.json), or cpl-vocabulary-charades or cpl-vocabulary-activitynet (glove.pkl, for --glove and
+    --vocabulary). Videos may not be redistributed: their page is printed.
+    """
+    from mmdist_e2e.grounding.data.published import pull
+
+    click.echo("\n".join(pull(name, out)))
+    click.echo("Next: mmdist extract VIDEOS --out features, then mmdist data check.")
 
 
 @data_group.command("check")
-@click.option("--features", type=common.PATH, help="Feature store, HDF5 file or .npy folder.")
-@click.option("--train", type=common.PATH, help="Annotations for training.")
-@click.option("--val", type=common.PATH, help="Annotations for validation.")
-@click.option("--test", type=common.PATH, help="Annotations for testing.")
-@common.glove
-@click.option(
-    "--durations",
-    multiple=True,
-    type=common.PATH,
-    help="Seconds by video: JSON, Charades' CSV or a feature store; may be repeated.",
-)
+@common.places("rgb", "train", "val", "test", "glove")
+@common.places("durations", multiple=True)
 @click.option(
     "--modality",
-    default="rgb",
-    show_default=True,
     type=click.Choice(MODALITIES),
-    help="Which features of a store to read.",
+    help="Which features of a store to read.  [default: rgb of --features, all of features/]",
 )
 @common.protocol
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def check_command(glove: Path | None, as_json: bool, **options: Any) -> None:
+def check_command(modality: str | None, as_json: bool, **given: Any) -> None:
     """Report what the files hold and everything that is wrong with them.
 
     Errors are what training or evaluation would refuse; with one, the exit code is 1.
     """
     from mmdist_e2e.grounding.data.check import check_data
-    from mmdist_e2e.weights.words import load_word_vectors, shipped_word_vectors
+    from mmdist_e2e.weights.words import load_word_vectors
 
-    given = {name: options.pop(name) for name in ("train", "val", "test")}
-    files = {name: path for name, path in given.items() if path is not None}
-    if not files:
-        raise MmdistError("There is nothing to check; give --train, --val or --test.")
+    places = {modality or "rgb": given["rgb"]}
+    given["flow"] = None
+    say(fill("data check", given, tuple(SPLITS)))
+    if not any(places.values()):  # those of the workspace
+        found = {m: given[m] for m in MODALITIES if given[m] and modality in (None, m)}
+        places = found or places
+    say("" if any(places.values()) else "No features are given or in features/: none are checked.")
+    files = {split: given[split] for split in SPLITS if given[split]}
     with StepDisplay() as progress:
-        report = check_data(
-            files,
-            word_vectors=load_word_vectors(glove) if glove else shipped_word_vectors(),
-            progress=progress,
-            **options,
-        )
+        options = {name: given[name] for name in ("durations", "protocol")}
+        options |= {"word_vectors": load_word_vectors(given["glove"]), "progress": progress}
+        reports = {
+            name: check_data(files, features=place, modality=name, **options)
+            for name, place in places.items()
+        }
+    report = _merged(reports)
     if as_json:
         click.echo(json.dumps(vars(report), indent=2, ensure_ascii=False))
     else:
-        _show(report)
+        show_report(report)
     sys.exit(1 if report.errors else 0)
 
 
-def _show(report: Report) -> None:
-    for columns in (report.splits, {"features": report.features}):
+def _merged(reports: Mapping[str, Report]) -> Report:
+    """One report of all modalities; a sentence that not all have names its modality."""
+    first, *others = reports.values()
+    for kind in ("errors", "warnings"):
+        said = {modality: getattr(report, kind) for modality, report in reports.items()}
+        lines = [
+            line if all(line in each for each in said.values()) else f"{modality}: {line}"
+            for modality, each in said.items()
+            for line in each
+        ]
+        setattr(first, kind, list(dict.fromkeys(lines)))
+    if others:
+        first.features = {modality: report.features for modality, report in reports.items()}
+    return first
+
+
+def show_report(report: Report) -> None:
+    several = set(report.features) <= set(MODALITIES)
+    for columns in (report.splits, report.features if several else {"features": report.features}):
         if any(columns.values()):
             _print_table(columns)
     for kind, sentences in (("warning", report.warnings), ("error", report.errors)):

@@ -11,22 +11,14 @@ from rich.table import Table
 
 from mmdist_e2e.cli import common as options
 from mmdist_e2e.cli.common import StepDisplay, results, say
-from mmdist_e2e.cli.train import FEATURES
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MODALITIES, MmdistError
+from mmdist_e2e.workspace import fill
 
 
 @click.command("evaluate")
-@click.argument("runs", nargs=-1, required=True, type=options.PATH)
-@click.option("--features", "features_path", required=True, type=options.PATH, help=FEATURES)
-@options.flow_features
-@click.option(
-    "--annotations",
-    "annotations_path",
-    required=True,
-    type=options.PATH,
-    help="Annotations to score on.",
-)
-@options.durations
+@click.argument("runs", nargs=-1, type=options.PATH)
+@options.places("rgb", "flow", "annotations", "durations")
+@options.skip_missing
 @options.protocol
 @options.device
 @click.option(
@@ -34,10 +26,15 @@ from mmdist_e2e.structures import MmdistError
     type=options.PATH,
     help="Folder of metrics.json and predictions.jsonl.  [default: RUN/evaluations/NAME-DIGEST]",
 )
+@click.option(
+    "--predictions",
+    "predictions_path",
+    type=options.PATH,
+    help="File for the predictions of one run too: .parquet or .jsonl.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate_command(
     runs: tuple[Path, ...],
-    flow_features: Path | None,
     out: Path | None,
     device: str,
     as_json: bool,
@@ -45,6 +42,7 @@ def evaluate_command(
 ) -> None:
     """Evaluate RUNS: R@n at IoU m and mIoU in percent, and four controls.
 
+    Without RUNS, the newest finished run in runs/: a student before a teacher before a baseline.
     Queries are answered as `mmdist ground` answers them. Of several runs (seeds of one recipe) the
     table shows mean ± standard deviation. Every combination of model, features, annotations and
     protocol has its own folder.
@@ -55,13 +53,16 @@ def evaluate_command(
     from mmdist_e2e.extractors.runner import resolve_device
     from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
 
-    if out is not None and len(runs) > 1:
-        raise MmdistError("--out is for the results of one run; omit it for several.")
+    if len(runs) > 1 and (out or given["predictions_path"]):
+        raise MmdistError("--out and --predictions are for one run; omit them for several.")
+    runs = tuple(run if run.is_dir() else options.pulled(run) for run in runs)
+    given |= {"runs": runs, "device": resolve_device(device)}
+    say(fill("evaluate", given, "runs", MODALITIES, "annotations"))
+    runs, given["features_path"] = given.pop("runs"), given.pop("rgb") or given["flow"]
+    for option, name in (("flow", "flow_features_path"), ("annotations", "annotations_path")):
+        given[name] = given.pop(option)
     with StepDisplay() as progress:
-        given |= {"device": resolve_device(device), "progress": progress}
-        evaluated = [
-            evaluate_run(run, flow_features_path=flow_features, out=out, **given) for run in runs
-        ]
+        evaluated = [evaluate_run(run, out=out, progress=progress, **given) for run in runs]
     if as_json:
         click.echo(json.dumps(evaluated[0] if len(runs) == 1 else evaluated, indent=2))
         return
@@ -77,6 +78,8 @@ def evaluate_command(
     results.print(table)
     for result in evaluated:
         say(f"Written to {result['out']}.")
+    if "skipped" in result:
+        say(options.skipped(result["annotations"], result["skipped"]))
     seeds = ", ".join(str(each["seed"]) for each in evaluated)
     say(
         f"Protocol {result['protocol']}, recipe {result['recipe']}, seeds {seeds}, checkpoints "

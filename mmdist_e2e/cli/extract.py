@@ -12,6 +12,7 @@ import click
 from mmdist_e2e.cli import common
 from mmdist_e2e.cli.common import ExtractionProgress, extraction_summary, results, say
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
+from mmdist_e2e.workspace import FEATURES, fill
 
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.profiles import ExtractorSpec
@@ -25,14 +26,14 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
 
 
 @click.command("extract")
-@click.argument("paths", nargs=-1, required=True, type=common.PATH)
+@click.argument("paths", nargs=-1, type=common.PATH)
 @click.option(
     "--modality", help="Comma-separated: rgb, flow. Default: those of --extractor, else rgb."
 )
 @click.option(
     "--out",
     type=common.PATH,
-    default=Path("features"),
+    default=FEATURES,
     show_default=True,
     help="Folder for the feature files; made if missing.",
 )
@@ -52,7 +53,7 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
 @click.option(
     "--pca",
     type=common.PATH,
-    help="HDF5 or .npz file with x_mean and U that reduces the rows, as ActivityNet's C3D were.",
+    help="activitynet-pca, or an HDF5 or .npz file with x_mean and U that reduces the rows.",
 )
 @click.option(
     "--fps-policy",
@@ -81,7 +82,7 @@ def extract_command(
     flow: str,
     **settings: Any,
 ) -> None:
-    """Extract features of PATHS: video files or folders of them.
+    """Extract features of PATHS: video files or folders of them; by default of videos/.
 
     All modalities of a video are extracted in one pass. Reruns skip finished videos; after a kill,
     the next run resumes. A video that fails does not stop the others: the table at the end lists
@@ -89,8 +90,13 @@ def extract_command(
     """
     from mmdist_e2e.extractors.batch import Report, extract_many, find_videos
     from mmdist_e2e.store import FeatureStore, check_out
+    from mmdist_e2e.weights.registry import file_named
 
+    given = {"paths": paths}
+    say(fill("extract", given, "paths"))
     sampling = {name: settings.pop(name) for name in ("mode", "layer", "pca", "fps_policy")}
+    if sampling["pca"] is not None:
+        sampling["pca"] = file_named(sampling["pca"])
     wanted = parse_modalities(modality) if modality is not None else None
     specs = choose_extractors(wanted, extractors, **sampling)
     modalities = [spec.modality for spec in specs]
@@ -99,13 +105,14 @@ def extract_command(
             f"--flow {flow} chooses the optical flow solver, but no flow is extracted; add "
             f"--modality flow or leave --flow out."
         )
-    found = find_videos(paths)
+    found = find_videos(given["paths"])
     if found.videos:
         check_out(out)
     for problem in found.problems:
         say(f"failed: {problem.cause}")
     for spec in specs:
         say(f"{spec.modality} by {spec.name}: trained on {spec.trained_on}.")
+    say(f"Features are written to {out}." if out == FEATURES else "")
     with ExtractionProgress(len(found.videos)) as progress:
         report = extract_many(
             found.videos, specs, FeatureStore(out), flow_backend=flow, progress=progress, **settings

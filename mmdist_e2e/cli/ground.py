@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mmdist_e2e.cli import common as options
+from mmdist_e2e.store import row_writer
 from mmdist_e2e.structures import Answer, MmdistError
+from mmdist_e2e.workspace import RECIPES, VIDEOS, newest_run
 
 
 @click.command("ground")
@@ -23,7 +26,12 @@ from mmdist_e2e.structures import Answer, MmdistError
     type=click.Path(path_type=Path, allow_dash=True),
     help="File of more queries, one per line, in UTF-8; - reads them from standard input.",
 )
-@click.option("--model", type=options.PATH, help="Folder of a training run; default: shipped.")
+@click.option(
+    "--model",
+    type=options.PATH,
+    help="Name (see: mmdist weights list) or folder of a model.  [default: the newest finished run "
+    "in runs/, a student before a teacher before a baseline; without any, the model that ships]",
+)
 @click.option(
     "--extractor",
     "extractors",
@@ -34,7 +42,13 @@ from mmdist_e2e.structures import Answer, MmdistError
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: an object, or a list for several queries."
 )
+@click.option(
+    "--out", type=options.PATH, help="File of the moments, a row each: .parquet or .jsonl."
+)
 @options.device
+@click.option(
+    "--features", type=options.PATH, default="features", help="Store to reuse; default: features/."
+)
 @click.option(
     "--cache", type=options.PATH, help="Folder of cached features; default: the user's cache."
 )
@@ -46,10 +60,12 @@ def ground_command(
     extractors: tuple[str, ...],
     top_k: int,
     as_json: bool,
+    out: Path | None,
     device: str,
+    features: Path,
     cache: Path | None,
 ) -> None:
-    """Find the moments of CLIP that each QUERY describes.
+    """Find the moments of CLIP, a file here or in videos/, that each QUERY describes.
 
     Prints start and end in seconds and a score, best first. Several queries read the video once.
     """
@@ -58,7 +74,17 @@ def ground_command(
     queries = [*query, *(_lines(file) if file else ())]
     if not queries:
         raise MmdistError("There is no query; give a sentence after the video, or --queries FILE.")
-    grounder = load(model, device=device, cache=cache or True, extractor=extractors)
+    write = row_writer(out) if out else None
+    if not clip.exists() and (VIDEOS / clip).is_file():
+        clip = VIDEOS / clip
+    if model is not None and not model.is_dir():
+        model = options.pulled(model)
+    run = newest_run(*RECIPES) if model is None else None
+    grounder = load(
+        model or run, device=device, cache=cache or True, extractor=extractors, features=features
+    )
+    if run is not None:
+        click.echo(f"Found in this folder: --model {run}", err=True)
     with ExitStack() as bars:
         show: Callable[[float], None] | None = None
 
@@ -69,6 +95,10 @@ def ground_command(
             show(done)
 
         answers = grounder.ground(clip, queries, top_k=top_k, progress=progress)
+    if run is not None:
+        answers = [replace(answer, model=f"{answer.model}, {run}") for answer in answers]
+    if write:
+        write([row for answer in answers for row in answer.rows()])
     if as_json:
         printed = [_rounded(answer) for answer in answers]
         click.echo(json.dumps(printed if len(printed) > 1 else printed[0], indent=2))

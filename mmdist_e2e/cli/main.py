@@ -20,11 +20,13 @@ from mmdist_e2e.structures import MmdistError
 COMMANDS = {  # name -> module in this folder and the command in it
     "ground": "ground.ground_command",
     "extract": "extract.extract_command",
+    "features": "features.features_group",
     "data": "data.data_group",
     "train": "train.train_group",
     "evaluate": "evaluate.evaluate_command",
     "reproduce": "reproduce.reproduce_command",
     "weights": "weights.weights_group",
+    "pull": "weights.pull_command",
 }
 
 

@@ -11,23 +11,24 @@ import click
 
 from mmdist_e2e.cli import common as options
 from mmdist_e2e.cli.common import PATH, StepDisplay, results, say
-from mmdist_e2e.cli.train import FEATURES, SETTINGS, parse_settings, word_vectors_of
+from mmdist_e2e.cli.train import SETTINGS, parse_settings
 from mmdist_e2e.store import check_out
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MODALITIES, MmdistError
+from mmdist_e2e.workspace import RUNS, fill
 
 
 @click.command("reproduce")
 @click.option(
     "--tables", default="1,3,4,5", show_default=True, help="Numbers of the paper's tables."
 )
-@click.option("--features", required=True, type=PATH, help=FEATURES)
-@options.flow_features
-@click.option("--train", required=True, type=PATH, help="Annotations to train on.")
-@click.option("--val", type=PATH, help="Validation annotations. Without: a part of --train.")
+@options.places("rgb", "flow", "train", "val", "annotations", "glove", "durations")
 @click.option(
-    "--annotations", "test", required=True, type=PATH, help="Annotations to score rows on."
+    "--out",
+    default=RUNS / "paper",
+    show_default=True,
+    type=PATH,
+    help="Folder of all runs and of table.md.",
 )
-@click.option("--out", required=True, type=PATH, help="Folder of all runs and of table.md.")
 @click.option(
     "--seeds",
     default=5,
@@ -42,9 +43,8 @@ from mmdist_e2e.structures import MmdistError
     type=click.IntRange(min=1),
     help="Number of seeds of the other rows.",
 )
-@options.glove
-@options.durations
 @options.protocol
+@options.preset
 @options.length
 @options.device
 @SETTINGS
@@ -54,7 +54,6 @@ def reproduce_command(
     out: Path,
     seeds: int,
     ablation_seeds: int,
-    glove: Path | None,
     device: str,
     settings: Sequence[str],
     dry_run: bool,
@@ -69,14 +68,18 @@ def reproduce_command(
     from mmdist_e2e.extractors.runner import resolve_device
     from mmdist_e2e.grounding import paper
     from mmdist_e2e.grounding.data.annotations import world_of
+    from mmdist_e2e.weights.words import load_word_vectors
 
     jobs = paper.plan(
         paper.rows_of(_numbers(tables)), range(seeds), range(min(seeds, ablation_seeds))
     )
     check_out(out)
+    say(fill("reproduce", given, *MODALITIES, "train", "annotations"))
+    for name, option in (("features", "rgb"), ("flow_features", "flow"), ("test", "annotations")):
+        given[name] = given.pop(option)
     chosen = parse_settings(settings)
     source = world_of(given["test"]) or f"{given['features'].name} with {given['train'].name}"
-    vectors, device = word_vectors_of(glove), resolve_device(device)
+    vectors, device = load_word_vectors(given["glove"]), resolve_device(device)
     material = paper.Material(source=source, word_vectors=vectors, device=device, **given)
     if dry_run:
         done = paper.finished(out, paper.inputs_of(material, jobs, chosen))

@@ -1,44 +1,44 @@
-"""`mmdist weights`: list weights by name, and convert public files to checkpoint folders."""
+"""`mmdist weights` and `mmdist pull`: what is known by name, and getting it into the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
-from mmdist_e2e.cli.common import PATH, results
+from mmdist_e2e.cli.common import PATH, StepDisplay, results
 from mmdist_e2e.store import check_out
-from mmdist_e2e.structures import MmdistError, Provenance
-from mmdist_e2e.weights.download import Entry, check_digest, file_sha256
+from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.weights import registry
+from mmdist_e2e.weights.download import Entry
+from mmdist_e2e.weights.pull import check_file, extracted_features, pull, write
 
 CPL = "cpl"
+OWN = Entry(CPL, "model", "", url="https://github.com/minghangz/cpl")
 
 
 @click.group("weights")
 def weights_group() -> None:
-    """List the weights that are known by name, and convert public files."""
+    """List and verify what is known by name, and convert public files."""
 
 
 @weights_group.command("list")
 def list_command() -> None:
-    """Show every extractor by name, what it is, and whether it needs a download."""
-    from mmdist_e2e.weights.registry import ENTRIES, checkpoint_folder, is_available, read_config
-
+    """Show all extractors, files and models by name, and whether they need a download."""
     table = Table(show_edge=False)
     for column in ("name", "kind", "modality", "network", "in the cache"):
         table.add_column(column, no_wrap=True)
     table.add_column("facts", overflow="fold")
-    for entry in ENTRIES.values():
-        config = entry.config or read_config(checkpoint_folder(entry.name))
-        missing = "no" if entry.has_digest else "no, supply it"
-        held = "ships" if entry.kind == "shipped" else "yes" if is_available(entry) else missing
-        row = entry.name, entry.kind, config["modality"], config["network"], held, entry.facts
-        table.add_row(*map(escape, row))
+    for entry in registry.ENTRIES.values():
+        config = entry.config or (
+            registry.read_config(registry.cached_folder(entry)) if entry.ships else {}
+        )
+        missing = "no" if entry.digest else "no, supply it"
+        held = "ships" if entry.ships else "yes" if registry.is_available(entry) else missing
+        what = config.get("modality", ""), config.get("network", "")
+        table.add_row(*map(escape, (entry.name, entry.kind, *what, held, entry.facts)))
     results.print(table)
 
 
@@ -67,44 +67,26 @@ def convert_command(
     CPL's code (its folder is for evaluate and ground). FILE is verified if its digest is known,
     and opened without running any code in it.
     """
-    from mmdist_e2e.weights.registry import ENTRIES
-
-    grounding = Entry(CPL, "public", "", config={}, url="https://github.com/minghangz/cpl")
-    entry = grounding if name == CPL else ENTRIES.get(name)
-    if entry is None or entry.config is None:
-        valid = ", ".join([CPL, *(e.name for e in ENTRIES.values() if e.kind == "public")])
-        problem = "are unknown" if entry is None else "ship with mmdist and need no conversion"
-        raise MmdistError(f"The weights {name!r} {problem}; valid names: {valid}.")
-    if name != CPL and (vocabulary is not None or extractor is not None):
+    entry = OWN if name == CPL else registry.find(name, "shipped", "public")
+    if name != CPL and (vocabulary or extractor):
         raise MmdistError(
             f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
         )
-    if not file.is_file():
-        raise MmdistError(f"There is no file '{file}'; download it from {entry.url}.")
+    check_file(entry, file, digest)
     check_out(out)
-    check_digest(entry, file)
-    if digest is not None:
-        digest = digest.strip().lower()
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise MmdistError(f"--digest needs a SHA-256 of 64 hexadecimal digits; got {digest!r}.")
-        check_digest(replace(entry, git_sha1=None, sha256=digest), file)
     if name != CPL:
-        convert_network(entry, file, out)
-    elif vocabulary is None:
+        write(entry, out, file)
+        click.echo(f"{out}: {name}, {_source(out)}")
+        return
+    if vocabulary is None:
         raise MmdistError(
             f"{CPL!r} needs --vocabulary: the glove.pkl that the checkpoint was trained with."
         )
-    else:
-        convert_grounding(file, vocabulary, out, extractor)
-
-
-def convert_grounding(file: Path, vocabulary: Path, out: Path, extractor: str | None) -> None:
-    """Convert a checkpoint of CPL. Raises MmdistError for files that do not fit."""
     from mmdist_e2e.weights.cpl import convert_cpl, read_cpl
 
     released = read_cpl(file)
-    extractor = "external:hdf5" if extractor is None else extractor
-    modality, matters = extracted_features(extractor, released.recipe.model.feature_dim)
+    reads = extractor or "external:hdf5"
+    modality, matters = extracted_features(reads, released.recipe.model.feature_dim)
     facts = convert_cpl(released, vocabulary, out, modality=modality, matters=matters)
     known = "CPL's released file" if facts["released"] else "not a file known to be released"
     click.echo(
@@ -113,43 +95,76 @@ def convert_grounding(file: Path, vocabulary: Path, out: Path, extractor: str | 
     )
 
 
-def extracted_features(extractor: str, channels: int) -> tuple[str, Mapping[str, Any]]:
-    """Modality and provenance of an extractor's features, or of imported ones (external:NAME).
+def _source(folder: Path) -> str:
+    """Size and SHA-256 of the public file that a folder was made from."""
+    source = registry.read_config(folder).get("source")
+    return f"{source['bytes']:,} bytes, SHA-256 {source['sha256']}" if source else "ships"
 
-    Raises MmdistError for an unknown extractor, or one that does not give so many channels.
+
+@weights_group.command("show")
+@click.argument("name")
+def show_command(name: str) -> None:
+    """Show NAME's licence and its training data's, its file, and how its features are made."""
+    from mmdist_e2e.extractors.profiles import profile_of
+
+    entry = registry.find(name)
+    folder = registry.cached_folder(entry)
+    facts, _, licence = entry.facts.rpartition("; ")
+    terms = [f"{data}: {text}" for data, text in registry.TERMS.items() if data in facts]
+    held, own = registry.is_available(entry), "" if entry.digest else " --from FILE"
+    digest = entry.git_sha1 and f"{entry.git_sha1} (as a git object)"
+    lines = {
+        "what": facts,
+        "licence": licence,
+        "training data": "; ".join(terms) or "unknown",
+        "needs": ", ".join(entry.needs),
+        "address": entry.url,
+        "digest": digest or entry.sha256 or (entry.url and "unknown: supply the file"),
+        "folder": folder if held else f"not in the cache; get it with: mmdist pull {name}{own}",
+        "file": _source(folder) if held else None,
+    }
+    config = entry.config or (registry.read_config(folder) if held else {})
+    if "network" in config:
+        lines |= {"network": config["network"], **profile_of(config)}
+    for key, value in lines.items():
+        if value:
+            click.echo(f"{key + ':':15} {value}")
+
+
+@weights_group.command("verify")
+@click.argument("names", nargs=-1)
+def verify_command(names: tuple[str, ...]) -> None:
+    """Check files against the digests that were recorded when they were made.
+
+    NAMES: of weights, or folders; by default all that ship or are in the cache.
     """
-    if extractor.startswith("external:"):
-        return "rgb", Provenance.external(extractor.removeprefix("external:")).matters
-
-    import torch
-
-    from mmdist_e2e.extractors.profiles import describe
-    from mmdist_e2e.extractors.runner import build
-
-    spec = describe(extractor)
-    with torch.device("meta"):
-        own = build(spec.config).feature_channels
-    if own != channels:
-        raise MmdistError(
-            f"The checkpoint reads features of {channels} channels and the extractor "
-            f"{extractor!r} gives {own}; name another, or leave --extractor out to use the "
-            f"published features."
-        )
-    return spec.modality, spec.matters
+    damaged = []
+    for name in names or [
+        entry.name for entry in registry.ENTRIES.values() if registry.is_available(entry)
+    ]:
+        folder = Path(name) if Path(name).is_dir() else registry.cached_folder(registry.find(name))
+        if problem := registry.damage(folder):
+            ships = folder.parent == registry.SHIPPED_ROOT
+            repair = "install mmdist" if ships else f"delete {folder} and run: mmdist pull {name}"
+            damaged.append(f"{name}: {problem}; {repair}")
+        else:
+            click.echo(f"{name}: as recorded")
+    if damaged:
+        raise MmdistError("\n".join(damaged))
 
 
-def convert_network(entry: Entry, file: Path, out: Path) -> None:
-    """Convert a video network's public weights. Raises MmdistError when they do not fit it."""
-    from mmdist_e2e.extractors.runner import build
-    from mmdist_e2e.weights.registry import misfits, read_state, write_checkpoint
+@click.command("pull")
+@click.argument("names", nargs=-1, required=True)
+@click.option("--from", "file", type=PATH, help="The public file of NAME, if you have it.")
+@click.option("--digest", metavar="SHA256", help="Refuse FILE unless it has this SHA-256.")
+def pull_command(names: tuple[str, ...], file: Path | None, digest: str | None) -> None:
+    """Fetch everything that NAMES need into the cache, so that they work without a network.
 
-    assert entry.config is not None
-    state = read_state(entry, file)
-    if problems := misfits(build(entry.config).state_dict(), state):
-        raise MmdistError(
-            f"The file does not hold the weights {entry.name!r} ({problems}); give the file of "
-            f"{entry.url}."
-        )
-    sha256 = file_sha256(file)
-    write_checkpoint(out, entry, state, f"from a file of SHA-256 {sha256[:16]}…")
-    click.echo(f"{out}: {entry.name}, SHA-256 of the file {sha256}")
+    NAMES: of models, extractors or files (see: mmdist weights list). An interrupted download
+    continues where it stopped. MMDIST_CACHE is the folder of the cache; MMDIST_MIRROR, the address
+    of a server that has the same paths, is asked instead of the public ones.
+    """
+    with StepDisplay() as progress:
+        folders = pull(*names, file=file, digest=digest, progress=progress)
+    for name, folder in folders.items():
+        click.echo(f"{name}: {_source(folder)}, in {folder}")

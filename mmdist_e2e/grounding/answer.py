@@ -71,8 +71,9 @@ class GroundingModel:
 
     @property
     def warning(self) -> str | None:
-        """What users of real video must know; None for a model trained on real video."""
-        return SYNTHETIC_WARNING if "synthetic world" in self.trained_on else None
+        """Where its answers are guesses: as its checkpoint says, or if trained on drawn video."""
+        own: str | None = self.config.get("warning")
+        return SYNTHETIC_WARNING if "synthetic world" in self.trained_on else own
 
     def check_table(self, table: FeatureTable) -> None:
         """`check_features` of every modality."""
@@ -80,8 +81,12 @@ class GroundingModel:
             self.check_features(modality, matters)
 
     def check_features(self, modality: str, matters: Mapping[str, Any]) -> None:
-        """Raises MmdistError when features were not made like those of training, saying how."""
-        if unlike := differences(self.matters[modality], matters):
+        """Raises MmdistError when features were not made like those of training, saying how.
+
+        A public model also accepts the features that its authors published.
+        """
+        is_published = matters in self.config.get("accepts", ())
+        if not is_published and (unlike := differences(self.matters[modality], matters)):
             raise MmdistError(
                 f"These {modality} features were not made as this model needs them: "
                 f"{'; '.join(unlike)}; extract them again with the model's extractor and settings."

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mmdist_e2e.grounding.answer import GroundingModel
-from mmdist_e2e.grounding.config import Recipe, get_recipe
+from mmdist_e2e.grounding.config import Recipe
 from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.data.text import Vocabulary
@@ -35,6 +37,7 @@ from mmdist_e2e.weights.words import (
 FORMAT = 1
 CONFIG, MODEL, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
 WORDS = "words.safetensors"
+STATE = "state.safetensors"  # of a training, beside its checkpoint
 
 
 def save_checkpoint(
@@ -51,10 +54,12 @@ def save_checkpoint(
     facts: seed, trained_on, selected_by, and whatever else config.json shall record.
     """
     vectors = vocabulary.vectors
-    weights = save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
-    write_atomically(folder / MODEL, weights)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    files = {MODEL: save(weights)}
     if vectors.name != SHIPPED_NAME or vectors.digest != shipped_word_vectors().digest:
-        write_atomically(folder / WORDS, vectors.to_bytes())
+        files[WORDS] = vectors.to_bytes()
+    for name, content in files.items():
+        write_atomically(folder / name, content)
     write_json(folder / VOCABULARY, {"words": list(vocabulary.words)})
     config = {
         "format": FORMAT,
@@ -63,6 +68,7 @@ def save_checkpoint(
         "modalities": list(table.matters),  # JSON objects have no order
         "features": {modality: dict(matters) for modality, matters in table.matters.items()},
         "word_vectors": {"name": vectors.name, "dim": vectors.dim, "digest": vectors.digest},
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         **facts,
     }
     write_atomically(folder / CARD, model_card(config).encode())
@@ -102,34 +108,29 @@ def load_checkpoint(folder: Path) -> GroundingModel:
     return GroundingModel(model.eval(), recipe, Vocabulary(words, vectors), config)
 
 
-def command_of(config: Mapping[str, Any]) -> str:
-    """The command that trains such a model, with every setting that differs from the recipe's."""
-    model, training = config["model"], config["training"]
-    shape = {key: model[key] for key in ("feature_dim", "word_dim", "vocabulary_size", "length")}
-    channels = config.get("mutual", {}).get("channels", ())
-    standard = get_recipe(config["name"])(**shape, queries=config.get("queries"), channels=channels)
-    changed = {
-        name: config[part][name]
-        for name, part in standard.homes.items()
-        if name not in ("channels", "epochs")
-        and name in config[part]
-        and (own := getattr(standard.parts[part], name)) is not None
-        and config[part][name] != own
-    }
-    options = {
-        "length": model["length"],
-        "epochs": training["epochs"],
-        "modality": ",".join(config.get("modalities", config["features"])),
-    }
-    if "distill" in config:
-        options["teacher"] = "TEACHER"
-    if not config.get("validation"):
-        options["carve"] = 0
-    elif config.get("carved"):
-        options["carve"] = config["carved"]
-    words = [f"--{name} {value}" for name, value in options.items()]
-    words += [f"--set {name}={value}" for name, value in sorted(changed.items())]
-    return " ".join(["mmdist train", config["name"], *words, f"--seed {config['seed']}"])
+def is_finished(folder: Path) -> bool:
+    """Whether a checkpoint's training is done, as its state says; without a state, it is."""
+    if not (folder / STATE).is_file():
+        return (folder / CONFIG).is_file()
+    with suppress(OSError, SafetensorError, AttributeError, KeyError, ValueError, TypeError):
+        with safe_open(folder / STATE, framework="pt") as file:
+            known = {key: json.loads(value) for key, value in file.metadata().items()}
+        return bool(known["progress"]["epoch"] >= known["identity"]["settings"]["epochs"])
+    return False
+
+
+def command_line(recipe: str, options: Mapping[str, object], settings: Mapping[str, object]) -> str:
+    """`mmdist train` with these options, for a shell; absolute paths are cut to their names."""
+    words = ["mmdist", "train", recipe]
+    for name, value in options.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            absolute = isinstance(value, Path) and value.is_absolute()
+            words += [f"--{name}", Path(str(value)).name if absolute else str(value)]
+    for name, value in settings.items():
+        words += ["--set", f"{name}={str(value).lower()}"]
+    return shlex.join(words)
 
 
 def model_card(config: Mapping[str, Any]) -> str:
@@ -141,11 +142,12 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"{modality} features of {matters.get('extractor', '?')}"
         for modality, matters in config["features"].items()
     )
+    command = f"`{config['command']}`" if "command" in config else "not recorded"
     continued = "".join(f" {sentence}" for sentence in config.get("continued", ()))
     return f"""# {config["name"]}: moments of a video from a sentence
 
 - **Trained on**: {config["trained_on"]}; sentences and videos only, no timestamps.
-- **Command**: `{command_of(config)}`{continued}
+- **Command**: {command}{continued}
 - **Reads**: {reads}, {model["feature_dim"]} channels at {model["length"]} positions;
   sentences of at most 20 words by {config["word_vectors"]["name"]}.
 - **Chosen**: {config["selected_by"]}.
@@ -190,9 +192,8 @@ def annotations_digest(annotations: Iterable[Annotation], *, moments: bool = Tru
 
 def recipe_settings(recipe: Recipe) -> dict[str, Any]:
     """Every setting by its name, without what follows from the training data."""
-    derived = ("feature_dim", "word_dim", "vocabulary_size", "channels")
     values = {name: getattr(recipe.parts[part], name) for name, part in recipe.homes.items()}
-    return {"recipe": recipe.name} | {n: v for n, v in values.items() if n not in derived}
+    return {"recipe": recipe.name} | values
 
 
 def input_differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

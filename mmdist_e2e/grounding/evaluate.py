@@ -33,16 +33,18 @@ from mmdist_e2e.grounding.checkpoint import (
     refuse_other,
 )
 from mmdist_e2e.grounding.config import Recipe
-from mmdist_e2e.grounding.data.annotations import Annotation, load_annotations, protocol_of
+from mmdist_e2e.grounding.data.annotations import Annotation, load_annotations
 from mmdist_e2e.grounding.data.batches import Item, make_items
 from mmdist_e2e.grounding.data.features import (
     FeatureTable,
+    having_features,
     load_features,
     places_of,
     read_features,
 )
+from mmdist_e2e.grounding.data.published import protocol_of
 from mmdist_e2e.grounding.network import GlobalBranch, GroundingNetwork, build_network
-from mmdist_e2e.store import check_out, write_atomically, write_json
+from mmdist_e2e.store import check_out, row_writer, write_json
 from mmdist_e2e.structures import MmdistError, Moment
 
 Array = NDArray[np.float64]
@@ -293,12 +295,12 @@ def evaluate_items(
 
 
 def write_predictions(path: Path, items: Sequence[Item], predictions: Predictions) -> None:
-    """One JSON line per query: video, sentence, annotation, all moments best first (seconds).
+    """One row per query: video, sentence, annotation, all moments best first (seconds).
 
     A moment is [start, end, score of Eq. 9].
     """
     iou_QK = prediction_iou(predictions, items)
-    lines = []
+    rows = []
     for q, item in enumerate(items):
         spans_2K = np.stack([predictions.starts[q], predictions.ends[q]]) * item.duration_seconds
         moments_K3 = np.vstack([spans_2K, predictions.scores[q]]).T
@@ -314,8 +316,8 @@ def write_predictions(path: Path, items: Sequence[Item], predictions: Prediction
             ],
             "iou": round(float(iou_QK[q, 0]), 4),
         }
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_atomically(path, "".join(lines).encode())
+        rows.append(row)
+    row_writer(path)(rows)
 
 
 def evaluate_run(
@@ -327,6 +329,8 @@ def evaluate_run(
     durations: Path | None = None,
     protocol: str = "official",
     out: Path | None = None,
+    skip_missing: bool = False,
+    predictions_path: Path | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -335,13 +339,20 @@ def evaluate_run(
     Writes `out`/predictions.jsonl and metrics.json. By default `out` is
     `RUN/evaluations/NAME-DIGEST`, of the annotation file's name and of all inputs, so that two
     evaluations never share a folder. flow_features_path: of flow, if not stored with RGB.
+    skip_missing: leave out queries of videos without features, and count them in the results.
+    predictions_path: a .parquet or .jsonl file for the predictions too.
     Raises MmdistError for files that do not fit together, and when `out` holds an evaluation of
     other inputs.
     """
     trained = load_checkpoint(run)
     check_out(out or run / "evaluations")
     annotations = load_annotations(annotations_path, durations=durations, protocol=protocol)
+    if predictions_path:
+        row_writer(predictions_path)  # so that what is wrong with it is said before the work
     places = places_of(trained.modalities, features_path, flow_features_path)
+    skipped = {}
+    if skip_missing:
+        annotations, skipped["skipped"] = having_features(annotations, places)
     videos = [a.video for a in annotations]
     table = load_features(places, videos, length=trained.recipe.model.length).to(device)
     trained.check_table(table)
@@ -372,8 +383,10 @@ def evaluate_run(
         "seed": trained.config["seed"],
         "selected_by": trained.config["selected_by"],
         "inputs": inputs,
+        **skipped,
     }
-    write_predictions(out / PREDICTIONS, items, predictions)
+    for path in filter(None, (out / PREDICTIONS, predictions_path)):
+        write_predictions(path, items, predictions)
     write_json(out / METRICS, result)
     return result | {"out": str(out)}
 

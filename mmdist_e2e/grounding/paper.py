@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ from mmdist_e2e.grounding.checkpoint import (
     input_differences,
     recipe_settings,
 )
-from mmdist_e2e.grounding.config import get_recipe
-from mmdist_e2e.grounding.data.annotations import carve_validation, load_annotations
+from mmdist_e2e.grounding.config import advice, configure
+from mmdist_e2e.grounding.data.annotations import load_annotations
 from mmdist_e2e.grounding.data.features import load_features, places_of
 from mmdist_e2e.grounding.data.text import tokenize
 from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
-from mmdist_e2e.grounding.train import CARVED_FRACTION, train_run
+from mmdist_e2e.grounding.train import train_run
 from mmdist_e2e.store import check_out, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
@@ -133,18 +134,18 @@ def plan(rows: Sequence[Row], seeds: Sequence[int], ablation_seeds: Sequence[int
     ]
 
 
-def table(done: Done, jobs: Sequence[Job], source: str) -> str:
+def table(done: Done, jobs: Sequence[Job], source: str, made: str) -> str:
     """Results so far beside the paper's on Charades-STA, and the differences seed by seed.
 
-    source: what was trained and scored on, in words.
+    source: what was trained and scored on, in words. made: the settings that tables must name.
     """
     if not done:
         return "No run is finished yet.\n"
     some = next(iter(done.values()))["result"]
     lines = [
-        f"Trained and scored on {source}: {some['videos']} videos, {some['protocol']}; checkpoints "
-        f"chosen by {some['selected_by']}. Percent, mean ± standard deviation over seeds; in "
-        f"brackets the paper's on Charades-STA.\n",
+        f"Trained and scored on {source}: {some['videos']} videos, {some['protocol']}; {made}; "
+        f"checkpoints chosen by {some['selected_by']}. Percent, mean ± standard deviation over "
+        f"seeds; in brackets the paper's on Charades-STA.\n",
         "| row | tables | seeds | " + " | ".join(SHOWN) + " |",
         "|---" * (3 + len(SHOWN)) + "|",
     ]
@@ -201,7 +202,9 @@ class Material:
     word_vectors: WordVectors
     durations: Path | None = None
     protocol: str = "official"
-    length: int = 64
+    preset: str = "paper"
+    length: int | None = None
+    glove: Path | None = None  # the file of `word_vectors`
     device: str = "cpu"
 
 
@@ -234,8 +237,7 @@ def inputs_of(
         "annotations (test)": annotations_digest(test),
         "word vectors": material.word_vectors.limited(words).digest,
     }
-    queries = len(train if val else carve_validation(train, CARVED_FRACTION).train)
-    own = {row.name: _settings(row, material, settings, queries) for row, _ in jobs}
+    own = {row.name: _settings(row, material, settings) for row, _ in jobs}
     unknown = sorted(set(settings) - {name for given in own.values() for name in given})
     if unknown:
         raise MmdistError(f"No row has a setting {unknown[0]!r}; see mmdist train --help.")
@@ -251,15 +253,12 @@ def inputs_of(
     return inputs
 
 
-def _settings(
-    row: Row, material: Material, settings: Mapping[str, Any], queries: int
-) -> dict[str, Any]:
+def _settings(row: Row, material: Material, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting of a row by its name, whatever the shape of features and words."""
-    shape = {"feature_dim": 1, "word_dim": 1, "vocabulary_size": 1, "channels": (1, 1)}
-    length = int(settings.get("length", material.length))
-    recipe = get_recipe(row.recipe)(**shape, length=length, queries=queries)
-    given = {k: v for k, v in settings.items() if k in recipe.homes and k != "length"}
-    return recipe_settings(recipe.overridden({**given, **row.settings}))
+    made = partial(configure, row.recipe, preset=material.preset, length=material.length)
+    names = made(modalities=2).homes
+    given = {name: value for name, value in settings.items() if name in names}
+    return recipe_settings(made(settings={**given, **row.settings}, modalities=2))
 
 
 def finished(
@@ -307,10 +306,15 @@ def reproduce(
     locks = out / LOCKS  # the system releases a lock when the process that holds it ends
     locks.mkdir(parents=True, exist_ok=True)
 
+    sizes = next(iter(inputs.values()))["settings"]
+    made = f"preset {material.preset}, L {sizes['length']}, {sizes['hidden']} channels"
+
     def write_table() -> str:
-        lines = table(finished(out, inputs), jobs, material.source)
+        lines = table(finished(out, inputs), jobs, material.source, made)
         write_atomically(out / "table.md", lines.encode())
         return lines
+
+    once = cache(lambda text: told(text) if text else None)
 
     failed: dict[str, str] = {}
     for row, seed in jobs:
@@ -325,7 +329,7 @@ def reproduce(
                 start = time.monotonic()
                 names = inputs[row, seed]["settings"]
                 own = {name: value for name, value in settings.items() if name in names}
-                result = _train_and_score(material, row, seed, out, own, progress)
+                result = _train_and_score(material, row, seed, out, own, progress, once)
                 seconds = round(time.monotonic() - start, 1)
                 done = {"result": result, "seconds": seconds, "inputs": inputs[row, seed]}
                 write_json(run / DONE, done)
@@ -348,6 +352,7 @@ def _train_and_score(
     out: Path,
     settings: Mapping[str, Any],
     progress: Progress | None,
+    once: Callable[[str | None], None],
 ) -> dict[str, Any]:
     run, teacher = run_of(out, row, seed), run_of(out, TEACHER, seed)
     if row.taught and not (teacher / DONE).is_file():
@@ -369,7 +374,10 @@ def _train_and_score(
         word_vectors=material.word_vectors,
         modalities=row.modalities,
         teacher=teacher if row.taught else None,
+        preset=material.preset,
         length=material.length,
+        glove=material.glove,
+        started=lambda _, queries: once(advice(material.preset, queries)),
         overrides={**settings, **row.settings},
         more_epochs=False,
         **shared,

@@ -29,7 +29,7 @@ from mmdist_e2e.grounding.checkpoint import (
 from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.batches import batches, make_items
 from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
-from mmdist_e2e.grounding.losses import Taught
+from mmdist_e2e.grounding.losses import Taught, pick
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError
 
@@ -74,10 +74,8 @@ def teach(
         proposals = model.propose(batch.frames_BLF, batch.words_BWE, batch.is_word_BW)
         scored = score_proposals(model, batch, proposals)
         best_B = scored.scores_BK.argmax(dim=1)
-        rows = torch.arange(len(best_B), device=best_B.device)
-        maps_BL = model.activate(batch, proposals)
-        spans = scored.centers_BK[rows, best_B], scored.widths_BK[rows, best_B]
-        parts.append(tuple(t.cpu().clone() for t in (*spans, maps_BL)))
+        spans = pick(scored.centers_BK, best_B), pick(scored.widths_BK, best_B)
+        parts.append(tuple(t.cpu().clone() for t in (*spans, model.activate(batch, proposals))))
         done += len(best_B)
         if progress:
             progress("asking the teacher", done, len(items))

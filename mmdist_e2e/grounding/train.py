@@ -14,10 +14,11 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,32 @@ from mmdist_e2e.grounding.answer import Progress
 from mmdist_e2e.grounding.checkpoint import (
     CONFIG,
     MODEL,
+    STATE,
     annotations_digest,
+    command_line,
+    digest_of,
+    load_checkpoint,
     model_digest,
     recipe_settings,
     refuse_other,
     save_checkpoint,
 )
-from mmdist_e2e.grounding.config import Count, Recipe, check_setting, get_recipe
+from mmdist_e2e.grounding.config import Recipe, configure
 from mmdist_e2e.grounding.data.annotations import (
     Annotation,
     carve_validation,
     load_annotations,
-    protocol_of,
     world_of,
 )
 from mmdist_e2e.grounding.data.batches import Item, batches, draw_masks, make_items
-from mmdist_e2e.grounding.data.features import FeatureTable, load_features, places_of
-from mmdist_e2e.grounding.data.text import Vocabulary, tokenize
+from mmdist_e2e.grounding.data.features import (
+    FeatureTable,
+    having_features,
+    load_features,
+    places_of,
+)
+from mmdist_e2e.grounding.data.published import protocol_of
+from mmdist_e2e.grounding.data.text import Vocabulary, read_words, tokenize
 from mmdist_e2e.grounding.evaluate import (
     Windows,
     annotations_of,
@@ -67,7 +77,6 @@ from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
 
 INITIAL_LEARNING_RATE = 1e-7
-MAXIMUM_WARMUP = 400
 SEEDS_APART = 100_003  # a prime above any number of epochs: epochs of two seeds never coincide
 RANKS_APART = 2**49  # above every seed of one process
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of a parameter
@@ -146,10 +155,7 @@ class Trainer:
             self.loss = DistributedDataParallel(self.loss, find_unused_parameters=untrained)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=True)
         self.state = TrainingState()
-        per_epoch = math.ceil(len(items) / recipe.training.batch_size)
-        total = per_epoch * recipe.training.epochs
-        wanted = recipe.training.warmup_updates
-        self.warmup = min(MAXIMUM_WARMUP, max(1, total // 10)) if wanted is None else wanted
+        self.warmup = recipe.training.warmup(len(items))
 
     def run_epoch(self, progress: Progress | None = None) -> dict[str, float]:
         """Train one epoch; returns the means of its loss terms."""
@@ -236,7 +242,9 @@ def read_state(path: Path) -> tuple[dict[str, Any], TrainingState, dict[str, Ten
         ) from error
 
 
-STATE, HISTORY, LOG, LAST = "state.safetensors", "history.json", "log.csv", "last"
+HISTORY, LOG, LAST = "history.json", "log.csv", "last"
+EVENTS = "tensorboard"
+History = Sequence[Mapping[str, Any]]  # of every epoch its number, losses and validation
 CARVED_FRACTION = 0.1
 
 SELECTED_BY = {
@@ -266,12 +274,18 @@ def train_run(
     seed: int,
     word_vectors: WordVectors,
     carve: float = CARVED_FRACTION,
+    vocabulary_path: Path | None = None,
+    skip_missing: bool = False,
     durations: Path | None = None,
     protocol: str = "official",
     modalities: Sequence[str] = ("rgb",),
     teacher: Path | None = None,
-    length: int = 64,
+    preset: str = "paper",
+    length: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    glove: Path | None = None,
+    tensorboard: bool = False,
+    started: Callable[[Mapping[str, Any], int], None] | None = None,
     more_epochs: bool = True,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -285,19 +299,44 @@ def train_run(
     carve: without `val_path`, the share of training videos set aside as validation; 0: no
     validation, the last epoch is taken. modalities: what the network reads; flow_features_path: of
     flow, if not stored with RGB. teacher: the run that a student learns from; its features are read
-    from the same paths. overrides: settings of the recipe by name. more_epochs: whether a run may
-    be continued past the epochs that it was started with. Returns a summary.
+    from the same paths. vocabulary_path: the words to predict (see `read_words`), by default those
+    of the training sentences. skip_missing: leave out queries of videos without features; summary
+    and checkpoint count them. overrides: settings by name, which replace the preset's, as `length`
+    does. glove: the file of `word_vectors`, for the card. tensorboard: also write out/tensorboard/,
+    the figures of log.csv. started: called before training with every setting and the number of
+    queries. more_epochs: whether a run may be continued past the epochs that it was started with.
+    Returns a summary.
 
     Timestamps are read for the figures of validation alone; they choose the checkpoint only with
     `select_by="val_recall"`. Raises MmdistError for unusable input, and when `out` holds a run of
     other inputs.
     """
     check_out(out)
-    train_annotations = load_annotations(train_path, durations=durations, protocol=protocol)
+    overrides = dict(overrides or {})
+    shape: Any = {"preset": preset, "length": length, "modalities": len(modalities)}
+    recipe = configure(recipe_name, settings=overrides, **shape)
+    length = recipe.model.length
+    if tensorboard and find_spec("tensorboard") is None:
+        raise MmdistError(
+            "--tensorboard needs a further package; run: pip install 'mmdist-e2e[tensorboard]'."
+        )
+    events = out / EVENTS if tensorboard and rank() == 0 else None
+    places = places_of(modalities, features_path, flow_features_path)
+    skipped: dict[str, dict[str, int]] = {}
+
+    def load(split: str, path: Path) -> list[Annotation]:
+        annotations = load_annotations(path, durations=durations, protocol=protocol)
+        if skip_missing:
+            taught = load_checkpoint(teacher).modalities if teacher else ()
+            asked = places | places_of(taught, features_path, flow_features_path)
+            annotations, skipped[split] = having_features(annotations, asked)
+        return annotations
+
+    train_annotations = load("train", train_path)
     val_annotations: list[Annotation] = []
     where = "no validation"
     if val_path is not None:
-        val_annotations = load_annotations(val_path, durations=durations, protocol=protocol)
+        val_annotations = load("val", val_path)
         where = val_path.name
         if both := {a.video for a in train_annotations} & {a.video for a in val_annotations}:
             raise MmdistError(
@@ -307,22 +346,18 @@ def train_run(
     elif carve:
         train_annotations, val_annotations, where = carve_validation(train_annotations, carve)
     sentences = [a.sentence for a in train_annotations]
-    word_vectors = word_vectors.limited(w for s in sentences for w in tokenize(s))
-    vocabulary = Vocabulary.from_sentences(sentences, word_vectors)
-    overrides = dict(overrides or {})
-    length = overrides.pop("length", length)
-    check_setting("length", length, Count)
-    places = places_of(modalities, features_path, flow_features_path)
+    words = read_words(vocabulary_path) if vocabulary_path else []
+    word_vectors = word_vectors.limited([*words, *(w for s in sentences for w in tokenize(s))])
+    limit = None if words else recipe.training.vocabulary_limit
+    vocabulary = Vocabulary.from_sentences(words or sentences, word_vectors, size=limit)
     videos = [a.video for a in (*train_annotations, *val_annotations)]
     table = load_features(places, videos, length=length).to(device)
-    recipe = get_recipe(recipe_name)(
+    recipe = recipe.fitted(
         feature_dim=table.data_VLF.shape[2],
         word_dim=word_vectors.dim,
         vocabulary_size=len(vocabulary),
-        length=length,
-        queries=len(train_annotations),
         channels=tuple(table.channels.values()),
-    ).overridden(overrides)
+    )
     if not val_annotations:
         recipe = recipe.overridden({"select_by": "last"})
     items = make_items(train_annotations, table, vocabulary)
@@ -331,6 +366,7 @@ def train_run(
         "annotations (train)": annotations_digest(train_annotations, moments=False),
         "annotations (validation)": annotations_digest(val_annotations),
         "word vectors": word_vectors.digest,
+        **({"vocabulary": digest_of(vocabulary.words)} if words else {}),
         **{f"features ({modality})": digest for modality, digest in table.digests.items()},
     }
     if recipe.distill is not None:
@@ -341,8 +377,9 @@ def train_run(
         for modality, digest in taught_table.digests.items():
             digests[f"features for the teacher ({modality})"] = digest
     carved = carve if carve and not val_path else None
+    settings = recipe_settings(recipe) | {"seed": seed, "carve": carved}
     inputs = {
-        "settings": recipe_settings(recipe) | {"seed": seed, "carve": carved},
+        "settings": settings,
         "digests": digests,
         "continued": [],
     }
@@ -356,9 +393,14 @@ def train_run(
         "vocabulary": len(vocabulary),
         "selected_by": SELECTED_BY[recipe.training.select_by].format(where),
         "continued": inputs["continued"],
+        "skipped": skipped,
     }
     if found.epoch == recipe.training.epochs:
-        return summary | found.summary() | {"how": "finished before"}
+        with _event_log(events, found.history):
+            return summary | found.summary() | {"how": "finished before"}
+    if started:
+        warmup = {"warmup_updates": recipe.training.warmup(len(items))}
+        started(settings | warmup, len(items))
 
     answers = None
     if recipe.distill is not None:
@@ -370,7 +412,26 @@ def train_run(
     # A carved split is a part of the file whose protocol is named.
     known = annotations_of([*items, *([] if val_path else val_items)])
     source = world_of(train_path) or f"{len(items)} sentences of {protocol_of(train_path, known)}"
+    options = {
+        "preset": preset,
+        "length": length,
+        "modality": ",".join(modalities),
+        "features": features_path,
+        "flow-features": flow_features_path,
+        "teacher": teacher,
+        "train": train_path,
+        "val": val_path,
+        "carve": None if val_path else carve,
+        "glove": glove,
+        "vocabulary": vocabulary_path,
+        "durations": durations,
+        "skip-missing": skip_missing,
+        "protocol": protocol,
+        "seed": seed,
+        "out": out,
+    }
     facts = {
+        "command": command_line(recipe_name, options, overrides),
         "seed": seed,
         "trained_on": source,
         "queries": len(train_annotations),
@@ -379,6 +440,7 @@ def train_run(
         "longest_duration_seconds": longest,
         "training": recipe.to_json()["training"] | {"warmup_updates": trainer.warmup},
         "inputs": digests,
+        **({"skipped": skipped} if skipped else {}),
         **({"continued": inputs["continued"]} if inputs["continued"] else {}),
     }
     if found.epoch:
@@ -389,37 +451,67 @@ def train_run(
         save_checkpoint, model=trainer.model, recipe=recipe, vocabulary=vocabulary, table=table
     )
     select_by = recipe.training.select_by
-    while (state := trainer.state).epoch < recipe.training.epochs:
-        validation = _epoch(trainer, val_items, windows, progress)
-        epoch = state.epoch
-        score = float(epoch)
-        if select_by != "last":
-            score = validation["R@1,IoU=0.5"] if select_by == "val_recall" else -validation["loss"]
-        now = facts | {"epoch": epoch, "validation": validation}
-        if best := score > state.best_score:
-            state.best_score, state.best_epoch = score, epoch
-        if rank() != 0:  # all processes hold the same weights, and one writes
-            continue
-        if best:
-            save_in(out, facts=now)
-        if epoch == recipe.training.epochs:
-            save_in(out / LAST, facts=now | {"selected_by": SELECTED_BY["last"]})
-        write_json(out / HISTORY, state.history)
-        write_atomically(out / LOG, _csv(state.history).encode())
-        # Last, so that a run killed before it repeats the whole epoch.
-        trainer.save_state(state_path, inputs)
+    with _event_log(events, found.history) as log_events:
+        while (state := trainer.state).epoch < recipe.training.epochs:
+            validation = _epoch(trainer, val_items, windows, progress)
+            epoch = state.epoch
+            score = float(epoch)
+            if select_by != "last":
+                score = (
+                    validation["R@1,IoU=0.5"] if select_by == "val_recall" else -validation["loss"]
+                )
+            now = facts | {"epoch": epoch, "validation": validation}
+            if best := score > state.best_score:
+                state.best_score, state.best_epoch = score, epoch
+            if rank() != 0:  # all processes hold the same weights, and one writes
+                continue
+            if best:
+                save_in(out, facts=now)
+            if epoch == recipe.training.epochs:
+                save_in(out / LAST, facts=now | {"selected_by": SELECTED_BY["last"]})
+            write_json(out / HISTORY, state.history)
+            write_atomically(out / LOG, _csv(state.history).encode())
+            # Last, so that a run killed before it repeats the whole epoch.
+            trainer.save_state(state_path, inputs)
+            log_events(state.history[-1:])
     how = f"resumed after epoch {found.epoch}" if found.epoch else "trained"
     return summary | trainer.state.summary() | {"how": how}
 
 
-def _csv(history: Sequence[Mapping[str, Any]]) -> str:
-    """One line per epoch: its number, every term of the loss, every figure of validation."""
-    rows = [
-        {"epoch": entry["epoch"]}
-        | entry["losses"]
-        | {f"validation {name}": value for name, value in entry["validation"].items()}
-        for entry in history
-    ]
+def _figures(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Of an epoch of the history: every term of the loss, every figure of validation."""
+    validation = {f"validation {name}": value for name, value in entry["validation"].items()}
+    return {**entry["losses"], **validation}
+
+
+@contextmanager
+def _event_log(folder: Path | None, history: History) -> Iterator[Callable[[History], None]]:
+    """Gives a function that adds epochs to TensorBoard's events in `folder`; None: it does nothing.
+
+    What earlier calls wrote is replaced by `history`, so that no step appears twice.
+    """
+    if folder is None:
+        yield lambda entries: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(folder) as writer:
+
+        def add(entries: History) -> None:
+            for entry in entries:
+                for name, value in _figures(entry).items():
+                    writer.add_scalar(name, value, entry["epoch"])
+            writer.flush()
+
+        add(history)
+        yield add
+
+
+def _csv(history: History) -> str:
+    """One line per epoch: its number and its figures."""
+    rows = [{"epoch": entry["epoch"]} | _figures(entry) for entry in history]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -7,7 +7,7 @@ CPL's public code saves `model_parameters` (119 tensors, with our names), `confi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from mmdist_e2e.grounding.data.text import Vocabulary
 from mmdist_e2e.grounding.network import GlobalBranch
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError, Provenance
-from mmdist_e2e.weights.download import file_sha256, git_blob_sha1
-from mmdist_e2e.weights.registry import misfits
+from mmdist_e2e.weights.download import git_blob_sha1
+from mmdist_e2e.weights.registry import ENTRIES, misfits, source_of
 from mmdist_e2e.weights.words import read_cpl_pickle
 
 # Our setting and its place in CPL's config. A config without it gets the published value, the
@@ -45,34 +45,35 @@ SETTINGS = {
     "warmup_updates": "train.optimizer.warmup_updates",
 }
 
-PUBLISHED_FEATURES: Mapping[str, Any] = Provenance.external("hdf5").matters
+# What features must have that the authors published: they come as HDF5 or as .npy files.
+PUBLISHED_FEATURES = [Provenance.external(kind).matters for kind in ("hdf5", "npy")]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that CPL has a checkpoint for."""
+    """A dataset that CPL has a checkpoint for; name: of that model and of its vocabulary."""
 
+    name: str
     title: str
     features: str
     longest_seconds: float  # of its training videos
-    model_id: str  # of the released file as a git object
-    vocabulary_id: str
+    videos: str  # what they show
 
 
 DATASETS = {
     "CharadesSTA": Dataset(
+        name="charades",
         title="Charades-STA",
         features="I3D on RGB, trained on Charades (the extractor i3d-rgb-charades)",
         longest_seconds=194.33,
-        model_id="fce37334803d3d937de27e60f95c0bb63730c215",
-        vocabulary_id="e0320a97dc583316c2b56ace462b1fafc326691b",
+        videos="home videos of half a minute",
     ),
     "ActivityNet": Dataset(
+        name="activitynet",
         title="ActivityNet Captions",
         features="C3D on RGB, reduced to 500 channels by ActivityNet's own PCA",
         longest_seconds=745.5,  # of the two validation splits; those of training are not available
-        model_id="ced320db35e7109b9a17966be8ac2ef915749553",
-        vocabulary_id="4384500e128d5c450b4b8de9e46f34b1223f8e64",
+        videos="web videos of sports and daily life of two minutes",
     ),
 }
 
@@ -187,13 +188,15 @@ def convert_cpl(
     out: Path,
     *,
     modality: str = "rgb",
-    matters: Mapping[str, Any] = PUBLISHED_FEATURES,
+    matters: Mapping[str, Any] = PUBLISHED_FEATURES[0],
+    accepts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write a checkpoint folder with the answers of the released network.
 
     matters: the provenance that features must have; by default that of imported HDF5 files, the
-    form of CPL's published features. Returns facts: dataset, vocabulary (its size), sha256,
-    released (whether the file is a known released one), updates.
+    form of CPL's published features. accepts: others that it reads as well.
+    Returns facts: dataset, vocabulary (its size), sha256, released (whether the file is a known
+    released one), updates.
     Raises MmdistError for files that do not fit the network or each other.
     """
     dataset, recipe = released.dataset, released.recipe
@@ -203,39 +206,42 @@ def convert_cpl(
         raise released.misfit(problems)
     model.load_state_dict(released.state)
     vocabulary = read_vocabulary(vocabulary_file, shape.vocabulary_size, shape.word_dim)
-    is_released = git_blob_sha1(released.file) == dataset.model_id
+    is_released = git_blob_sha1(released.file) == ENTRIES[f"cpl-{dataset.name}"].git_sha1
     # Two known files must belong together: equal sizes do not prove it.
     found = git_blob_sha1(vocabulary_file)
-    owner = next((d for d in DATASETS.values() if d.vocabulary_id == found), None)
+    ids = {d.name: ENTRIES[f"cpl-vocabulary-{d.name}"].git_sha1 for d in DATASETS.values()}
+    owner = next((d for d in DATASETS.values() if ids[d.name] == found), None)
     if owner is not dataset and (owner is not None or is_released):
         raise MmdistError(
             f"'{vocabulary_file}' is not the vocabulary that CPL released for {dataset.title}"
             f"{f' but that for {owner.title}' if owner else ''}; give the glove.pkl of its data."
         )
-    sha256 = file_sha256(released.file)
-    source = {"sha256": sha256, "released": is_released, "updates": released.updates}
+    source = source_of(released.file)
+    source |= {"released": is_released, "updates": released.updates}
+    origin = "CPL's released file" if is_released else "not the file that CPL released"
     facts = {
         "seed": "unknown",
-        "trained_on": f"{dataset.title} by CPL's public code",
+        "trained_on": f"{dataset.title} by CPL's public code, {origin}",
+        "warning": f"trained on {dataset.videos}: on other videos this is a guess.",
         "selected_by": "highest mIoU on the test split, as CPL chooses its best epoch",
         "longest_duration_seconds": dataset.longest_seconds,
-        "converted_from": source,
+        "source": source,
+        "accepts": list(accepts),
     }
     none_VLF = torch.empty(0, shape.length, shape.feature_dim)
     table = FeatureTable((), none_VLF, {}, {modality: matters}, {modality: shape.feature_dim})
     save_checkpoint(
         out, model=model, recipe=recipe, vocabulary=vocabulary, table=table, facts=facts
     )
-    origin = "CPL's released file" if is_released else "not the file that CPL released"
-    extractor = matters["extractor"]
+    reads = " or ".join(f"`{each['extractor']}`" for each in (matters, *accepts))
     text = f"""# cpl: moments of a video from a sentence, converted from CPL
 
 - **Origin**: a checkpoint of CPL (Zheng et al., CVPR 2022; github.com/minghangz/cpl), {origin},
-  SHA-256 {sha256}.
+  SHA-256 {source["sha256"]}.
 - **Trained on**: {dataset.title}; sentences and videos only, no timestamps.
 - **Features**: in training {dataset.features}; {shape.feature_dim} channels at {shape.length}
-  positions. This folder takes features of `{extractor}`; convert again with another --extractor
-  for other features.
+  positions. This folder takes features of {reads}; convert again with another --extractor for
+  other features.
 - **Words**: the {shape.vocabulary_size} most frequent of CPL's glove.pkl, counted over training and
   test sentences; all other words of a query are dropped, as in CPL.
 - **Selected**: by CPL's code, as the epoch of highest mIoU on the test split.

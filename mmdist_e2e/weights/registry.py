@@ -1,24 +1,23 @@
-"""Every name that `--extractor` takes: address, digest, licence, and what its network reads.
+"""Every name that `--extractor`, `--model` and `mmdist pull` take: address, digest, licence.
 
-`shipped` networks are ours: small, trained on our synthetic world, and part of the wheel. `public`
-ones are downloaded on first use, verified by digest, and converted to safetensors in the user's
-cache. Without a digest nothing can be verified: the user supplies the file (`mmdist weights
-convert`).
+`shipped` networks are ours: small, trained on our synthetic world, and part of the wheel. The
+others are downloaded on first use, verified by digest, and converted to safetensors in the user's
+cache. Without a digest nothing can be verified: the user supplies the file (`mmdist pull --from`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdist_e2e.store import write_atomically, write_json
-from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.weights.download import Entry, fetch, file_sha256
+from mmdist_e2e.structures import MmdistError, check_choice
+from mmdist_e2e.weights.download import Entry, Progress, fetch, file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,8 +94,10 @@ def _backbone(name: str, file: str, frames: int, rate: int, side: int, crop: int
     )
 
 
-KINETICS, THEN_CHARADES = "ImageNet inflated, Kinetics-400", "the same, then Charades"
+KINETICS = "ImageNet inflated, Kinetics-400"
+THEN_CHARADES = f"{KINETICS}, then Charades"
 FLOW_KINETICS = "ImageNet inflated, flow of Kinetics-400"
+WORLD = "the synthetic world, version 2; Apache-2.0"
 
 PUBLIC: tuple[Entry, ...] = (
     _i3d("rgb", "imagenet", "73a4fd1d87eb3dbd97f33a9779fa1caa3d28111a", 400, KINETICS),
@@ -137,17 +138,63 @@ PUBLIC: tuple[Entry, ...] = (
 
 SHIPPED_ROOT = Path(__file__).parent / "data"
 
+CPL = "https://github.com/minghangz/cpl/raw/main"
+PCA, PCA_PAGE = "activitynet-pca", "http://activity-net.org/challenges/2016/download.html"
+NO_LICENCE = "its repository gives no licence"
+
+
+def _cpl(data: str, title: str, model_id: str, words_id: str, *needs: str) -> tuple[Entry, Entry]:
+    """CPL's checkpoint for a dataset and its vocabulary, by their ids as git objects."""
+    model, glove = f"{CPL}/checkpoints/{data}/model-best.pt", f"{CPL}/data/{data}/glove.pkl"
+    about = f"CPL's vocabulary of {title}, with GloVe vectors; {NO_LICENCE}"
+    words = Entry(f"cpl-vocabulary-{data}", "file", about, None, glove, words_id)
+    about = f"CPL (CVPR 2022), trained on {title}; {NO_LICENCE}"
+    needs = (*needs, words.name)
+    return words, Entry(f"cpl-{data}", "model", about, None, model, model_id, needs=needs)
+
+
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry("world2-rgb", "shipped", "ours, trained on the synthetic world, version 2"),
-        Entry("world2-flow", "shipped", "ours, trained on the synthetic world's flow, version 2"),
+        Entry("world2-rgb", "shipped", f"ours, RGB of {WORLD}"),
+        Entry("world2-flow", "shipped", f"ours, flow of {WORLD}"),
         *PUBLIC,
+        Entry("student-world2", "model", f"ours, {WORLD}"),
+        *_cpl(
+            "charades",
+            "Charades-STA",
+            "fce37334803d3d937de27e60f95c0bb63730c215",
+            "e0320a97dc583316c2b56ace462b1fafc326691b",
+            "i3d-rgb-charades",
+        ),
+        *_cpl(
+            "activitynet",
+            "ActivityNet Captions",
+            "ced320db35e7109b9a17966be8ac2ef915749553",
+            "4384500e128d5c450b4b8de9e46f34b1223f8e64",
+            "c3d-sports1m",
+            PCA,
+        ),
+        Entry(PCA, "file", "PCA_activitynet_v1-3.hdf5, for C3D features; unknown", None, PCA_PAGE),
     )
+}
+
+# Terms of training data, by the word that names them in an entry's facts.
+TERMS = {
+    "ImageNet": "non-commercial research and education",
+    "Kinetics": "list of videos CC BY 4.0; the videos belong to those who uploaded them",
+    "Charades": "non-commercial research, by the Allen Institute for AI",
+    "Sports-1M": "list of videos CC BY 3.0; the videos belong to those who uploaded them",
+    "ActivityNet": "unknown; the videos belong to those who uploaded them",
+    "GloVe": "public domain",
+    "synthetic world": "drawn by mmdist, Apache-2.0",
 }
 
 DEFAULT_RGB_EXTRACTOR = "world2-rgb"
 SHIPPED_MODEL = SHIPPED_ROOT / "student-world2"
+# What config.json records of a public file, beside the entry's own config.
+RECORD = ("name", "trained_on", "source", "files")
+Writer = Callable[[Entry, Path, Path], None]
 
 
 def cache_folder() -> Path:
@@ -164,14 +211,21 @@ def cache_folder() -> Path:
 
 
 def cached_folder(entry: Entry) -> Path:
-    """Where the converted weights of a public entry are kept, whether they exist or not."""
-    return cache_folder() / "weights" / entry.name
+    """Where an entry is kept, whether it is there or not."""
+    return (SHIPPED_ROOT if entry.ships else cache_folder() / "weights") / entry.name
 
 
 def is_available(entry: Entry) -> bool:
     """Whether an entry can be used without a download."""
     # config.json is written last, so its presence means a complete folder.
-    return entry.kind == "shipped" or (cached_folder(entry) / "config.json").is_file()
+    return entry.ships or (cached_folder(entry) / "config.json").is_file()
+
+
+def find(name: str, *kinds: str) -> Entry:
+    """The entry of a name, of some kinds. Raises MmdistError, with the nearest name, for others."""
+    names = [entry.name for entry in ENTRIES.values() if not kinds or entry.kind in kinds]
+    check_choice("The name or folder", name, names)
+    return ENTRIES[name]
 
 
 def checkpoint_folder(name_or_path: str) -> Path:
@@ -181,49 +235,56 @@ def checkpoint_folder(name_or_path: str) -> Path:
     Raises MmdistError for an unknown name, a folder that is no checkpoint, public weights that
     the user must supply, a failed download, a wrong digest, or a cache that cannot be written.
     """
-    entry = ENTRIES.get(name_or_path)
-    if entry is None:
-        folder = Path(name_or_path)
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-            return folder
-        raise MmdistError(
-            f"The extractor {name_or_path!r} is unknown; valid: {', '.join(ENTRIES)}, "
-            f"or a folder with config.json and model.safetensors."
-        )
-    if entry.kind == "shipped":
-        return SHIPPED_ROOT / entry.name
+    folder = Path(name_or_path)
+    whole = all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+    if whole and name_or_path not in ENTRIES:
+        return folder
+    entry = find(name_or_path, "shipped", "public")
     folder = cached_folder(entry)
     if not is_available(entry):
-        if not entry.has_digest:
-            raise MmdistError(
-                f"The weights {entry.name!r} are not downloaded automatically, because no digest "
-                f"of them is known; download {entry.url} and run once: "
-                f"mmdist weights convert {entry.name} FILE --out {shlex.quote(str(folder))}"
-            )
-        _install(entry, folder)
+        check_supplied([entry])
+        install(entry, write_network, None)
+    elif entry.kind == "public":
+        config = read_config(folder)
+        record = {key: config[key] for key in RECORD if key in config}
+        current = json.loads(json.dumps(entry.config)) | record
+        if config != current:  # an older version made it, with another profile
+            write_json(folder / "config.json", current)
     return folder
 
 
-def _install(entry: Entry, folder: Path) -> None:
-    """Download and convert, one process at a time: the others wait and use the result."""
-    import shutil
-    import tempfile
+def check_supplied(entries: Iterable[Entry]) -> None:
+    """Raises MmdistError naming all that are missing and that only the user can supply."""
+    missing = [e for e in entries if not e.digest and not is_available(e)]
+    if missing:
+        steps = [f"\n  mmdist pull {e.name} --from FILE    (FILE: from {e.url})" for e in missing]
+        raise MmdistError(
+            f"mmdist knows no digest to verify {' and '.join(e.name for e in missing)} by, so it "
+            f"does not download it; get the file yourself and run once:{''.join(steps)}"
+        )
 
+
+def install(entry: Entry, write: Writer, file: Path | None, progress: Progress = None) -> None:
+    """Make an entry's folder in the cache, one process at a time: the others wait and use it.
+
+    write: called with the entry, its folder and the public file; without `file` a download.
+    Raises MmdistError as `fetch` and `write`, and when the cache cannot be written.
+    """
     from filelock import FileLock
 
+    folder = cached_folder(entry)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{entry.name}.lock")):
-            if is_available(entry):
+            if file is None and is_available(entry):
                 return
-            for left_over in folder.glob("download-*"):  # of a killed process
-                shutil.rmtree(left_over, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as temporary:
-                state = read_state(entry, fetch(entry, Path(temporary)))
-            write_checkpoint(folder, entry, state, f"downloaded from {entry.url}")
+            source = file or fetch(entry, folder.parent, progress)
+            write(entry, folder, source)
+            if file is None:
+                source.unlink()
     except (OSError, NotImplementedError) as error:  # a file system without locks
         raise MmdistError(
-            f"The weights {entry.name!r} cannot be kept in {folder} "
+            f"{entry.name!r} cannot be kept in {folder} "
             f"({getattr(error, 'strerror', None) or error}); set MMDIST_CACHE to a folder that can "
             f"be written."
         ) from error
@@ -258,17 +319,49 @@ def read_state(entry: Entry, path: Path) -> dict[str, Tensor]:
     return {rename(key): value.contiguous() for key, value in state.items()}
 
 
-def write_checkpoint(folder: Path, entry: Entry, state: Mapping[str, Tensor], origin: str) -> None:
-    """Write a public entry's model.safetensors and, last, its config.json.
-
-    origin: where the file came from, for `trained_on`. Raises as write_atomically.
-    """
+def write_network(
+    entry: Entry, folder: Path, file: Path, expected: Mapping[str, Tensor] | None = None
+) -> None:
+    """Convert a video network's public file. Raises MmdistError where it is not as `expected`."""
     from safetensors.torch import save
 
-    assert entry.config is not None
-    write_atomically(folder / "model.safetensors", save(dict(state)))
-    facts = f"public weights, {origin}: {entry.facts}"
-    write_json(folder / "config.json", {**entry.config, "name": entry.name, "trained_on": facts})
+    state = read_state(entry, file)
+    if expected and (problems := misfits(expected, state)):
+        raise MmdistError(
+            f"The file does not hold the weights {entry.name!r} ({problems}); give the file of "
+            f"{entry.url}."
+        )
+    write_files(entry, folder, file, {"model.safetensors": save(state)})
+
+
+def write_files(entry: Entry, folder: Path, file: Path, files: Mapping[str, bytes]) -> None:
+    """Write what was made of a public file and, last, config.json with all digests."""
+    (folder / "config.json").unlink(missing_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    source = source_of(file)
+    facts = f"public weights of SHA-256 {source['sha256'][:16]}…: {entry.facts}"
+    record = dict(zip(RECORD, (entry.name, facts, source, digests), strict=True))
+    write_json(folder / "config.json", {**(entry.config or {}), **record})
+
+
+def source_of(file: Path) -> dict[str, Any]:
+    """SHA-256 and size of a public file."""
+    return {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+
+
+def pulled_file(name: str) -> Path:
+    """The file of an entry of the kind "file". Raises MmdistError when the user must supply it."""
+    check_supplied([ENTRIES[name]])
+    return cached_folder(ENTRIES[name]) / name
+
+
+def file_named(path: Path) -> Path:
+    """The path, or the file in the cache that it names. Raises MmdistError before it is pulled."""
+    entry = ENTRIES.get(str(path))
+    is_name = entry is not None and entry.kind == "file" and not path.exists()
+    return pulled_file(str(path)) if is_name else path
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -278,6 +371,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         if isinstance(config, dict):
             return config
     raise MmdistError(f"{folder} is not a checkpoint folder: config.json is missing or damaged.")
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a folder, by the SHA-256 that were recorded of its files; or ""."""
+    try:
+        files = {folder / name: digest for name, digest in read_config(folder)["files"].items()}
+        bad = [p.name for p, sha in files.items() if not p.is_file() or file_sha256(p) != sha]
+    except KeyError:
+        return "no digests were recorded"
+    except (MmdistError, OSError) as error:
+        return str(error).removesuffix(".")
+    return f"{', '.join(bad)} changed or went missing since" if bad else ""
 
 
 def weights_digest(folder: Path) -> str:

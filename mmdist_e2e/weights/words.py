@@ -151,11 +151,13 @@ def shipped_word_vectors() -> WordVectors:
     return read_safetensors(SHIPPED_PATH)
 
 
-def load_word_vectors(path: Path) -> WordVectors:
+def load_word_vectors(path: Path | None) -> WordVectors:
     """Word vectors from `path`: a GloVe or word2vec text file, CPL's pickle, or our safetensors.
 
-    Raises MmdistError for a missing or malformed file.
+    None: those that ship. Raises MmdistError for a missing or malformed file.
     """
+    if path is None:
+        return shipped_word_vectors()
     if not path.is_file():
         raise MmdistError(f"There is no word vector file '{path}'; give a GloVe text file.")
     if path.suffix == ".safetensors":

@@ -1,11 +1,15 @@
 """Annotation files: formats, durations, protocols and splits.
 
-Four formats, recognised by their content:
+Formats, recognised by their content:
     Charades-STA         lines `VIDEO start end##sentence`; durations come from another file
     CPL rows             JSON [[video, duration, [start, end], sentence], …]
-    ActivityNet Captions JSON {video: {duration, timestamps, sentences}}
+    ActivityNet Captions JSON {video: {duration, timestamps, sentences}}; Charades-CG alike
+    TimeLens-Bench       JSON {video: {duration, spans, queries}}
     QVHighlights         JSON lines with vid, duration, query, relevant_windows
-All times are seconds. A line ends at a line feed.
+    TimeLens-100K        JSON lines with video_path, duration, events: [{query, span}]; its
+                         filtered form has query and span in place of events
+A format is a function that reads one entry (a line, a row, a video) and gives its `Fields`; what
+must be true of them is checked in one place. All times are seconds. A line ends at a line feed.
 """
 
 from __future__ import annotations
@@ -15,9 +19,8 @@ import hashlib
 import io
 import json
 import math
-import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,8 +53,8 @@ def some(names: Sequence[str]) -> str:
 class Annotation:
     """A sentence and its moment in seconds; `duration_seconds` is None while it is not known.
 
-    more: further moments of the same sentence (QVHighlights). Evaluation scores an answer against
-    the moment that it fits best; training reads none of them.
+    more: further moments of the same sentence (QVHighlights, TimeLens-100K). Evaluation scores an
+    answer against the moment that it fits best; training reads none of them.
     """
 
     video: str
@@ -133,87 +136,113 @@ def _read_json(path: Path, text: str) -> Any:
         raise MmdistError(f"'{path}' is not readable JSON: {error}.") from error
 
 
+# Of one annotation, unchecked: video, seconds, moments (or one moment), sentence. The text before
+# them names the part of an entry that holds several.
+Fields = tuple[str, tuple[Any, Any, Any, Any]]
+
+
 def read_annotations(path: Path) -> tuple[list[Annotation], int]:
-    """Annotations of any of the four formats, in their order, and how many are left out.
+    """Annotations of any format, in their order, and how many are left out.
 
     Left out are moments of ActivityNet Captions that do not end after they start, as is usual.
     Raises BadLinesError naming every bad line or row, MmdistError for an unreadable file.
     """
     text = _read_text(path, "an annotation file")
-    lines = [(f"Line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     bad, annotations, left_out = _BadPlaces(path), list[Annotation](), 0
-    opening = text.lstrip()[:1]
-    if opening == "{" and not any(_is_query(line) for _, line in lines):
-        for video, entry in _read_json(path, text).items():
-            with bad.at(f"The video '{video}'"):
-                seconds, pairs = _activitynet_sentences(entry)
-                for number, (span, sentence) in enumerate(pairs, 1):
-                    with bad.at(f"Sentence {number} of the video '{video}'"):
-                        times = _times(span)
-                        if len(times) == 2 and times[0] >= times[1]:
-                            left_out += 1
-                        else:
-                            annotations.append(_annotation(video, seconds, [span], sentence))
-    else:
-        read: Callable[[Any], Annotation] = _from_charades if opening != "{" else _from_qvhighlights
-        if opening == "[":
-            lines = [(f"Row {n}", row) for n, row in enumerate(_read_json(path, text), 1)]
-            read = _from_cpl
-        for place, line in lines:
-            with bad.at(place):
-                annotations.append(read(line))
+    read, entries = _entries(path, text)
+    for place, entry in entries:
+        with bad.at(place):
+            for part, (video, seconds, raw, sentence) in read(entry):
+                with bad.at(f"{part} of {place[0].lower()}{place[1:]}" if part else place):
+                    moments = _moments(raw)
+                    if read is _from_video and _backward(moments):
+                        left_out += 1
+                    else:
+                        annotations.append(_annotation(video, seconds, moments, sentence))
     bad.raise_any()
     if not annotations:
         raise MmdistError(f"'{path}' holds no annotations; give at least one line.")
     return annotations, left_out
 
 
-def _is_query(line: str) -> bool:
+def _entries(
+    path: Path, text: str
+) -> tuple[Callable[[Any], Iterator[Fields]], Iterable[tuple[str, Any]]]:
+    """How the file's format reads an entry, and its entries by their places."""
+    lines = [(f"Line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    opening = text.lstrip()[:1]
+    if opening == "[":
+        return _from_row, [(f"Row {n}", row) for n, row in enumerate(_read_json(path, text), 1)]
+    if opening != "{":
+        return _from_charades, lines
+    if any(_is_record(line) for _, line in lines):
+        return _from_record, lines
+    videos = _read_json(path, text).items()
+    return _from_video, [(f"The video '{video}'", (video, entry)) for video, entry in videos]
+
+
+def _is_record(line: str) -> bool:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and bool({"query", "qid", "vid"} & record.keys())
+    return isinstance(record, dict) and bool({"query", "vid", "video_path"} & record.keys())
 
 
-def _from_charades(line: str) -> Annotation:
+def _from_charades(line: str) -> Iterator[Fields]:
     head, separator, sentence = line.partition("##")
     fields = head.rsplit(maxsplit=2)  # a video's id may hold spaces
     if not separator or len(fields) != 3:
         raise _BadEntryError("is not 'VIDEO start end##sentence'.")
-    return _annotation(fields[0], None, [fields[1:]], sentence)
+    yield "", (fields[0], None, fields[1:], sentence)
 
 
-def _from_cpl(row: Any) -> Annotation:
+def _from_row(row: Any) -> Iterator[Fields]:
+    """A row of CPL, or a record in a JSON list."""
+    if isinstance(row, dict):
+        yield from _from_record(row)
+        return
     try:
         video, seconds, span, sentence = row
     except (TypeError, ValueError) as error:
         raise _BadEntryError("is not [video, duration, [start, end], sentence].") from error
-    return _annotation(video, seconds, [span], sentence)
+    yield "", (video, seconds, span, sentence)
 
 
-def _from_qvhighlights(line: str) -> Annotation:
+def _from_record(record: Any) -> Iterator[Fields]:
+    """A query of QVHighlights, or the events of a video in TimeLens-100K."""
     try:
-        row = json.loads(line)
-        video, seconds, sentence = row["vid"], row["duration"], row["query"]
-        spans = sorted(row["relevant_windows"], key=lambda span: span[0] - span[1])
-    except (TypeError, KeyError, ValueError, IndexError, RecursionError) as error:
+        record = json.loads(record) if isinstance(record, str) else record
+        video, seconds = record["vid" if "vid" in record else "video_path"], record["duration"]
+        found = []
+        for event in record.get("events", [record]):
+            moments = event["relevant_windows" if "relevant_windows" in event else "span"]
+            found.append((video, seconds, moments, event["query"]))
+    except (TypeError, AttributeError, KeyError, ValueError, RecursionError) as error:
         raise _BadEntryError(
-            "is not JSON with vid, duration, query and relevant_windows (a test split that is "
-            "published without its windows cannot be used)."
+            "is not JSON with vid, duration, query and relevant_windows, nor with video_path, "
+            "duration and events of query and span (a test split that is published without its "
+            "moments cannot be used)."
         ) from error
-    return _annotation(video, seconds, spans, sentence)
+    yield from ((f"Event {n}" if "events" in record else "", one) for n, one in enumerate(found, 1))
 
 
-def _activitynet_sentences(entry: Any) -> tuple[Any, list[tuple[Any, Any]]]:
-    """The duration of a video, and its (moment, sentence) pairs."""
+def _from_video(item: tuple[str, Any]) -> Iterator[Fields]:
+    """A video and its moments and sentences."""
+    video, entry = item
     try:
-        pairs = zip(entry["timestamps"], entry["sentences"], strict=True)
-        return entry["duration"], list(pairs)
+        moments, sentences = (
+            ("timestamps", "sentences") if "timestamps" in entry else ("spans", "queries")
+        )
+        pairs = list(zip(entry[moments], entry[sentences], strict=True))
+        seconds = entry["duration"]
     except (TypeError, KeyError, ValueError) as error:
         raise _BadEntryError(
-            "is not {duration, timestamps, sentences} with one sentence for each timestamp."
+            "is not {duration, timestamps, sentences}, or {duration, spans, queries}, with one "
+            "sentence for each moment."
         ) from error
+    for number, (moment, sentence) in enumerate(pairs, 1):
+        yield f"Sentence {number}", (video, seconds, moment, sentence)
 
 
 def _video(name: Any) -> str:
@@ -237,41 +266,35 @@ def _duration(value: Any) -> float:
     return seconds
 
 
-def _times(span: Any) -> list[float]:
-    if not isinstance(span, list):
+def _moments(raw: Any) -> list[list[float]]:
+    """The numbers of one moment [start, end] or of a list of moments."""
+    spans = raw if isinstance(raw, list) and raw and isinstance(raw[0], list) else [raw]
+    if not all(isinstance(span, list) and span for span in spans):
         raise _BadEntryError("has no moment [start, end].")
-    return [_number("a time", value) for value in span]
+    return [[_number("a time", value) for value in span] for span in spans]
 
 
-def _annotation(video: Any, seconds: Any, spans: Sequence[Any], sentence: Any) -> Annotation:
-    """A checked annotation. Raises _BadEntryError."""
+def _backward(moments: Sequence[Sequence[float]]) -> bool:
+    return len(moments) == 1 and len(moments[0]) == 2 and moments[0][0] >= moments[0][1]
+
+
+def _annotation(
+    video: Any, seconds: Any, moments: Sequence[Sequence[float]], sentence: Any
+) -> Annotation:
+    """A checked annotation, its longest moment first. Raises _BadEntryError."""
     if not isinstance(sentence, str) or not sentence.strip():
         raise _BadEntryError("has no sentence.")
-    moments = []
-    for times in map(_times, spans):
+    for times in moments:
         if len(times) != 2 or not 0 <= times[0] <= times[1]:
             raise _BadEntryError(
                 f"has the moment {times}; a moment is [start, end] with 0 <= start <= end."
             )
-        moments.append((times[0], times[1]))
-    if not moments:
-        raise _BadEntryError("has no moment [start, end].")
+    (start, end), *more = sorted(((s, e) for s, e in moments), key=lambda m: m[0] - m[1])
     duration = None if seconds is None else _duration(seconds)
-    first, *more = moments
-    return Annotation(_video(video), duration, *first, sentence.strip(), tuple(more))
+    return Annotation(_video(video), duration, start, end, sentence.strip(), tuple(more))
 
 
 PROTOCOLS = ("official", "cpl")
-
-# The splits that papers report on, by `fingerprint`.
-PUBLISHED = {
-    "d5c0f45d383d7417": "charades_sta official, training split",
-    "e21c438db7ffaa73": "charades_sta official",
-    "2ff734e4cf6591d8": "charades_sta cpl, training split",
-    "c5cc9b8e512f2779": "charades_sta cpl",
-    "e14b4f6f408e6c80": "activitynet val_1 (validation)",
-    "c2904e8f6f2d1fe9": "activitynet val_2 (test)",
-}
 
 
 def in_protocol(annotations: Sequence[Annotation], protocol: str) -> list[Annotation]:
@@ -294,32 +317,6 @@ def in_protocol(annotations: Sequence[Annotation], protocol: str) -> list[Annota
     raise MmdistError(
         "The protocol cpl leaves no query: all end past their video; check the times."
     )
-
-
-def fingerprint(annotations: Sequence[Annotation]) -> str:
-    """A digest of queries in any order: videos, times to 0.01 s, words without case."""
-    lines = []
-    for a in annotations:
-        times = " ".join(f"{start:.2f} {end:.2f}" for start, end in a.moments)
-        lines.append(f"{a.video} {times} {' '.join(re.findall('[a-z0-9]+', a.sentence.lower()))}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogatepass")).hexdigest()[:16]
-
-
-def protocol_of(path: Path, annotations: Sequence[Annotation]) -> str:
-    """Name the protocol of annotations, which belongs beside every number made with them.
-
-    A published split is recognised by its content. Any other file is named with whether it keeps
-    queries that end past their video, by which the two protocols of Charades-STA differ.
-    """
-    if known := PUBLISHED.get(fingerprint(annotations)):
-        return known
-    if any(a.duration_seconds is None for a in annotations):
-        late = "durations unknown"
-    elif count := sum(a.ends_late for a in annotations):
-        late = f"official: {count} late ends kept"
-    else:
-        late = "cpl: no late ends"
-    return f"{path.name} ({len(annotations)} queries, {late})"
 
 
 class Carved(NamedTuple):
@@ -419,6 +416,7 @@ def with_durations(
 def load_durations(path: Path) -> dict[str, float]:
     """Seconds by video: JSON {video: seconds}, Charades' CSV (`id`, `length`), or a feature store.
 
+    Also JSON {video: {duration, …}}, alone or under "database", as ActivityNet has it.
     Raises BadLinesError naming every bad entry, MmdistError for anything else.
     """
     if path.is_dir():
@@ -445,7 +443,10 @@ def _duration_pairs(path: Path, text: str) -> Iterator[tuple[str, str | None, An
         raw = _read_json(path, text)
         if not isinstance(raw, dict):
             raise none
-        yield from ((f"The video '{video}'", video, value) for video, value in raw.items())
+        videos = raw.get("database")
+        for video, value in (videos if isinstance(videos, dict) else raw).items():
+            seconds = value.get("duration") if isinstance(value, dict) else value
+            yield f"The video '{video}'", video, seconds
         return
     rows = csv.DictReader(io.StringIO(text, newline=""))
     try:

@@ -24,19 +24,25 @@ from mmdist_e2e.grounding.data.annotations import (
     describe_suspicions,
     in_protocol,
     load_durations,
-    protocol_of,
     read_annotations,
     some,
     suspicions,
     with_durations,
 )
-from mmdist_e2e.grounding.data.features import FeatureSource, open_features
+from mmdist_e2e.grounding.data.features import FeatureSource, modalities_of, open_features
+from mmdist_e2e.grounding.data.published import protocol_of
 from mmdist_e2e.grounding.data.text import has_known_word, is_word, tokenize
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.words import WordVectors
 
 MANY_UNKNOWN = 0.02  # warn of a larger share of words without a vector
 APART_SECONDS = 1.0  # warn of two durations of one video that differ by more
+USUAL_STRIDES = (4, 8, 16)  # frames between rows of published features
+RATE_TOLERANCE = 0.1  # warn of rows per second that differ from the median by a larger share
+ROUNDED_ROWS = 2  # that a short video may have more or less
+RATIOS = {
+    a / b: f"{a}/{b}" for a, b in ((30, 25), (25, 30), (30, 24), (24, 30), (60, 30), (30, 60))
+}
 
 
 @dataclass
@@ -86,18 +92,22 @@ def check_data(
     """
     report = Report()
     seconds: dict[str, float] = {}
+    said: dict[str, dict[str, float]] = {}  # durations by what says them
     for path in durations:
         with report.collecting():
-            seconds |= load_durations(path)
+            seconds |= (found := load_durations(path))
+            said[path.name] = said.get(path.name, {}) | found
     splits: dict[str, list[Annotation]] = {}
     left_out: dict[str, int] = {}
     for name, path in files.items():
         with report.collecting():
             queries, left_out[name] = read_annotations(path)
+            said[name] = {a.video: a.duration_seconds for a in queries if a.duration_seconds}
             splits[name] = with_durations(queries, seconds)
     if features is not None and splits:
         with report.collecting():
             seconds = _check_features(report, splits, features, modality, progress)
+            said["the features"] = seconds
             for name, queries in splits.items():
                 lacking = {a.video for a in queries if not a.duration_seconds}
                 splits[name] = with_durations(queries, {v: seconds.get(v) for v in lacking})
@@ -125,6 +135,14 @@ def check_data(
         if not unknown:
             _check_moments(report, name, splits[name])
         _check_words(report, name, splits[name], word_vectors)
+    for one, other in combinations(said, 2):
+        known = said[one].keys() & said[other].keys()
+        report.tell(
+            {v for v in known if abs(said[one][v] - said[other][v]) > APART_SECONDS},
+            f"videos are longer or shorter in {one} than in {other} by more than "
+            f"{APART_SECONDS:g} s (NAMES); check that they are the same videos",
+            warning=True,
+        )
     for one, other in combinations(splits, 2):
         shared = {a.video for a in splits[one]} & {a.video for a in splits[other]}
         sentences = {tuple(tokenize(a.sentence)) for a in splits[one]}
@@ -142,14 +160,16 @@ def _check_features(
     modality: str,
     progress: Progress | None,
 ) -> dict[str, float]:
-    """Read the features of all videos; gives the durations that they record.
+    """Read the features of all videos of the splits; gives the durations that they record.
 
-    Raises MmdistError when the path cannot be opened at all.
+    Without splits, of all videos that have features. Raises MmdistError when the path cannot be
+    opened at all.
     """
     said = {a.video: a.duration_seconds for queries in splits.values() for a in queries}
     each: dict[str, _VideoFacts] = {}
     unreadable: list[str] = []
     with open_features(path, modality) as source:
+        said = said or dict.fromkeys(source.names)
         for done, video in enumerate(sorted(said), start=1):
             if video in source.names:
                 try:
@@ -163,11 +183,14 @@ def _check_features(
     made_by = next((facts.matters for facts in each.values()), {})
     report.features = {
         "kind": source.kind,
+        "modality": modality,
         "made_by": dict(made_by),
         "videos": len(said) - len(missing),
         "videos_missing": len(missing),
         "videos_unused": len(source.names.keys() - said.keys()),
         "videos_unreadable": len(unreadable),
+        "videos_with_duration": sum(facts.duration is not None for facts in each.values()),
+        "rows": sum(facts.rows for facts in each.values()),
         "channels": sorted(channels),
     }
     report.errors += unreadable[:NAMED_AT_MOST]
@@ -177,8 +200,8 @@ def _check_features(
         videos = {a.video for a in queries}
         report.tell(
             videos & missing,
-            f"of {len(videos)} videos of {name} have no features (NAMES); extract them, or leave "
-            f"them out of the annotations",
+            f"of {len(videos)} videos of {name} have no features (NAMES); extract them, or give "
+            f"--skip-missing to train and evaluate",
         )
     for fault in dict.fromkeys(facts.fault for facts in each.values() if facts.fault):
         faulty = {video for video, facts in each.items() if facts.fault == fault}
@@ -195,19 +218,68 @@ def _check_features(
             f"different in {', '.join(keys)}; extract all videos alike",
         )
     known = {v: facts.duration for v, facts in each.items() if facts.duration is not None}
-    report.tell(
-        {v for v, d in known.items() if abs((said[v] or d) - d) > APART_SECONDS},
-        "videos are longer or shorter in the annotations than in the features by more than "
-        f"{APART_SECONDS:g} s (NAMES); check that they are the same videos",
-        warning=True,
-    )
+    rows = {video: facts.rows for video, facts in each.items()}
+    lengths = {v: known.get(v) or said[v] for v in rows}
+    report.features |= _rate_facts(rows, lengths)
+    foreign = str(made_by.get("extractor")).startswith("external:")
+    if foreign and "implied_fps" in report.features:  # of our own, the provenance tells
+        _check_rates(report, rows, lengths)
     return known
+
+
+def check_source(path: Path, *, progress: Progress | None = None) -> dict[str, Report]:
+    """By modality, what a source of features holds and what is wrong with it.
+
+    Raises MmdistError when the path cannot be opened at all.
+    """
+    reports = {modality: Report() for modality in modalities_of(path)}
+    for modality, report in reports.items():
+        _check_features(report, {}, path, modality, progress)
+    return reports
+
+
+def _rate_facts(rows: Mapping[str, int], seconds: Mapping[str, float | None]) -> dict[str, Any]:
+    """Rows per second of video, and the fps that they imply, from videos of known duration.
+
+    Where all videos have one number of rows, these were spread evenly and imply no fps.
+    """
+    rates = [count / length for video, count in rows.items() if (length := seconds.get(video))]
+    if len(rows) > 1 and len(set(rows.values())) == 1:
+        return {"rows_in_every_video": next(iter(rows.values()))}
+    if not rates:
+        return {}
+    median = float(np.median(rates))
+    spread = {"median": median, "min": min(rates), "max": max(rates)}
+    fps = {f"at stride {stride}": stride * median for stride in USUAL_STRIDES}
+    facts = {"rows_per_second": spread, "implied_fps": fps}
+    return {name: {k: round(v, 3) for k, v in each.items()} for name, each in facts.items()}
+
+
+def _check_rates(
+    report: Report, rows: Mapping[str, int], seconds: Mapping[str, float | None]
+) -> None:
+    """Warn of videos whose rows per second are far from the median, by the likely reason."""
+    median = report.features["rows_per_second"]["median"]
+    outliers: dict[str, set[str]] = {}
+    for video, count in rows.items():
+        expected = median * (seconds[video] or 0)
+        if abs(count - expected) > max(RATE_TOLERANCE * expected, ROUNDED_ROWS) and expected:
+            fits = [name for r, name in RATIOS.items() if abs(count / expected / r - 1) < 0.02]
+            outliers.setdefault(f", by about {fits[0]}" if fits else "", set()).add(video)
+    for ratio, videos in sorted(outliers.items()):
+        report.tell(
+            videos,
+            f"videos have rows per second more than {RATE_TOLERANCE:.0%} off the median of "
+            f"{median:.3g}{ratio} (NAMES); check at which fps their frames were taken",
+            warning=True,
+        )
 
 
 NOT_FINITE = "features that are not finite (NAMES)"
 
 
 class _VideoFacts(NamedTuple):
+    rows: int
     fault: str | None
     duration: float | None
     matters: Mapping[str, Any]
@@ -217,7 +289,7 @@ class _VideoFacts(NamedTuple):
 def _facts_of(source: FeatureSource, video: str) -> _VideoFacts:
     """Raises MmdistError when the features of the video cannot be read."""
     duration = None
-    if source.kind == "store":
+    if source.timed(video):
         features = source.features(video)
         raw_SF: NDArray[Any] = features.data
         matters, duration = features.provenance.matters, features.duration_seconds
@@ -232,7 +304,7 @@ def _facts_of(source: FeatureSource, video: str) -> _VideoFacts:
         fault = "only zeros as features (NAMES)"
     elif (data_SF == data_SF[0]).all():
         fault = "the same features in every row, so no moment can be found (NAMES)"
-    return _VideoFacts(fault, duration, matters, raw_SF.shape[1])
+    return _VideoFacts(len(raw_SF), fault, duration, matters, raw_SF.shape[1])
 
 
 def _check_moments(report: Report, name: str, queries: Sequence[Annotation]) -> None:

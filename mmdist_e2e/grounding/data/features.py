@@ -18,11 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmdist_e2e.grounding.data.annotations import some, video_id
-from mmdist_e2e.store import FeatureStore
+from mmdist_e2e.grounding.data.annotations import Annotation, some, video_id
+from mmdist_e2e.store import TEMPORARY, FeatureStore
+from mmdist_e2e.store import read_features as read_feature_file
 from mmdist_e2e.structures import MODALITIES, Features, MmdistError, Provenance, differences
 
 GROUP_KEY = "c3d_features"  # where the published ActivityNet features keep a video's rows
+# What `mmdist features export` records beside an array (duration, modality, provenance, and times
+# that `row_times` does not give): JSON in an attribute in HDF5, in one file beside .npy files.
+RECORD, FIELDS = "mmdist", "features.json"
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class FeatureTable:
     """Features of many videos at L positions, in one tensor.
 
     data_VLF: float32; the channels of several modalities are concatenated.
-    durations_seconds: None where the features do not record it (HDF5, .npy).
+    durations_seconds: None where the features do not record it (HDF5 and .npy of others).
     matters: by modality, in the order of the channels, the provenance that all videos share and
     that a model must agree with. channels: by modality, their number.
     digests: by modality, of the features as read, their times, durations and provenance.
@@ -56,19 +61,27 @@ class FeatureTable:
 class FeatureSource:
     """An open source of features of one modality.
 
-    names: by video id, the name that the source uses. raw: reads the array of a name.
+    names: by video id, the name that the source uses. load: reads the features of a name; None
+    for arrays of other programs. raw: reads such an array, and record what mmdist exported with it.
     """
 
     path: Path
     modality: str
     kind: Literal["store", "hdf5", "npy"]
     names: Mapping[str, str]
-    raw: Callable[[str], NDArray[Any]]
+    load: Callable[[str], Features] | None = None
+    raw: Callable[[str], NDArray[Any]] = np.load
+    record: Callable[[str], Record | None] = lambda _: None
+
+    def timed(self, video: str) -> bool:
+        """Whether the source records the duration and the provenance of a video."""
+        return self.load is not None or self.record(self.names[video]) is not None
 
     def array(self, video: str) -> NDArray[Any]:
         """[S, F] of any number type, finite or not. Raises MmdistError for anything else."""
         try:
-            array = self.raw(self.names[video])
+            name = self.names[video]
+            array = self.load(name).data if self.load else self.raw(name)
         except MmdistError:
             raise
         except (OSError, EOFError, KeyError, ValueError, RuntimeError) as error:
@@ -76,6 +89,8 @@ class FeatureSource:
                 f"The features of '{video}' in '{self.path}' cannot be read ({error}); "
                 f"extract them again."
             ) from error
+        if array.ndim > 2 and array.size == len(array) * array.shape[-1]:
+            array = array.reshape(len(array), -1)  # [S, 1, 1, F], as some files have it
         if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
             raise MmdistError(
                 f"The features of '{video}' in '{self.path}' are {array.dtype} of the shape "
@@ -85,28 +100,75 @@ class FeatureSource:
 
     def features(self, video: str) -> Features:
         """Checked features of a video. Raises MmdistError as `array`, and for infinite values."""
-        if self.kind == "store":
-            features = FeatureStore(self.path).load(self.names[video], self.modality)
-            if features.modality != self.modality:
-                raise MmdistError(
-                    f"The {self.modality} file of '{video}' in '{self.path}' holds "
-                    f"{features.modality} features; extract {self.modality} again."
-                )
-            return features
+        features = self.load(self.names[video]) if self.load else self._imported(video)
+        if features.modality != self.modality:
+            raise MmdistError(
+                f"The {self.modality} file of '{video}' in '{self.path}' holds "
+                f"{features.modality} features; give those of {self.modality}."
+            )
+        return features
+
+    def _imported(self, video: str) -> Features:
+        """Arrays without a record have no times: rows are spread over a video of length 1."""
         data_SF = self.array(video).astype(np.float32)
-        # Imported arrays have no times: rows are spread evenly over a video of length 1.
-        edges = np.linspace(0.0, 1.0, len(data_SF) + 1)
-        times_S2 = np.stack([edges[:-1], edges[1:]], axis=1)
         try:
-            return Features(data_SF, times_S2, 1.0, self.modality, Provenance.external(self.kind))
-        except MmdistError as error:
+            record = self.record(self.names[video]) or {"duration": 1.0}
+            own = Provenance.external(self.kind).to_json()
+            provenance = Provenance.from_json(record.get("provenance", own))
+            seconds = float(record["duration"])
+            times_S2 = np.array(record.get("times", row_times(provenance, len(data_SF), seconds)))
+            modality = record.get("modality", self.modality)
+            return Features(data_SF, times_S2, seconds, modality, provenance)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MmdistError(f"The features of '{video}' in '{self.path}': {error}") from error
+
+
+def row_times(provenance: Provenance, rows: int, seconds: float) -> NDArray[np.float64]:
+    """[S, 2]: start and end of rows in seconds, as the provenance has their grid.
+
+    Row i starts at (i · stride + offset) / fps and lasts window / fps, or to the end of the video;
+    the last row always ends there. Without a grid, rows divide the video evenly.
+    """
+    known = {**provenance.matters, **provenance.info}
+    fps, stride, window = (known.get(key) for key in ("effective_fps", "stride", "window"))
+    if not (fps and stride and window):
+        edges = np.linspace(0.0, seconds, rows + 1)
+        return np.stack([edges[:-1], edges[1:]], axis=1)
+    starts = (np.arange(rows, dtype=np.float64) * stride + known.get("offset", 0)) / fps
+    times_S2: NDArray[np.float64] = np.minimum(
+        np.stack([starts, starts + window / fps], axis=1), seconds
+    )
+    times_S2[-1, 1] = seconds
+    return times_S2
+
+
+def require_h5py(path: Path) -> Any:
+    """The module h5py. Raises MmdistError where it is not installed."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise MmdistError(
+            f"The HDF5 file '{path}' needs h5py; run pip install 'mmdist-e2e[hdf5]'."
+        ) from error
+    return h5py
+
+
+def modalities_of(path: Path) -> list[str]:
+    """The modalities of a source; rgb for arrays that do not tell. Raises as `open_features`."""
+    if path.suffix == ".npz" and path.is_file():
+        return [read_feature_file(path).modality]
+    if path.is_dir() and (own := [m for m in MODALITIES if FeatureStore(path).videos(m)]):
+        return own
+    with open_features(path) as source:
+        record = next(filter(None, map(source.record, source.names.values())), {})
+        return [str(record.get("modality", "rgb"))]
 
 
 @contextmanager
 def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
     """Open a feature store (a folder of `VIDEO.<modality>.npz`), a folder of `VIDEO.npy`, or HDF5.
 
+    A single .npz or .npy file is a source of one video.
     HDF5: one dataset per video, or one group per video that holds `c3d_features`. A video is named
     by its id, with or without the suffix of a video file. Raises MmdistError for anything else, and
     where two names mean one video.
@@ -116,12 +178,12 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
         return
     if not path.is_file():
         raise MmdistError(f"There are no features at '{path}'; give a feature folder or HDF5 file.")
-    try:
-        import h5py
-    except ImportError as error:
-        raise MmdistError(
-            f"Reading '{path}' needs h5py; run pip install 'mmdist-e2e[hdf5]'."
-        ) from error
+    if path.suffix in (".npz", ".npy"):
+        one = {video_id(path.stem.removesuffix(f".{modality}")): str(path)}
+        load = (lambda _: read_feature_file(path)) if path.suffix == ".npz" else None
+        yield FeatureSource(path, modality, "store" if load else "npy", one, load)
+        return
+    h5py = require_h5py(path)
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -129,24 +191,25 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
 
     def raw(name: str) -> NDArray[Any]:
         node = file[name]
-        if isinstance(node, h5py.Group):
-            if GROUP_KEY not in node:
-                raise MmdistError(
-                    f"The group '{name}' of '{path}' holds {some(sorted(node)) or 'nothing'} and "
-                    f"not {GROUP_KEY}; store each video's features as one dataset."
-                )
-            node = node[GROUP_KEY]
-        return np.asarray(node[()])
+        return np.asarray((node[GROUP_KEY] if isinstance(node, h5py.Group) else node)[()])
+
+    def record(name: str) -> Record | None:
+        text = file[name].attrs.get(RECORD)
+        return None if text is None else dict(json.loads(text))
 
     with file:
-        yield FeatureSource(path, modality, "hdf5", _by_id(path, _names_in(file)), raw)
+        yield FeatureSource(
+            path, modality, "hdf5", _by_id(path, _names_in(file)), None, raw, record
+        )
 
 
 def _names_in(group: Any, prefix: str = "") -> Iterator[str]:
-    """Members of an HDF5 group, recursively: a group is a video or a folder of videos."""
+    """Names of the videos inside an HDF5 group: datasets, and groups that hold GROUP_KEY."""
     for key, member in group.items():
-        yield f"{prefix}{key}"
-        if hasattr(member, "items") and GROUP_KEY not in member:
+        is_group = hasattr(member, "items")
+        if GROUP_KEY in member if is_group else key != GROUP_KEY:
+            yield f"{prefix}{key}"
+        if is_group:
             yield from _names_in(member, f"{prefix}{key}/")
 
 
@@ -154,17 +217,34 @@ def _folder(path: Path, modality: str) -> FeatureSource:
     store = FeatureStore(path)
     if names := _by_id(path, store.videos(modality)):
         return FeatureSource(
-            path, modality, "store", names, lambda name: store.load(name, modality).data
+            path, modality, "store", names, lambda name: store.load(name, modality)
         )
     files = {p.relative_to(path).as_posix().removesuffix(".npy"): p for p in path.rglob("*.npy")}
-    if names := _by_id(path, sorted(files)):
-        return FeatureSource(path, modality, "npy", names, lambda name: np.load(files[name]))
+    if names := _by_id(path, sorted(name for name in files if not name.startswith(TEMPORARY))):
+        fields = _fields(path / FIELDS)
+        return FeatureSource(
+            path, modality, "npy", names, None, lambda name: np.load(files[name]), fields.get
+        )
     others = [other for other in MODALITIES if store.videos(other)]
     raise MmdistError(
         f"The folder '{path}' holds no {modality} features"
         + (f", only {' and '.join(others)}" if others else "")
         + f"; it needs files VIDEO.{modality}.npz (made by mmdist extract) or VIDEO.npy."
     )
+
+
+def _fields(path: Path) -> dict[str, Record]:
+    """By video, what was recorded beside exported .npy files; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_bytes())
+        return dict(raw["database"]) if isinstance(raw, dict) and "database" in raw else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise MmdistError(
+            f"'{path}' is not what mmdist features export wrote ({error}); restore it, or move it "
+            f"away to read the arrays alone."
+        ) from error
 
 
 def _by_id(path: Path, names: Iterable[str]) -> dict[str, str]:
@@ -191,6 +271,25 @@ def places_of(
     return {modality: own.get(modality, features_path) for modality in modalities}
 
 
+def having_features(
+    annotations: Sequence[Annotation], places: Mapping[str, Path]
+) -> tuple[list[Annotation], dict[str, int]]:
+    """The annotations whose videos have features at all places, and what is left out.
+
+    Raises MmdistError when nothing is left.
+    """
+    found = {a.video for a in annotations}
+    for modality, path in places.items():
+        with open_features(path, modality) as source:
+            found &= source.names.keys()
+    if not found:
+        where = " and ".join(map(str, dict.fromkeys(places.values())))
+        raise MmdistError(f"No video of the annotations has features in {where}; check the names.")
+    left_out = [a for a in annotations if a.video not in found]
+    counts = {"queries": len(left_out), "videos": len({a.video for a in left_out})}
+    return [a for a in annotations if a.video in found], counts
+
+
 def load_features(
     places: Mapping[str, Path], videos: Sequence[str], *, length: int
 ) -> FeatureTable:
@@ -212,8 +311,9 @@ def load_features(
             if missing:
                 raise MmdistError(
                     f"{len(missing)} of {len(wanted)} videos have no {modality} features in "
-                    f"'{path}' ({some(missing)}); extract them first, or leave them out of the "
-                    f"annotations."
+                    f"'{path}' ({some(missing)}), which has '{min(source.names)}' for one; extract "
+                    f"them first, or leave their queries out (--skip-missing of train and "
+                    f"evaluate)."
                 )
             first = source.features(wanted[0])
             matters[modality] = dict(first.provenance.matters)
@@ -223,7 +323,7 @@ def load_features(
                 features = source.features(video) if row else first
                 _refuse_unlike(first, features, f"Features in '{path}'", (wanted[0], video))
                 data_VLF[row] = features.resample(length).data
-                seconds = features.duration_seconds if source.kind == "store" else None
+                seconds = features.duration_seconds if source.timed(video) else None
                 durations[video] = durations[video] or seconds
                 digest.update(f"{video} {features.data.shape} {seconds}".encode())
                 digest.update(np.ascontiguousarray(features.data, np.float32).data)

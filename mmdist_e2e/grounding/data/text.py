@@ -5,17 +5,19 @@ Shape suffixes: W words of one sentence, E word dimension.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmdist_e2e.structures import MmdistError
-from mmdist_e2e.weights.words import WordVectors
+from mmdist_e2e.weights.words import WordVectors, load_restricted
 
 MAX_WORDS = 20
 PADDING_ID = 0  # output id 0 is padding and "outside the output vocabulary": never scored
@@ -89,6 +91,30 @@ def has_known_word(sentence: str, vectors: WordVectors) -> bool:
     return any(map(is_word, known_tokens(sentence, vectors)))
 
 
+def read_words(path: Path) -> list[str]:
+    """Words of a file, each once: one per line, a JSON list, or CPL's glove.pkl (by their counts).
+
+    Raises MmdistError for a file that cannot be read or holds no such list.
+    """
+    try:
+        if path.read_bytes()[:1] == b"\x80":  # a pickle
+            words = [word for word, _ in Counter(load_restricted(path)["counter"]).most_common()]
+        else:
+            text = path.read_text(encoding="utf-8-sig")
+            words = json.loads(text) if path.suffix == ".json" else text.split("\n")
+        words = list(dict.fromkeys(filter(None, (word.strip().lower() for word in words))))
+    except MmdistError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MmdistError(
+            f"'{path}' is no list of words ({error}); give one word per line, a JSON list (.json) "
+            f"or CPL's glove.pkl."
+        ) from error
+    if not words:
+        raise MmdistError(f"'{path}' holds no words; give those to predict.")
+    return words
+
+
 @dataclass(frozen=True)
 class Sentence:
     """A sentence as the networks read it.
@@ -125,7 +151,8 @@ class Vocabulary:
         counts = Counter(t for s in sentences for t in tokenize(s) if t in vectors)
         if not counts:
             raise MmdistError(
-                f"None of the training sentences has a word with a vector in '{vectors.name}'."
+                f"None of the words to predict has a vector in '{vectors.name}'; give others with "
+                f"--glove."
             )
         # most_common is stable: ties keep the order of first appearance.
         return cls([word for word, _ in counts.most_common(size)], vectors)
