@@ -295,34 +295,29 @@ def profile_of(config: Mapping[str, Any]) -> dict[str, str]:
         "exact": f"{fps:g} fps exactly: frames are repeated or dropped, as by ffmpeg's fps filter",
         "own": "every frame, at the video's own rate",
     }
-    steps = []
-    if side := config.get("longer_side"):
-        steps.append(f"longer side {side} (bicubic, as by ffmpeg's scale filter)")
-    if side := given.get("shorter_side"):
-        steps.append(f"shorter side {side} (bilinear)")
-    if side := given.get("minimum_side"):
-        enlarged_what = "flow" if config["modality"] == "flow" else "frames"
-        steps.append(f"{enlarged_what} with a shorter side below {side} enlarged to it (bilinear)")
-    if given.get("resize"):
-        steps.append("{}×{} (height × width, bilinear)".format(*given["resize"]))
-    if given.get("crop") is None:
-        steps.append(f"the whole frame to {size}×{size} (bilinear)")
+    what = "flow" if config["modality"] == "flow" else "frames"
+    texts = {
+        "longer_side": "longer side {0} (bicubic, as by ffmpeg's scale filter)",
+        "shorter_side": "shorter side {0} (bilinear)",
+        "minimum_side": what + " with a shorter side below {0} enlarged to it (bilinear)",
+        "resize": "{0[0]}×{0[1]} (height × width, bilinear)",
+        "whole": "the whole frame to {0}×{0} (bilinear)",
+    }
+    values = {**given, "longer_side": config.get("longer_side")}
+    values["whole"] = None if given.get("crop") else size
+    steps = [text.format(values[key]) for key, text in texts.items() if values.get(key)]
     profile = {
         "frames": frames[config.get("fps_policy", "ceiling")],
         "size": "; then ".join(steps),
         "crop": f"center {size}×{size}" if given.get("crop") else "none",
     }
-    if config["modality"] == "flow":
-        bound = given.get("bound", 20.0)
-        still = given.get("repeats") == "still"
-        profile["flow"] = "TV-L1 between " + (
-            "consecutive samples, before any enlarging; a repeated frame has none"
-            if still
-            else "each frame and the next one, at that size"
-        )
-        profile["values"] = f"±{bound:g} pixels to [−1, 1], clipped" + (
-            ", through 8 bits" if given.get("quantise") else ""
-        )
+    if what == "flow":
+        pairs = "each frame and the next one, at that size"
+        if given.get("repeats") == "still":
+            pairs = "consecutive samples, before any enlarging; a repeated frame has none"
+        bits = ", through 8 bits" if given.get("quantise") else ""
+        profile["flow"] = f"TV-L1 between {pairs}"
+        profile["values"] = f"±{given.get('bound', 20.0):g} pixels to [−1, 1], clipped{bits}"
     else:
         mean, std = (_short(given.get(name, HALF_RANGE)) for name in ("mean", "std"))
         order = given.get("channel_order", "rgb").upper()
