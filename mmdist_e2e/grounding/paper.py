@@ -306,12 +306,11 @@ def reproduce(
         write_atomically(out / "table.md", lines.encode())
         return lines
 
-    once = cache(told)
-
-    def started(settings: Mapping[str, Any], queries: int) -> None:
-        if text := advice(material.preset, queries):
-            once(text)
-
+    once = cache(lambda text: told(text) if text else None)
+    shown: dict[str, Any] = {
+        "progress": progress,
+        "started": lambda _, queries: once(advice(material.preset, queries)),
+    }
     failed: dict[str, str] = {}
     for row, seed in jobs:
         run, label = run_of(out, row, seed), f"{row.name}, seed {seed}"
@@ -325,9 +324,7 @@ def reproduce(
                 start = time.monotonic()
                 names = inputs[row, seed]["settings"]
                 own = {name: value for name, value in settings.items() if name in names}
-                result = _train_and_score(
-                    material, row, seed, out, own, progress=progress, started=started
-                )
+                result = _train_and_score(material, row, seed, out, own, **shown)
                 seconds = round(time.monotonic() - start, 1)
                 done = {"result": result, "seconds": seconds, "inputs": inputs[row, seed]}
                 write_json(run / DONE, done)
