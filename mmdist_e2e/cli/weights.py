@@ -13,10 +13,9 @@ from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights import registry
 from mmdist_e2e.weights.download import Entry
-from mmdist_e2e.weights.pull import check_file, extracted_features, pull, write
+from mmdist_e2e.weights.pull import check_file, pull, write
 
 CPL = "cpl"
-OWN = Entry(CPL, "model", "", url="https://github.com/minghangz/cpl")
 
 
 @click.group("weights")
@@ -50,8 +49,8 @@ def list_command() -> None:
 @click.option("--vocabulary", type=PATH, help="For cpl: the glove.pkl of its training.")
 @click.option(
     "--extractor",
-    help="For cpl: the extractor whose features the model reads (i3d-rgb-charades for "
-    "Charades-STA), or external:npy; by default external:hdf5, as CPL's published features.",
+    help="For cpl: the extractor whose features the model reads beside CPL's published ones "
+    "(i3d-rgb-charades for Charades-STA).",
 )
 def convert_command(
     name: str,
@@ -67,32 +66,23 @@ def convert_command(
     CPL's code (its folder is for evaluate and ground). FILE is verified if its digest is known,
     and opened without running any code in it.
     """
-    entry = OWN if name == CPL else registry.find(name, "shipped", "public")
-    if name != CPL and (vocabulary or extractor):
-        raise MmdistError(
-            f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
-        )
-    check_file(entry, file, digest)
-    check_out(out)
     if name != CPL:
-        write(entry, out, file)
-        click.echo(f"{out}: {name}, {_source(out)}")
-        return
-    if vocabulary is None:
+        if vocabulary or extractor:
+            raise MmdistError(
+                f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
+            )
+        entry = registry.find(name, "shipped", "public")
+    elif vocabulary is None:
         raise MmdistError(
             f"{CPL!r} needs --vocabulary: the glove.pkl that the checkpoint was trained with."
         )
-    from mmdist_e2e.weights.cpl import convert_cpl, read_cpl
-
-    released = read_cpl(file)
-    reads = extractor or "external:hdf5"
-    modality, matters = extracted_features(reads, released.recipe.model.feature_dim)
-    facts = convert_cpl(released, vocabulary, out, modality=modality, matters=matters)
-    known = "CPL's released file" if facts["released"] else "not a file known to be released"
-    click.echo(
-        f"{out}: {CPL}, {facts['dataset']}, {facts['vocabulary']} words, reads features of "
-        f"{matters['extractor']}; SHA-256 of the file {facts['sha256']}, {known}"
-    )
+    else:
+        needs = extractor or "external:hdf5", str(vocabulary)
+        entry = Entry(CPL, "model", "", url="https://github.com/minghangz/cpl", needs=needs)
+    check_file(entry, file, digest)
+    check_out(out)
+    write(entry, out, file)
+    click.echo(f"{out}: {name}, {_source(out)}, {registry.read_config(out)['trained_on']}")
 
 
 def _source(folder: Path) -> str:

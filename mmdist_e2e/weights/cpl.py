@@ -7,7 +7,7 @@ CPL's public code saves `model_parameters` (119 tensors, with our names), `confi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from mmdist_e2e.grounding.network import GlobalBranch
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.download import git_blob_sha1
-from mmdist_e2e.weights.registry import ENTRIES, misfits, source_of
+from mmdist_e2e.weights.registry import ENTRIES, is_state, misfits, read_saved, source_of
 from mmdist_e2e.weights.words import read_cpl_pickle
 
 # Our setting and its place in CPL's config. A config without it gets the published value, the
@@ -144,17 +144,10 @@ def read_cpl(file: Path) -> Released:
 
     Raises MmdistError for a file that holds anything else.
     """
-    try:
-        raw: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes, read as a pickle, can raise anything
-        raise MmdistError(
-            f"'{file}' is not a CPL checkpoint that can be opened without running its code; give "
-            f"the public file as it was downloaded."
-        ) from error
+    raw = read_saved(file, "a CPL checkpoint")
     parts: Any = raw if isinstance(raw, Mapping) else {}
     state, settings, updates = map(parts.get, ("model_parameters", "config", "num_updates"))
-    whole = isinstance(settings, Mapping) and isinstance(state, Mapping)
-    if not whole or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    if not isinstance(settings, Mapping) or not is_state(state):
         raise MmdistError(
             f"'{file}' has no model_parameters and config, as a CPL checkpoint has; give CPL's "
             f"model-best.pt."
@@ -186,17 +179,12 @@ def convert_cpl(
     released: Released,
     vocabulary_file: Path,
     out: Path,
-    *,
-    modality: str = "rgb",
-    matters: Mapping[str, Any] = PUBLISHED_FEATURES[0],
-    accepts: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
+    features: Mapping[str, Mapping[str, Any]],
+) -> None:
     """Write a checkpoint folder with the answers of the released network.
 
-    matters: the provenance that features must have; by default that of imported HDF5 files, the
-    form of CPL's published features. accepts: others that it reads as well.
-    Returns facts: dataset, vocabulary (its size), sha256, released (whether the file is a known
-    released one), updates.
+    features: by modality the provenance that features must have; published ones, imported from
+    HDF5 or .npy files, are read as well.
     Raises MmdistError for files that do not fit the network or each other.
     """
     dataset, recipe = released.dataset, released.recipe
@@ -206,15 +194,15 @@ def convert_cpl(
         raise released.misfit(problems)
     model.load_state_dict(released.state)
     vocabulary = read_vocabulary(vocabulary_file, shape.vocabulary_size, shape.word_dim)
-    is_released = git_blob_sha1(released.file) == ENTRIES[f"cpl-{dataset.name}"].git_sha1
+    names = {entry.git_sha1: entry.name for entry in ENTRIES.values()}
+    known, words = (names.get(git_blob_sha1(file)) for file in (released.file, vocabulary_file))
+    is_released = known == f"cpl-{dataset.name}"
+    own_words = f"cpl-vocabulary-{dataset.name}"
     # Two known files must belong together: equal sizes do not prove it.
-    found = git_blob_sha1(vocabulary_file)
-    ids = {d.name: ENTRIES[f"cpl-vocabulary-{d.name}"].git_sha1 for d in DATASETS.values()}
-    owner = next((d for d in DATASETS.values() if ids[d.name] == found), None)
-    if owner is not dataset and (owner is not None or is_released):
+    if words != own_words and (words or is_released):
         raise MmdistError(
-            f"'{vocabulary_file}' is not the vocabulary that CPL released for {dataset.title}"
-            f"{f' but that for {owner.title}' if owner else ''}; give the glove.pkl of its data."
+            f"'{vocabulary_file}' is {words or 'not a file that CPL released'}; this checkpoint "
+            f"needs the vocabulary of {dataset.title}: {own_words}."
         )
     source = source_of(released.file)
     source |= {"released": is_released, "updates": released.updates}
@@ -226,14 +214,15 @@ def convert_cpl(
         "selected_by": "highest mIoU on the test split, as CPL chooses its best epoch",
         "longest_duration_seconds": dataset.longest_seconds,
         "source": source,
-        "accepts": list(accepts),
+        "accepts": PUBLISHED_FEATURES,
     }
     none_VLF = torch.empty(0, shape.length, shape.feature_dim)
-    table = FeatureTable((), none_VLF, {}, {modality: matters}, {modality: shape.feature_dim})
+    table = FeatureTable((), none_VLF, {}, features, dict.fromkeys(features, shape.feature_dim))
     save_checkpoint(
         out, model=model, recipe=recipe, vocabulary=vocabulary, table=table, facts=facts
     )
-    reads = " or ".join(f"`{each['extractor']}`" for each in (matters, *accepts))
+    kinds = (f"`{each['extractor']}`" for each in (*features.values(), *PUBLISHED_FEATURES))
+    reads = " or ".join(dict.fromkeys(kinds))
     text = f"""# cpl: moments of a video from a sentence, converted from CPL
 
 - **Origin**: a checkpoint of CPL (Zheng et al., CVPR 2022; github.com/minghangz/cpl), {origin},
@@ -251,4 +240,3 @@ def convert_cpl(
   training data are guesses.
 """
     write_atomically(out / CARD, text.encode())
-    return source | {"dataset": dataset.title, "vocabulary": len(vocabulary)}
