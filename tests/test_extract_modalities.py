@@ -260,7 +260,7 @@ def test_the_flow_network_that_ships_is_the_default(
         (["--extractor", "RGB", "--extractor", "RGB"], "both give rgb"),
         (["--extractor", "FLOW", "--modality", "rgb"], "gives flow, not rgb"),
         (["--extractor", "RGB", "--extractor", "FLOW", "--pca", "PCA"], "one by one"),
-        (["--extractor", "RGB", "--pca", "CLIP"], "is not a PCA file"),
+        (["--extractor", "RGB", "--pca", "CLIP"], "cannot be read as a PCA file"),
     ],
 )
 def test_options_that_do_not_fit_are_one_sentence(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import warnings
 
 import pytest
 import torch
@@ -40,7 +41,10 @@ def randomise(network: nn.Module) -> None:
 
 def pair(name: str) -> tuple[nn.Module, HubBackbone]:
     """pytorchvideo's own network with random weights, and ours with the same."""
-    original = getattr(hub._hub(), name)(pretrained=False).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torchvision's, as it is imported
+        models = importlib.import_module("pytorchvideo.models.hub")
+    original = getattr(models, name)(pretrained=False).eval()
     randomise(original)
     ours = HubBackbone(name).eval()
     assert list(ours.state_dict()) == list(original.state_dict())

@@ -7,13 +7,12 @@ CPL's public code saves `model_parameters` (119 tensors, with our names), `confi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmdist_e2e.grounding.checkpoint import CARD, save_checkpoint
 from mmdist_e2e.grounding.config import Recipe, cpl
@@ -82,67 +81,17 @@ DATASETS = {
 class Released:
     """The content of a CPL checkpoint."""
 
-    file: Path
-    state: Mapping[str, Tensor]
-    settings: Mapping[str, Any]
+    dataset: Dataset
+    recipe: Recipe
+    model: GlobalBranch
     updates: int | None
-
-    def setting(self, path: str) -> Any:
-        """The value at a dotted path of CPL's config; None if there is none."""
-        value: Any = self.settings
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return value
-
-    @property
-    def dataset(self) -> Dataset:
-        """Raises MmdistError for a dataset that CPL's code does not have."""
-        name = self.setting("dataset.dataset")
-        if name not in DATASETS:
-            raise MmdistError(
-                f"The config in '{self.file}' names the dataset {name!r}; CPL checkpoints of "
-                f"{' and '.join(DATASETS)} can be converted."
-            )
-        return DATASETS[name]
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe `cpl` with the tensors' shapes and the config's settings.
-
-        Raises MmdistError when the tensors are not those of such a network.
-        """
-        fc1 = "trans.decoder1.decoder_layers.{}.fc1"
-        try:
-            (hidden, feature_dim), (_, word_dim), (outputs, _), (spans, _), (feed_forward, _) = (
-                self.state[f"{name}.weight"].shape
-                for name in ("frame_fc", "word_fc", "fc_comp", "fc_gauss", fc1.format(0))
-            )
-        except (KeyError, ValueError) as error:
-            raise self.misfit(str(error)) from error
-        own = {ours: self.setting(theirs) for ours, theirs in SETTINGS.items()}
-        shape = {
-            "hidden": hidden,
-            "proposals": spans // 2,
-            "layers": sum(f"{fc1.format(i)}.weight" in self.state for i in range(len(self.state))),
-            "feed_forward": feed_forward,
-            "frame_divisor": 4.0,
-        }
-        recipe = cpl(
-            length=200, feature_dim=feature_dim, word_dim=word_dim, vocabulary_size=outputs - 1
-        )
-        return recipe.overridden(shape | {k: v for k, v in own.items() if v is not None})
-
-    def misfit(self, problems: str) -> MmdistError:
-        return MmdistError(
-            f"'{self.file}' does not hold the weights of a CPL network ({problems}); give a file "
-            f"that CPL's public code saved, like its model-best.pt."
-        )
 
 
 def read_cpl(file: Path) -> Released:
     """Read a checkpoint of CPL's public code without running any code in it.
 
-    Raises MmdistError for a file that holds anything else.
+    Raises MmdistError for a file that holds anything else, or whose tensors are not those of such
+    a network, or of a dataset that CPL's code does not have.
     """
     raw = read_saved(file, "a CPL checkpoint")
     parts: Any = raw if isinstance(raw, Mapping) else {}
@@ -152,7 +101,47 @@ def read_cpl(file: Path) -> Released:
             f"'{file}' has no model_parameters and config, as a CPL checkpoint has; give CPL's "
             f"model-best.pt."
         )
-    return Released(file, state, settings, updates if isinstance(updates, int) else None)
+    name = _setting(settings, "dataset.dataset")
+    if name not in DATASETS:
+        raise MmdistError(
+            f"The config in '{file}' names the dataset {name!r}; CPL checkpoints of "
+            f"{' and '.join(DATASETS)} can be converted."
+        )
+    fc1 = "trans.decoder1.decoder_layers.{}.fc1"
+    own = {ours: _setting(settings, theirs) for ours, theirs in SETTINGS.items()}
+    try:
+        (hidden, feature_dim), (_, word_dim), (outputs, _), (spans, _), (feed_forward, _) = (
+            state[f"{name}.weight"].shape
+            for name in ("frame_fc", "word_fc", "fc_comp", "fc_gauss", fc1.format(0))
+        )
+        shape = {
+            "hidden": hidden,
+            "proposals": spans // 2,
+            "layers": sum(f"{fc1.format(i)}.weight" in state for i in range(len(state))),
+            "feed_forward": feed_forward,
+            "frame_divisor": 4.0,
+        }
+        recipe = cpl(
+            length=200, feature_dim=feature_dim, word_dim=word_dim, vocabulary_size=outputs - 1
+        ).overridden(shape | {k: v for k, v in own.items() if v is not None})
+        model = GlobalBranch(recipe.model).eval()
+        problems = misfits(model.state_dict(), state)
+    except (KeyError, ValueError) as error:
+        problems = str(error)
+    if problems:
+        raise MmdistError(
+            f"'{file}' does not hold the weights of a CPL network ({problems}); give a file that "
+            f"CPL's public code saved, like its model-best.pt."
+        )
+    model.load_state_dict(state)
+    return Released(DATASETS[name], recipe, model, updates if isinstance(updates, int) else None)
+
+
+def _setting(config: Any, path: str) -> Any:
+    """The value at a dotted path; None if there is none."""
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
 
 
 def read_vocabulary(file: Path, size: int, dim: int) -> Vocabulary:
@@ -176,26 +165,23 @@ def read_vocabulary(file: Path, size: int, dim: int) -> Vocabulary:
 
 
 def convert_cpl(
-    released: Released,
+    file: Path,
     vocabulary_file: Path,
     out: Path,
-    features: Mapping[str, Mapping[str, Any]],
+    features_of: Callable[[int], Mapping[str, Mapping[str, Any]]],
 ) -> None:
-    """Write a checkpoint folder with the answers of the released network.
+    """Write a checkpoint folder with the answers of the network in a file of CPL's.
 
-    features: by modality the provenance that features must have; published ones, imported from
-    HDF5 or .npy files, are read as well.
+    features_of: by modality the provenance that features of so many channels must have; published
+    ones, imported from HDF5 or .npy files, are read as well.
     Raises MmdistError for files that do not fit the network or each other.
     """
-    dataset, recipe = released.dataset, released.recipe
-    shape = recipe.model
-    model = GlobalBranch(shape).eval()
-    if problems := misfits(model.state_dict(), released.state):
-        raise released.misfit(problems)
-    model.load_state_dict(released.state)
+    released = read_cpl(file)
+    dataset, shape = released.dataset, released.recipe.model
+    features = features_of(shape.feature_dim)
     vocabulary = read_vocabulary(vocabulary_file, shape.vocabulary_size, shape.word_dim)
     names = {entry.git_sha1: entry.name for entry in ENTRIES.values()}
-    known, words = (names.get(git_blob_sha1(file)) for file in (released.file, vocabulary_file))
+    known, words = (names.get(git_blob_sha1(path)) for path in (file, vocabulary_file))
     is_released = known == f"cpl-{dataset.name}"
     own_words = f"cpl-vocabulary-{dataset.name}"
     # Two known files must belong together: equal sizes do not prove it.
@@ -204,7 +190,7 @@ def convert_cpl(
             f"'{vocabulary_file}' is {words or 'not a file that CPL released'}; this checkpoint "
             f"needs the vocabulary of {dataset.title}: {own_words}."
         )
-    source = source_of(released.file)
+    source = source_of(file)
     source |= {"released": is_released, "updates": released.updates}
     origin = "CPL's released file" if is_released else "not the file that CPL released"
     facts = {
@@ -219,7 +205,12 @@ def convert_cpl(
     none_VLF = torch.empty(0, shape.length, shape.feature_dim)
     table = FeatureTable((), none_VLF, {}, features, dict.fromkeys(features, shape.feature_dim))
     save_checkpoint(
-        out, model=model, recipe=recipe, vocabulary=vocabulary, table=table, facts=facts
+        out,
+        model=released.model,
+        recipe=released.recipe,
+        vocabulary=vocabulary,
+        table=table,
+        facts=facts,
     )
     kinds = (f"`{each['extractor']}`" for each in (*features.values(), *PUBLISHED_FEATURES))
     reads = " or ".join(dict.fromkeys(kinds))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,10 @@ def check_file(entry: Entry, file: Path, digest: str | None) -> None:
 def write(entry: Entry, folder: Path, file: Path) -> None:
     """Make an entry's folder from its public file. Raises MmdistError where it does not fit."""
     if entry.kind == "model":
-        from mmdist_e2e.weights.cpl import convert_cpl, read_cpl
+        from mmdist_e2e.weights.cpl import convert_cpl
 
-        released = read_cpl(file)
-        features = _features(entry, released.recipe.model.feature_dim)
-        convert_cpl(released, registry.file_named(Path(entry.needs[-1])), folder, features)
+        words = registry.file_named(Path(entry.needs[-1]))
+        convert_cpl(file, words, folder, partial(_features, entry))
     elif entry.kind == "file":
         if not entry.digest:
             from mmdist_e2e.extractors.networks.pca import Pca
