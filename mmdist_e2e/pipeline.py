@@ -12,6 +12,7 @@ import os
 import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -100,7 +101,7 @@ class Grounder:
         self._given: dict[str, str] = {}
         given = [extractor] if isinstance(extractor, str | os.PathLike) else extractor or ()
         _expect("extractor", given, (list, tuple), "a name or folder, or a list of them")
-        for name in map(str, (_path("extractor", each) for each in given)):
+        for name in (str(_path("extractor", each)) for each in given):
             modality = str(read_config(checkpoint_folder(name)).get("modality"))
             if modality not in model.modalities:
                 raise MmdistError(
@@ -143,11 +144,8 @@ class Grounder:
         """
         path = _path("video", video)
         source: dict[str, Any] = {}
-        try:
-            if path.is_file():
-                source = fast_digest(path)
-        except OSError:
-            pass  # the decoder says what is wrong
+        with suppress(OSError):  # the decoder says what is wrong
+            source = fast_digest(path) if path.is_file() else {}
         found = {m: self._stored(m, path, source) for m in self.model.modalities}
         missing = [modality for modality, stored in found.items() if stored is None]
         made: dict[str, Features] = {}

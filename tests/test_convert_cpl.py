@@ -99,7 +99,6 @@ def test_the_card_and_the_config_say_where_it_comes_from(files):
         assert fact in card, fact
     config = json.loads((files.out / "config.json").read_text())
     assert config["features"] == {"rgb": {"extractor": "external:hdf5"}}
-    assert config["source"]["updates"] == 77
     assert config["longest_duration_seconds"] == 194.33
     assert str(files.folder) not in card + json.dumps(config)
 
@@ -214,7 +213,7 @@ def test_other_files_are_refused(files, tmp_path):
     model.write_bytes(real)
     assert "needs --vocabulary" in files.refused(files.run(model))
     assert "cannot be read" in files.refused(files.run(model, "--vocabulary", tmp_path / "none"))
-    assert "not a readable pickle" in files.refused(files.run(model, "--vocabulary", text))
+    assert "cannot be read as a pickle" in files.refused(files.run(model, "--vocabulary", text))
 
 
 class Bomb:

@@ -14,6 +14,7 @@ from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights import registry
 from mmdist_e2e.weights.download import Entry
 from mmdist_e2e.weights.pull import check_file, pull, write
+from mmdist_e2e.weights.registry import ENTRIES
 
 CPL = "cpl"
 
@@ -30,7 +31,7 @@ def list_command() -> None:
     for column in ("name", "kind", "modality", "network", "in the cache"):
         table.add_column(column, no_wrap=True)
     table.add_column("facts", overflow="fold")
-    for entry in registry.ENTRIES.values():
+    for entry in ENTRIES.values():
         config = entry.config or (
             registry.read_config(registry.cached_folder(entry)) if entry.ships else {}
         )
@@ -101,7 +102,7 @@ def show_command(name: str) -> None:
     folder = registry.cached_folder(entry)
     facts, _, licence = entry.facts.rpartition("; ")
     terms = [f"{data}: {text}" for data, text in registry.TERMS.items() if data in facts]
-    held, own = registry.is_available(entry), "" if entry.digest else " --from FILE"
+    held = registry.is_available(entry)
     digest = entry.git_sha1 and f"{entry.git_sha1} (as a git object)"
     lines = {
         "what": facts,
@@ -110,7 +111,7 @@ def show_command(name: str) -> None:
         "needs": ", ".join(entry.needs),
         "address": entry.url,
         "digest": digest or entry.sha256 or (entry.url and "unknown: supply the file"),
-        "folder": folder if held else f"not in the cache; get it with: mmdist pull {name}{own}",
+        "folder": folder if held else f"not in the cache; get it with: {entry.command}",
         "file": _source(folder) if held else None,
     }
     config = entry.config or (registry.read_config(folder) if held else {})
@@ -126,16 +127,15 @@ def show_command(name: str) -> None:
 def verify_command(names: tuple[str, ...]) -> None:
     """Check files against the digests that were recorded when they were made.
 
-    NAMES: of weights, or folders; by default all that ship or are in the cache.
+    NAMES: see mmdist weights list, or folders; by default all that ship or are in the cache.
     """
     damaged = []
-    for name in names or [
-        entry.name for entry in registry.ENTRIES.values() if registry.is_available(entry)
-    ]:
-        folder = Path(name) if Path(name).is_dir() else registry.cached_folder(registry.find(name))
+    for name in names or filter(lambda n: registry.is_available(ENTRIES[n]), ENTRIES):
+        entry = None if Path(name).is_dir() else registry.find(name)
+        folder = Path(name) if entry is None else registry.cached_folder(entry)
         if problem := registry.damage(folder):
-            ships = folder.parent == registry.SHIPPED_ROOT
-            repair = "install mmdist" if ships else f"delete {folder} and run: mmdist pull {name}"
+            repair = f"delete {folder} and run: {entry.command}" if entry else "restore it"
+            repair = "install mmdist again" if entry and entry.ships else repair
             damaged.append(f"{name}: {problem}; {repair}")
         else:
             click.echo(f"{name}: as recorded")

@@ -1,7 +1,7 @@
 """Converts CPL's released checkpoints (Zheng et al., CVPR 2022) to our checkpoint folders.
 
-CPL's public code saves `model_parameters` (119 tensors, with our names), `config` and
-`num_updates`. The ids of words follow from the `counter` in its glove.pkl.
+CPL's public code saves `model_parameters` (119 tensors, with our names) and `config`. The ids of
+words follow from the `counter` in its glove.pkl.
 """
 
 from __future__ import annotations
@@ -84,7 +84,6 @@ class Released:
     dataset: Dataset
     recipe: Recipe
     model: GlobalBranch
-    updates: int | None
 
 
 def read_cpl(file: Path) -> Released:
@@ -95,7 +94,7 @@ def read_cpl(file: Path) -> Released:
     """
     raw = read_saved(file, "a CPL checkpoint")
     parts: Any = raw if isinstance(raw, Mapping) else {}
-    state, settings, updates = map(parts.get, ("model_parameters", "config", "num_updates"))
+    state, settings = parts.get("model_parameters"), parts.get("config")
     if not isinstance(settings, Mapping) or not is_state(state):
         raise MmdistError(
             f"'{file}' has no model_parameters and config, as a CPL checkpoint has; give CPL's "
@@ -134,7 +133,7 @@ def read_cpl(file: Path) -> Released:
             f"CPL's public code saved, like its model-best.pt."
         )
     model.load_state_dict(state)
-    return Released(DATASETS[name], recipe, model, updates if isinstance(updates, int) else None)
+    return Released(DATASETS[name], recipe, model)
 
 
 def _setting(config: Any, path: str) -> Any:
@@ -190,8 +189,7 @@ def convert_cpl(
             f"'{vocabulary_file}' is {words or 'not a file that CPL released'}; this checkpoint "
             f"needs the vocabulary of {dataset.title}: {own_words}."
         )
-    source = source_of(file)
-    source |= {"released": is_released, "updates": released.updates}
+    source = source_of(file) | {"released": is_released}
     origin = "CPL's released file" if is_released else "not the file that CPL released"
     facts = {
         "seed": "unknown",

@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], None] | None  # what, done, of how many
 
 @dataclass(frozen=True)
 class Entry:
-    r"""Public weights, or what belongs to them.
+    r"""What is known by a name.
 
     Attributes:
         kind: of a video network "shipped" (in the wheel) or "public" (downloaded, or supplied by
@@ -55,6 +55,11 @@ class Entry:
         """By which a download is verified; without one nothing is downloaded."""
         return self.git_sha1 or self.sha256
 
+    @property
+    def command(self) -> str:
+        """The command that puts it into the cache."""
+        return f"mmdist pull {self.name}{'' if self.digest else ' --from FILE'}"
+
 
 def git_blob_sha1(path: Path) -> str:
     """The id of a file as a git object."""
@@ -70,18 +75,9 @@ def file_sha256(path: Path) -> str:
 
 
 def check_digest(entry: Entry, path: Path) -> None:
-    """Compare a file with every digest of the entry.
-
-    Raises MmdistError when one differs, or when the file cannot be read.
-    """
+    """Compare a file with every digest of the entry. Raises MmdistError when one differs."""
     for expected, compute in ((entry.git_sha1, git_blob_sha1), (entry.sha256, file_sha256)):
-        try:
-            actual = expected and compute(path)
-        except OSError as error:
-            raise MmdistError(
-                f"'{path}' cannot be read ({error.strerror}); give a readable file."
-            ) from error
-        if actual != expected:
+        if expected and (actual := compute(path)) != expected:
             raise MmdistError(
                 f"The file has the digest {actual}, not {expected}: it is not the file "
                 f"{entry.name!r}; download it again from {entry.url}."

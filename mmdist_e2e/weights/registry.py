@@ -293,7 +293,7 @@ def check_supplied(entries: Iterable[Entry]) -> None:
     """Raises MmdistError naming all that are missing and that only the user can supply."""
     missing = [e for e in entries if not e.digest and not is_available(e)]
     if missing:
-        steps = [f"\n  mmdist pull {e.name} --from FILE    (FILE: from {e.url})" for e in missing]
+        steps = [f"\n  {entry.command}    (FILE: from {entry.url})" for entry in missing]
         raise MmdistError(
             f"mmdist knows no digest to verify {' and '.join(e.name for e in missing)} by, so it "
             f"does not download it; get the file yourself and run once:{''.join(steps)}"
