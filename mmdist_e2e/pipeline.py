@@ -21,7 +21,7 @@ from mmdist_e2e.store import FeatureStore, fast_digest
 from mmdist_e2e.structures import Answer, Features, MmdistError, differences
 from mmdist_e2e.weights.pull import model_folder
 from mmdist_e2e.weights.registry import (
-    DEFAULT_RGB_EXTRACTOR,
+    DEFAULT_EXTRACTORS,
     ENTRIES,
     PCA,
     SHIPPED_MODEL,
@@ -313,7 +313,7 @@ def load(
 def extract(
     video: str | Path,
     *,
-    extractor: str | Path = DEFAULT_RGB_EXTRACTOR,
+    extractor: str | Path = DEFAULT_EXTRACTORS["rgb"],
     device: str = "auto",
     precision: str = "auto",
     progress: Progress = None,
@@ -333,19 +333,3 @@ def extract(
     with Decoder() as decoder:
         (features,) = extract_video(path, [network], decoder, progress=progress).values()
     return features
-
-
-def default_extractors(modalities: Sequence[str]) -> dict[str, str]:
-    """The shipped extractor of each modality, the first in the registry where there are several.
-
-    Raises MmdistError where none ships.
-    """
-    shipped: dict[str, str] = {}
-    for name in (entry.name for entry in ENTRIES.values() if entry.kind == "shipped"):
-        shipped.setdefault(str(read_config(checkpoint_folder(name))["modality"]), name)
-    if missing := [modality for modality in modalities if modality not in shipped]:
-        raise MmdistError(
-            f"No extractor of {', '.join(missing)} ships with this version; name one with "
-            f"--extractor, or use one that ships: {', '.join(shipped)}."
-        )
-    return {modality: shipped[modality] for modality in modalities}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.markup import escape
@@ -32,9 +34,7 @@ def list_command() -> None:
         table.add_column(column, no_wrap=True)
     table.add_column("facts", overflow="fold")
     for entry in ENTRIES.values():
-        config = entry.config or (
-            registry.read_config(registry.cached_folder(entry)) if entry.ships else {}
-        )
+        config = _config(entry)
         missing = "no" if entry.digest else "no, supply it"
         held = "ships" if entry.ships else "yes" if registry.is_available(entry) else missing
         what = config.get("modality", ""), config.get("network", "")
@@ -86,6 +86,12 @@ def convert_command(
     click.echo(f"{out}: {name}, {_source(out)}, {registry.read_config(out)['trained_on']}")
 
 
+def _config(entry: Entry) -> Mapping[str, Any]:
+    """The config of an entry, if it has one."""
+    held = entry.config is None and registry.is_available(entry)
+    return registry.read_config(registry.cached_folder(entry)) if held else entry.config or {}
+
+
 def _source(folder: Path) -> str:
     """Size and SHA-256 of the public file that a folder was made from."""
     source = registry.read_config(folder).get("source")
@@ -114,7 +120,7 @@ def show_command(name: str) -> None:
         "folder": folder if held else f"not in the cache; get it with: {entry.command}",
         "file": _source(folder) if held else None,
     }
-    config = entry.config or (registry.read_config(folder) if held else {})
+    config = _config(entry)
     if "network" in config:
         lines |= {"network": config["network"], **profile_of(config)}
     for key, value in lines.items():

@@ -44,9 +44,7 @@ def pull(
     registry.check_supplied(entry for entry in entries if file is None or entry.name not in names)
     for entry in entries:
         registry.install(entry, write, file if entry.name in names else None, progress)
-        if entry.kind == "public":
-            registry.checkpoint_folder(entry.name)
-        elif entry.needs:
+        if entry.needs:
             _agree_with_needs(entry)
     return {entry.name: registry.cached_folder(entry) for entry in entries}
 

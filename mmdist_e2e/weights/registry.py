@@ -215,9 +215,8 @@ TERMS = {
     "synthetic world": "drawn by mmdist, Apache-2.0",
 }
 
-DEFAULT_RGB_EXTRACTOR = "world2-rgb"
+DEFAULT_EXTRACTORS = {"rgb": "world2-rgb", "flow": "world2-flow"}
 SHIPPED_MODEL = SHIPPED_ROOT / "student-world2"
-Writer = Callable[[Entry, Path, Path], None]
 
 
 def cache_folder() -> Path:
@@ -264,14 +263,7 @@ def checkpoint_folder(name_or_path: str) -> Path:
         return folder
     entry = find(name_or_path, "shipped", "public")
     install(entry, write_network)
-    folder = cached_folder(entry)
-    if entry.kind == "public":
-        config = read_config(folder)
-        record = {key: config[key] for key in ("name", "trained_on", "source", "files")}
-        current = json.loads(json.dumps(entry.config)) | record
-        if config != current:  # an older version made it, with another profile
-            write_json(folder / "config.json", current)
-    return folder
+    return cached_folder(entry)
 
 
 def pulled_file(name: str, progress: Progress = None) -> Path:
@@ -303,7 +295,10 @@ def check_supplied(entries: Iterable[Entry]) -> None:
 
 
 def install(
-    entry: Entry, write: Writer, file: Path | None = None, progress: Progress = None
+    entry: Entry,
+    write: Callable[[Entry, Path, Path], None],
+    file: Path | None = None,
+    progress: Progress = None,
 ) -> None:
     """Make an entry's folder in the cache, one process at a time: the others wait and use it.
 
@@ -311,12 +306,18 @@ def install(
     default the file is downloaded if it is not there.
     Raises MmdistError as `check_supplied`, `fetch` and `write`, and for a read-only cache.
     """
+    folder = cached_folder(entry)
     if file is None and is_available(entry):
+        if entry.kind == "public":
+            config = read_config(folder)
+            record = {key: config[key] for key in ("name", "trained_on", "source", "files")}
+            current = json.loads(json.dumps(entry.config)) | record
+            if config != current:  # an older version made it, with another profile
+                write_json(folder / "config.json", current)
         return
     check_supplied([] if file else [entry])
     from filelock import FileLock
 
-    folder = cached_folder(entry)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{entry.name}.lock")):

@@ -32,17 +32,16 @@ PERMITTED = (
 )  # fmt: skip
 
 
-class _RefusedError(Exception):
-    """A pickle named something outside PERMITTED."""
-
-
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):  # how pickle protocol 2 stores bytes
             return lambda text, _: text.encode("latin1")
         module = module.replace("numpy.core.", "numpy._core.")  # pickles of numpy 1 load too
         if f"{module}.{name}" not in PERMITTED:
-            raise _RefusedError(f"{module}.{name}")
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, and mmdist loads only numpy arrays, dicts and "
+                f"counters: it may be malicious"
+            )
         return super().find_class(module, name)
 
 
@@ -54,13 +53,8 @@ def load_restricted(path: Path) -> Any:
     """
     try:
         return _RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
-    except _RefusedError as error:
-        raise MmdistError(
-            f"The pickle '{path}' asks for {error}, but mmdist loads only numpy arrays, dicts and "
-            f"counters from a pickle; it may be malicious, so ask for the data in another format."
-        ) from error
     except Exception as error:  # a damaged pickle can raise anything
-        reason = getattr(error, "strerror", None) or type(error).__name__
+        reason = getattr(error, "strerror", None) or error
         raise MmdistError(
             f"'{path}' cannot be read as a pickle ({reason}); give GloVe text or CPL's glove.pkl."
         ) from error
