@@ -77,17 +77,8 @@ DATASETS = {
 }
 
 
-@dataclass(frozen=True)
-class Released:
-    """The content of a CPL checkpoint."""
-
-    dataset: Dataset
-    recipe: Recipe
-    model: GlobalBranch
-
-
-def read_cpl(file: Path) -> Released:
-    """Read a checkpoint of CPL's public code without running any code in it.
+def read_cpl(file: Path) -> tuple[Dataset, Recipe, GlobalBranch]:
+    """The dataset, recipe and network in a checkpoint of CPL's public code; none of it is run.
 
     Raises MmdistError for a file that holds anything else, or whose tensors are not those of such
     a network, or of a dataset that CPL's code does not have.
@@ -106,20 +97,16 @@ def read_cpl(file: Path) -> Released:
             f"The config in '{file}' names the dataset {name!r}; CPL checkpoints of "
             f"{' and '.join(DATASETS)} can be converted."
         )
-    fc1 = "trans.decoder1.decoder_layers.{}.fc1"
+    fc1 = "trans.decoder1.decoder_layers.{}.fc1"  # of each layer
     own = {ours: _setting(settings, theirs) for ours, theirs in SETTINGS.items()}
     try:
         (hidden, feature_dim), (_, word_dim), (outputs, _), (spans, _), (feed_forward, _) = (
             state[f"{name}.weight"].shape
             for name in ("frame_fc", "word_fc", "fc_comp", "fc_gauss", fc1.format(0))
         )
-        shape = {
-            "hidden": hidden,
-            "proposals": spans // 2,
-            "layers": sum(f"{fc1.format(i)}.weight" in state for i in range(len(state))),
-            "feed_forward": feed_forward,
-            "frame_divisor": 4.0,
-        }
+        layers = sum(f"{fc1.format(i)}.weight" in state for i in range(len(state)))
+        shape = {"hidden": hidden, "proposals": spans // 2, "feed_forward": feed_forward}
+        shape |= {"layers": layers, "frame_divisor": 4.0}
         recipe = cpl(
             length=200, feature_dim=feature_dim, word_dim=word_dim, vocabulary_size=outputs - 1
         ).overridden(shape | {k: v for k, v in own.items() if v is not None})
@@ -133,7 +120,7 @@ def read_cpl(file: Path) -> Released:
             f"CPL's public code saved, like its model-best.pt."
         )
     model.load_state_dict(state)
-    return Released(DATASETS[name], recipe, model)
+    return DATASETS[name], recipe, model
 
 
 def _setting(config: Any, path: str) -> Any:
@@ -175,8 +162,8 @@ def convert_cpl(
     ones, imported from HDF5 or .npy files, are read as well.
     Raises MmdistError for files that do not fit the network or each other.
     """
-    released = read_cpl(file)
-    dataset, shape = released.dataset, released.recipe.model
+    dataset, recipe, model = read_cpl(file)
+    shape = recipe.model
     features = features_of(shape.feature_dim)
     vocabulary = read_vocabulary(vocabulary_file, shape.vocabulary_size, shape.word_dim)
     names = {entry.git_sha1: entry.name for entry in ENTRIES.values()}
@@ -203,12 +190,7 @@ def convert_cpl(
     none_VLF = torch.empty(0, shape.length, shape.feature_dim)
     table = FeatureTable((), none_VLF, {}, features, dict.fromkeys(features, shape.feature_dim))
     save_checkpoint(
-        out,
-        model=released.model,
-        recipe=released.recipe,
-        vocabulary=vocabulary,
-        table=table,
-        facts=facts,
+        out, model=model, recipe=recipe, vocabulary=vocabulary, table=table, facts=facts
     )
     kinds = (f"`{each['extractor']}`" for each in (*features.values(), *PUBLISHED_FEATURES))
     reads = " or ".join(dict.fromkeys(kinds))

@@ -94,9 +94,9 @@ def fetch(entry: Entry, folder: Path, progress: Progress = None) -> Path:
     import requests
 
     assert entry.url is not None
-    part = folder / f"{entry.digest}.part"
-    mirror = os.environ.get("MMDIST_MIRROR")
-    url = mirror.rstrip("/") + urlsplit(entry.url).path if mirror else entry.url
+    part, url = folder / f"{entry.digest}.part", entry.url
+    if mirror := os.environ.get("MMDIST_MIRROR"):
+        url = mirror.rstrip("/") + urlsplit(url).path
     with suppress(MmdistError):
         if _size(part):
             check_digest(entry, part)
