@@ -32,7 +32,7 @@ class Entry:
         git_sha1: the file's id as a git object: SHA-1 of b"blob <size>\\0" and the content.
         sha256: SHA-256 of the content.
         rename: converts a key of the public file to ours, where they differ.
-        needs: of a model, names of its extractor, of its PCA, if any, and of its vocabulary.
+        needs: of a model, its extractor, its PCA, if any, and its vocabulary: names, or paths.
     """
 
     name: str
@@ -113,8 +113,8 @@ def fetch(entry: Entry, folder: Path, progress: Progress = None) -> Path:
             kept = f", which continues after the {size:,} bytes that are kept" if size else ""
             raise MmdistError(
                 f"{entry.name!r} could not be downloaded from {url} ({_reason(error)}); connect to "
-                f"the network and try again{kept}, or bring the file from another machine (for "
-                f"weights: mmdist pull NAME --from FILE)."
+                f"the network and try again{kept}, or bring the file from another machine: "
+                f"mmdist pull {entry.name} --from FILE."
             ) from error
         except OSError as error:
             part.unlink(missing_ok=True)

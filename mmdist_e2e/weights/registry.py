@@ -217,6 +217,8 @@ TERMS = {
 
 DEFAULT_EXTRACTORS = {"rgb": "world2-rgb", "flow": "world2-flow"}
 SHIPPED_MODEL = SHIPPED_ROOT / "student-world2"
+# What config.json records of a public file, beside the entry's own config.
+RECORD = ("name", "trained_on", "source", "files")
 
 
 def cache_folder() -> Path:
@@ -310,7 +312,7 @@ def install(
     if file is None and is_available(entry):
         if entry.kind == "public":
             config = read_config(folder)
-            record = {key: config[key] for key in ("name", "trained_on", "source", "files")}
+            record = {key: config[key] for key in RECORD if key in config}
             current = json.loads(json.dumps(entry.config)) | record
             if config != current:  # an older version made it, with another profile
                 write_json(folder / "config.json", current)
@@ -403,12 +405,9 @@ def write_files(entry: Entry, folder: Path, file: Path, files: Mapping[str, byte
     for name, content in files.items():
         write_atomically(folder / name, content)
     source = source_of(file)
-    record = {
-        "name": entry.name,
-        "trained_on": f"public weights of SHA-256 {source['sha256'][:16]}…: {entry.facts}",
-        "source": source,
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-    }
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    facts = f"public weights of SHA-256 {source['sha256'][:16]}…: {entry.facts}"
+    record = dict(zip(RECORD, (entry.name, facts, source, digests), strict=True))
     write_json(folder / "config.json", {**(entry.config or {}), **record})
 
 
