@@ -12,6 +12,7 @@ import os
 import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -20,7 +21,7 @@ from mmdist_e2e.store import FeatureStore, fast_digest
 from mmdist_e2e.structures import Answer, Features, MmdistError, differences
 from mmdist_e2e.weights.pull import model_folder
 from mmdist_e2e.weights.registry import (
-    DEFAULT_RGB_EXTRACTOR,
+    DEFAULT_EXTRACTORS,
     ENTRIES,
     PCA,
     SHIPPED_MODEL,
@@ -100,7 +101,7 @@ class Grounder:
         self._given: dict[str, str] = {}
         given = [extractor] if isinstance(extractor, str | os.PathLike) else extractor or ()
         _expect("extractor", given, (list, tuple), "a name or folder, or a list of them")
-        for name in map(str, (_path("extractor", each) for each in given)):
+        for name in (str(_path("extractor", each)) for each in given):
             modality = str(read_config(checkpoint_folder(name)).get("modality"))
             if modality not in model.modalities:
                 raise MmdistError(
@@ -143,11 +144,8 @@ class Grounder:
         """
         path = _path("video", video)
         source: dict[str, Any] = {}
-        try:
-            if path.is_file():
-                source = fast_digest(path)
-        except OSError:
-            pass  # the decoder says what is wrong
+        with suppress(OSError):  # the decoder says what is wrong
+            source = fast_digest(path) if path.is_file() else {}
         found = {m: self._stored(m, path, source) for m in self.model.modalities}
         missing = [modality for modality, stored in found.items() if stored is None]
         made: dict[str, Features] = {}
@@ -315,7 +313,7 @@ def load(
 def extract(
     video: str | Path,
     *,
-    extractor: str | Path = DEFAULT_RGB_EXTRACTOR,
+    extractor: str | Path = DEFAULT_EXTRACTORS["rgb"],
     device: str = "auto",
     precision: str = "auto",
     progress: Progress = None,
@@ -335,19 +333,3 @@ def extract(
     with Decoder() as decoder:
         (features,) = extract_video(path, [network], decoder, progress=progress).values()
     return features
-
-
-def default_extractors(modalities: Sequence[str]) -> dict[str, str]:
-    """The shipped extractor of each modality, the first in the registry where there are several.
-
-    Raises MmdistError where none ships.
-    """
-    shipped: dict[str, str] = {}
-    for name in (entry.name for entry in ENTRIES.values() if entry.kind == "shipped"):
-        shipped.setdefault(str(read_config(checkpoint_folder(name))["modality"]), name)
-    if missing := [modality for modality in modalities if modality not in shipped]:
-        raise MmdistError(
-            f"No extractor of {', '.join(missing)} ships with this version; name one with "
-            f"--extractor, or use one that ships: {', '.join(shipped)}."
-        )
-    return {modality: shipped[modality] for modality in modalities}

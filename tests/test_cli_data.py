@@ -8,6 +8,7 @@ import os
 import threading
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,11 +19,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.grounding.data import published as pulled
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, Provenance
-from mmdist_e2e.weights.cpl import DATASETS
 from mmdist_e2e.weights.download import git_blob_sha1
+from mmdist_e2e.weights.registry import ENTRIES
 
 needs_data = pytest.mark.skipif(
     "MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files"
@@ -314,17 +314,22 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a server on loopback that stands for CPL's repository."""
+def published(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """The folder of a server on loopback that stands for CPL's data folder."""
+    monkeypatch.setenv("MMDIST_CACHE", str(tmp_path_factory.mktemp("cache")))
     root = tmp_path / "served"
-    for there in list(pulled.DIGESTS):
-        (root / there).parent.mkdir(parents=True, exist_ok=True)
-        path = write_rows(root / there, [[there, 9.0, [1, 2], "person runs."]])
-        monkeypatch.setitem(pulled.DIGESTS, there, git_blob_sha1(path))
+    for name, entry in list(ENTRIES.items()):
+        if entry.kind == "file" and entry.digest:
+            path = root / str(entry.url).split("/", 3)[3]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(path, [[name, 9.0, [1, 2], "person runs."]])
+            monkeypatch.setitem(ENTRIES, name, replace(entry, git_sha1=git_blob_sha1(path)))
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(pulled, "URL", f"http://127.0.0.1:{server.server_port}/")
-    yield root
+    monkeypatch.setenv("MMDIST_MIRROR", f"http://127.0.0.1:{server.server_port}")
+    yield root / "minghangz/cpl/raw/main/data"
     server.shutdown()
 
 
@@ -362,7 +367,7 @@ def test_annotations_are_pulled_by_name(
     assert (folder / "glove.pkl").is_file()
     # Another data set would overwrite it.
     told = refused(pull("charades-sta"))
-    assert "annotations/train.json exists and is not that of charades-sta" in told
+    assert "annotations/train.json exists and holds something else" in told
     assert "allenai" in pull("charades-sta", "--out", "c").output
     assert "Did you mean 'charades-sta'?" in refused(pull("charades-std", "--out", "d"))
 
@@ -379,7 +384,7 @@ def test_a_failed_pull_leaves_nothing(
         file.unlink()
         told = "404"
     elif fault == "no network":
-        monkeypatch.setattr(pulled, "URL", "http://127.0.0.1:9/")
+        monkeypatch.setenv("MMDIST_MIRROR", "http://127.0.0.1:9")
         told = "could not be downloaded"
     else:
 
@@ -397,9 +402,8 @@ def test_a_failed_pull_leaves_nothing(
 def test_published_files_are_known_by_their_digests() -> None:
     root = Path(os.environ["MMDIST_DATA"]) / "charades_sta"
     for name in ("train", "test"):
-        assert git_blob_sha1(root / f"cpl_{name}.json") == pulled.DIGESTS[f"charades/{name}.json"]
-    for name, data in (("charades", "CharadesSTA"), ("activitynet", "ActivityNet")):
-        assert pulled.DIGESTS[f"{name}/glove.pkl"] == DATASETS[data].vocabulary_id
+        known = ENTRIES[f"charades-sta-{name}"]
+        assert git_blob_sha1(root / f"cpl_{name}.json") == known.git_sha1
     _, report = check("--train", root / "charades_sta_train.txt")
     assert report["splits"]["train"]["protocol"].startswith("charades_sta official, training")
 

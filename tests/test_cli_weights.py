@@ -184,7 +184,7 @@ def test_the_list_names_every_entry_and_what_is_available(narrow):
     assert rows()[entry.name][3] == "yes"
 
 
-def test_verify_names_what_is_damaged_and_how_to_repair_it(narrow, tmp_path):
+def test_verify_names_what_is_damaged_and_how_to_repair_it(narrow, monkeypatch):
     entry, file, _, _ = narrow
     assert entry.name not in weights("verify").output
     assert f"mmdist pull {entry.name}" in sentence(weights("verify", entry.name))
@@ -209,6 +209,9 @@ def test_verify_names_what_is_damaged_and_how_to_repair_it(narrow, tmp_path):
     for text in ("{", "{}"):
         (tensors.parent / "config.json").write_text(text)
         assert repair in sentence(weights("verify", entry.name))
+    without_digest(monkeypatch, entry)
+    assert f"mmdist pull {entry.name} --from FILE" in sentence(weights("verify", entry.name))
+    assert "restore it" in sentence(weights("verify", tensors.parent))
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from mmdist_e2e.cli.main import main
 from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.grounding.checkpoint import load_checkpoint
 from mmdist_e2e.grounding.data.text import tokenize
-from mmdist_e2e.structures import Features, MmdistError, Provenance
+from mmdist_e2e.structures import Features, Provenance
 from mmdist_e2e.weights import cpl as convert
 from mmdist_e2e.weights.download import file_sha256, git_blob_sha1
 from mmdist_e2e.weights.registry import ENTRIES
@@ -36,7 +37,7 @@ def test_the_folder_holds_the_same_network(files):
     result = files.convert()
     assert result.exit_code == 0, result.output
     assert file_sha256(files.model) in result.output
-    assert "not a file known to be released" in result.output
+    assert "not the file that CPL released" in result.output
     loaded = load_checkpoint(files.out)
     state = loaded.model.state_dict()
     assert set(state) == set(files.content["model_parameters"])
@@ -98,7 +99,6 @@ def test_the_card_and_the_config_say_where_it_comes_from(files):
         assert fact in card, fact
     config = json.loads((files.out / "config.json").read_text())
     assert config["features"] == {"rgb": {"extractor": "external:hdf5"}}
-    assert config["source"]["updates"] == 77
     assert config["longest_duration_seconds"] == 194.33
     assert str(files.folder) not in card + json.dumps(config)
 
@@ -209,11 +209,11 @@ def test_other_files_are_refused(files, tmp_path):
     for content in (b"", b"not a checkpoint", real[: len(real) // 2]):
         model.write_bytes(content)
         message = files.refused(files.run(model, "--vocabulary", words))
-        assert "is not a CPL checkpoint" in message
+        assert "does not hold a CPL checkpoint" in message
     model.write_bytes(real)
     assert "needs --vocabulary" in files.refused(files.run(model))
     assert "cannot be read" in files.refused(files.run(model, "--vocabulary", tmp_path / "none"))
-    assert "not a readable pickle" in files.refused(files.run(model, "--vocabulary", text))
+    assert "cannot be read as a pickle" in files.refused(files.run(model, "--vocabulary", text))
 
 
 class Bomb:
@@ -250,6 +250,7 @@ def test_options_of_cpl_are_refused_elsewhere(files, tmp_path):
 
 def test_released_files_belong_together(files, monkeypatch, tmp_path):
     files.convert()
+    shutil.rmtree(files.out)
     names = ("cpl-charades", "cpl-vocabulary-charades", "cpl-vocabulary-activitynet")
     originals = {name: ENTRIES[name] for name in names}
     model_id, vocabulary_id = map(git_blob_sha1, (files.model, files.vocabulary))
@@ -259,17 +260,14 @@ def test_released_files_belong_together(files, monkeypatch, tmp_path):
             monkeypatch.setitem(ENTRIES, name, replace(originals[name], git_sha1=git_sha1))
 
     know(model_id, "f" * 40, "e" * 40)
-    released = convert.read_cpl(files.model)
-    with pytest.raises(
-        MmdistError, match=r"not the vocabulary that CPL released for Charades-STA;"
-    ):
-        convert.convert_cpl(released, files.vocabulary, tmp_path / "b")
-    know(model_id, vocabulary_id, "e" * 40)
-    assert convert.convert_cpl(released, files.vocabulary, tmp_path / "b")["released"]
-    assert "CPL's released file" in (tmp_path / "b" / "README.md").read_text()
+    refused = files.refusal()
+    assert "is not a file that CPL released; this checkpoint needs the vocabulary of" in refused
+    assert "Charades-STA: cpl-vocabulary-charades" in refused
     know(model_id, "f" * 40, vocabulary_id)
-    with pytest.raises(MmdistError, match="but that for ActivityNet Captions"):
-        convert.convert_cpl(released, files.vocabulary, tmp_path / "c")
+    assert "is cpl-vocabulary-activitynet; this checkpoint needs" in files.refusal()
+    know(model_id, vocabulary_id, "e" * 40)
+    assert "by CPL's public code, CPL's released file" in files.convert().output
+    assert "CPL's released file" in (files.out / "README.md").read_text()
 
 
 @pytest.mark.skipif("MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files")

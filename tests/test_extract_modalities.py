@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from conftest import edit_config, make_extractor
 from make_videos import make_video
 
 import mmdist_e2e as mm
-from mmdist_e2e import pipeline
 from mmdist_e2e.cli.main import main
 from mmdist_e2e.extractors import runner as networks
 from mmdist_e2e.extractors.extract import ExtractionError, extract_video
@@ -23,9 +21,7 @@ from mmdist_e2e.extractors.runner import SnippetNetwork
 from mmdist_e2e.extractors.video import reader as video
 from mmdist_e2e.extractors.video.reader import Decoder
 from mmdist_e2e.store import FeatureStore
-from mmdist_e2e.weights import registry
-from mmdist_e2e.weights.download import Entry
-from mmdist_e2e.weights.registry import ENTRIES
+from mmdist_e2e.weights.registry import DEFAULT_EXTRACTORS
 
 RATE = 12  # the tiny extractors' frames a second
 
@@ -232,24 +228,16 @@ def test_pca_reduces_the_rows(tmp_path, tiny_extractor):
     assert "pca" in reduced.provenance.matters
 
 
-def test_the_flow_network_that_ships_is_the_default(
+def test_each_modality_has_its_default(
     tmp_path, tiny_extractor, tiny_flow_extractor, counted, monkeypatch
 ):
-    """One line in the registry is all that a further network takes."""
     clip = make_video(tmp_path / "a.mp4", 20, rate=RATE)
-    for folder in (tiny_extractor, tiny_flow_extractor):
-        shutil.copytree(folder, tmp_path / "data" / folder.name)
-    monkeypatch.setattr(registry, "SHIPPED_ROOT", tmp_path / "data")
-    with patch.dict(ENTRIES, {"tiny": Entry("tiny", "shipped", "ours")}, clear=True):
-        run = extract(clip, "--out", tmp_path / "f", "--modality", "rgb,flow")
-        assert run.exit_code == 1
-        assert "No extractor of flow ships" in run.output
-        assert "rgb" in run.output
-        ENTRIES["tiny-flow"] = Entry("tiny-flow", "shipped", "ours")
-        run = extract(clip, "--out", tmp_path / "f", "--modality", "flow,rgb")
+    monkeypatch.setitem(DEFAULT_EXTRACTORS, "rgb", str(tiny_extractor))
+    monkeypatch.setitem(DEFAULT_EXTRACTORS, "flow", str(tiny_flow_extractor))
+    for modalities in ("rgb", "flow,rgb"):
+        run = extract(clip, "--out", tmp_path / modalities, "--modality", modalities)
         assert run.exit_code == 0, run.output
-        assert sorted(counted["loaded"]) == ["flow", "rgb"]
-        assert pipeline.default_extractors(["flow"]) == {"flow": "tiny-flow"}
+    assert sorted(counted["loaded"]) == ["flow", "rgb", "rgb"]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +248,7 @@ def test_the_flow_network_that_ships_is_the_default(
         (["--extractor", "RGB", "--extractor", "RGB"], "both give rgb"),
         (["--extractor", "FLOW", "--modality", "rgb"], "gives flow, not rgb"),
         (["--extractor", "RGB", "--extractor", "FLOW", "--pca", "PCA"], "one by one"),
-        (["--extractor", "RGB", "--pca", "CLIP"], "is not a PCA file"),
+        (["--extractor", "RGB", "--pca", "CLIP"], "cannot be read as a PCA file"),
     ],
 )
 def test_options_that_do_not_fit_are_one_sentence(

@@ -21,8 +21,6 @@ from test_named_models import know, place
 from mmdist_e2e.cli.main import main
 from mmdist_e2e.extractors.networks.c3d import C3D
 from mmdist_e2e.extractors.networks.i3d import InceptionI3d
-from mmdist_e2e.grounding.data import published
-from mmdist_e2e.weights.download import git_blob_sha1
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guides"
 pytestmark = pytest.mark.slow
@@ -82,7 +80,6 @@ def serve_cpl(server, monkeypatch, data: str, dataset: str, features: int) -> No
     words.write_bytes(pickle.dumps(glove(), protocol=4))
     for name in (f"cpl-{data}", f"cpl-vocabulary-{data}"):
         know(monkeypatch, name, place(server.root, name))
-    monkeypatch.setitem(published.DIGESTS, f"{data}/glove.pkl", git_blob_sha1(words))
 
 
 def serve_annotations(server, monkeypatch, data: str, **splits: list[str]) -> None:
@@ -90,10 +87,9 @@ def serve_annotations(server, monkeypatch, data: str, **splits: list[str]) -> No
     sentences = ("person opens the door.", "a person opens a cup.", "the cup opens.")
     for number, (split, names) in enumerate(splits.items()):
         rows = [[name, 2.0, [0.5, 1.5], text] for name in names for text in sentences]
-        path = server.root / "minghangz/cpl/raw/main/data" / data / f"{split}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = place(server.root, f"{data}-{split}")
         path.write_text(json.dumps(rows))
-        monkeypatch.setitem(published.DIGESTS, f"{data}/{split}.json", git_blob_sha1(path))
+        know(monkeypatch, f"{data}-{split}", path)
         for index, name in enumerate(names):
             make_video(Path("videos") / f"{name}.mp4", 20 + 5 * (index + number), rate=10)
 
@@ -118,7 +114,7 @@ def test_charades_sta(project, monkeypatch):
     serve_i3d(project, monkeypatch, "charades")
     serve_cpl(project, monkeypatch, "charades", "CharadesSTA", 128)
     train = [f"T{n}" for n in range(10)]
-    serve_annotations(project, monkeypatch, "charades", train=train, test=["AAAAA", "BBBBB"])
+    serve_annotations(project, monkeypatch, "charades-sta", train=train, test=["AAAAA", "BBBBB"])
     printed = follow("charades-sta.md")
     assert "24 fps" in printed["weights show i3d-rgb-charades"]
     rows = np.load("features/AAAAA.rgb.npz")["data"]
@@ -135,8 +131,8 @@ def test_charades_sta(project, monkeypatch):
 def test_activitynet(project, monkeypatch):
     serve_cpl(project, monkeypatch, "activitynet", "ActivityNet", 500)
     serve_annotations(
-        project, monkeypatch, "activitynet",
-        train_data=["v_a", "v_b", "v_gone"], val_data=["v_c"], test_data=["v_one"],
+        project, monkeypatch, "activitynet-captions",
+        train=["v_a", "v_b", "v_gone"], val=["v_c"], test=["v_one"],
     )  # fmt: skip
     Path("videos/v_gone.mp4").unlink()
     know(monkeypatch, "c3d-sports1m", None, width=1 / 8, num_classes=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import warnings
 
 import pytest
 import torch
@@ -38,9 +39,16 @@ def randomise(network: nn.Module) -> None:
             nn.init.uniform_(module.weight, 0.5, 1.0)
 
 
+def published(name: str) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torchvision's, as it is imported
+        models = importlib.import_module("pytorchvideo.models.hub")
+    return getattr(models, name)(pretrained=False)
+
+
 def pair(name: str) -> tuple[nn.Module, HubBackbone]:
     """pytorchvideo's own network with random weights, and ours with the same."""
-    original = getattr(hub._hub(), name)(pretrained=False).eval()
+    original = published(name).eval()
     randomise(original)
     ours = HubBackbone(name).eval()
     assert list(ours.state_dict()) == list(original.state_dict())
@@ -95,7 +103,7 @@ def test_larger_frames_average_what_the_classifier_reads():
 @installed
 @pytest.mark.parametrize("name", ["slowfast_r101", "x3d_l", "mvit_base_32x3"])
 def test_the_deeper_and_longer_ones_have_the_published_keys(name):
-    original, ours = getattr(hub._hub(), name)(pretrained=False), HubBackbone(name)
+    original, ours = published(name), HubBackbone(name)
     shapes = {key: value.shape for key, value in original.state_dict().items()}
     assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
     assert ours.feature_channels == published_head(original).proj.in_features

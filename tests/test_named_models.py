@@ -184,7 +184,7 @@ def test_everything_that_the_user_must_bring_is_named_at_once(activitynet, clip,
     assert run("pull", "c3d-sports1m", "--from", tmp_path / "c3d.pickle").exit_code == 0
     assert "activitynet-pca" in sentence(run(*ground))
     assert "c3d-sports1m" not in sentence(run(*ground))
-    assert "not a PCA file" in sentence(run("pull", "activitynet-pca", "--from", clip))
+    assert "as a PCA file" in sentence(run("pull", "activitynet-pca", "--from", clip))
     assert run("pull", "activitynet-pca", "--from", tmp_path / "pca.npz").exit_code == 0
     result = run(*ground)
     assert result.exit_code == 0, result.output

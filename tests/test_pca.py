@@ -79,7 +79,7 @@ def test_a_flat_mean_and_no_spectrum_will_do(tmp_path):
         ({"x_mean": np.float64(3.0)}, r"got \[\]"),
         ({"U": np.zeros(24)}, r"and \[24\]"),
         ({"U": np.full((24, 24), np.nan)}, "not finite"),
-        ({"U": np.array(["a"])}, "not a PCA file"),
+        ({"U": np.array(["a"])}, "as a PCA file"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, match):
@@ -93,9 +93,9 @@ def test_files_that_are_no_pca_are_named(tmp_path):
     partial = {key: value for key, value in arrays().items() if key != "U"}
     cases = {
         tmp_path / "missing.npz": "cannot be read",
-        tmp_path / "text": "not a PCA file",
-        write_npz(tmp_path / "partial.npz", partial): "not a PCA file",
-        write_hdf5(tmp_path / "partial.hdf5", partial): "not a PCA file",
+        tmp_path / "text": "as a PCA file",
+        write_npz(tmp_path / "partial.npz", partial): "as a PCA file",
+        write_hdf5(tmp_path / "partial.hdf5", partial): "as a PCA file",
     }
     for path, match in cases.items():
         with pytest.raises(MmdistError, match=match) as caught:

@@ -257,6 +257,9 @@ def test_a_profile_that_changed_is_renewed_without_a_download(entry, served):
     now = json.loads(path.read_text())
     path.write_text(json.dumps({**now, "fps": 3.0, "gone": 1}))
     assert read_config(checkpoint_folder(entry[0].name)) == now
+    path.write_text("{}")
+    with pytest.raises(MmdistError, match="not an extractor"):
+        describe(entry[0].name)
     assert len(served.requests) == 1
 
 
@@ -398,5 +401,3 @@ def test_files_that_hold_no_weights_are_one_sentence_and_run_nothing(tmp_path):
         torch.save(content, path)
         with pytest.raises(MmdistError, match="table of named weights"):
             read_state(PUBLIC[0], path)
-    with pytest.raises(MmdistError, match="cannot be read"):
-        read_state(PUBLIC[0], tmp_path / "missing.pt")

@@ -19,7 +19,7 @@ from mmdist_e2e.cli.main import main
 from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.weights.registry import (
-    DEFAULT_RGB_EXTRACTOR,
+    DEFAULT_EXTRACTORS,
     ENTRIES,
     SHIPPED_MODEL,
     SHIPPED_ROOT,
@@ -45,7 +45,7 @@ def test_what_ships_is_small_and_has_cards():
 
 def test_the_shipped_model_reads_what_the_shipped_network_gives():
     matters = read_config(SHIPPED_MODEL)["features"]["rgb"]
-    assert matters == describe(DEFAULT_RGB_EXTRACTOR).matters
+    assert matters == describe(DEFAULT_EXTRACTORS["rgb"]).matters
 
 
 def test_the_shipped_model_says_that_it_knows_the_synthetic_world_alone():

@@ -45,7 +45,9 @@ def pull_command(name: str, out: Path) -> None:
     """
     from mmdist_e2e.grounding.data.published import pull
 
-    click.echo("\n".join(pull(name, out)))
+    with StepDisplay() as progress:
+        lines = pull(name, out, progress)
+    click.echo("\n".join(lines))
     click.echo("Next: mmdist extract VIDEOS --out features, then mmdist data check.")
 
 

@@ -143,7 +143,7 @@ def choose_extractors(
     Raises MmdistError as `describe` does, and where a modality has two extractors or none.
     """
     from mmdist_e2e.extractors.profiles import describe
-    from mmdist_e2e.pipeline import default_extractors
+    from mmdist_e2e.weights.registry import DEFAULT_EXTRACTORS
 
     specs: dict[str, ExtractorSpec] = {}
     for name in extractors:
@@ -160,8 +160,8 @@ def choose_extractors(
                 f"choose one per modality, or extract them into different folders."
             )
     wanted = modalities or list(specs) or ["rgb"]
-    for modality, name in default_extractors([m for m in wanted if m not in specs]).items():
-        specs[modality] = describe(name, **sampling)
+    for modality in wanted:
+        specs[modality] = specs.get(modality) or describe(DEFAULT_EXTRACTORS[modality], **sampling)
     if sampling.get("pca") is not None and len(specs) > 1:
         raise MmdistError(
             "--pca fits the rows of one extractor; extract the modalities one by one."

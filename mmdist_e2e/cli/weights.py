@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.markup import escape
@@ -13,10 +15,10 @@ from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights import registry
 from mmdist_e2e.weights.download import Entry
-from mmdist_e2e.weights.pull import check_file, extracted_features, pull, write
+from mmdist_e2e.weights.pull import check_file, pull, write
+from mmdist_e2e.weights.registry import ENTRIES
 
 CPL = "cpl"
-OWN = Entry(CPL, "model", "", url="https://github.com/minghangz/cpl")
 
 
 @click.group("weights")
@@ -31,10 +33,8 @@ def list_command() -> None:
     for column in ("name", "kind", "modality", "network", "in the cache"):
         table.add_column(column, no_wrap=True)
     table.add_column("facts", overflow="fold")
-    for entry in registry.ENTRIES.values():
-        config = entry.config or (
-            registry.read_config(registry.cached_folder(entry)) if entry.ships else {}
-        )
+    for entry in ENTRIES.values():
+        config = _config(entry)
         missing = "no" if entry.digest else "no, supply it"
         held = "ships" if entry.ships else "yes" if registry.is_available(entry) else missing
         what = config.get("modality", ""), config.get("network", "")
@@ -50,8 +50,8 @@ def list_command() -> None:
 @click.option("--vocabulary", type=PATH, help="For cpl: the glove.pkl of its training.")
 @click.option(
     "--extractor",
-    help="For cpl: the extractor whose features the model reads (i3d-rgb-charades for "
-    "Charades-STA), or external:npy; by default external:hdf5, as CPL's published features.",
+    help="For cpl: the extractor whose features the model reads beside CPL's published ones "
+    "(i3d-rgb-charades for Charades-STA).",
 )
 def convert_command(
     name: str,
@@ -67,32 +67,29 @@ def convert_command(
     CPL's code (its folder is for evaluate and ground). FILE is verified if its digest is known,
     and opened without running any code in it.
     """
-    entry = OWN if name == CPL else registry.find(name, "shipped", "public")
-    if name != CPL and (vocabulary or extractor):
-        raise MmdistError(
-            f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
-        )
-    check_file(entry, file, digest)
-    check_out(out)
     if name != CPL:
-        write(entry, out, file)
-        click.echo(f"{out}: {name}, {_source(out)}")
-        return
-    if vocabulary is None:
+        if vocabulary or extractor:
+            raise MmdistError(
+                f"--vocabulary and --extractor belong to {CPL!r}; leave them out for {name!r}."
+            )
+        entry = registry.find(name, "shipped", "public")
+    elif vocabulary is None:
         raise MmdistError(
             f"{CPL!r} needs --vocabulary: the glove.pkl that the checkpoint was trained with."
         )
-    from mmdist_e2e.weights.cpl import convert_cpl, read_cpl
+    else:
+        needs = extractor or "external:hdf5", str(vocabulary)
+        entry = Entry(CPL, "model", "", url="https://github.com/minghangz/cpl", needs=needs)
+    check_file(entry, file, digest)
+    check_out(out)
+    write(entry, out, file)
+    click.echo(f"{out}: {name}, {_source(out)}, {registry.read_config(out)['trained_on']}")
 
-    released = read_cpl(file)
-    reads = extractor or "external:hdf5"
-    modality, matters = extracted_features(reads, released.recipe.model.feature_dim)
-    facts = convert_cpl(released, vocabulary, out, modality=modality, matters=matters)
-    known = "CPL's released file" if facts["released"] else "not a file known to be released"
-    click.echo(
-        f"{out}: {CPL}, {facts['dataset']}, {facts['vocabulary']} words, reads features of "
-        f"{matters['extractor']}; SHA-256 of the file {facts['sha256']}, {known}"
-    )
+
+def _config(entry: Entry) -> Mapping[str, Any]:
+    """The config of an entry, if it has one."""
+    held = entry.config is None and registry.is_available(entry)
+    return registry.read_config(registry.cached_folder(entry)) if held else entry.config or {}
 
 
 def _source(folder: Path) -> str:
@@ -111,7 +108,7 @@ def show_command(name: str) -> None:
     folder = registry.cached_folder(entry)
     facts, _, licence = entry.facts.rpartition("; ")
     terms = [f"{data}: {text}" for data, text in registry.TERMS.items() if data in facts]
-    held, own = registry.is_available(entry), "" if entry.digest else " --from FILE"
+    held = registry.is_available(entry)
     digest = entry.git_sha1 and f"{entry.git_sha1} (as a git object)"
     lines = {
         "what": facts,
@@ -120,10 +117,10 @@ def show_command(name: str) -> None:
         "needs": ", ".join(entry.needs),
         "address": entry.url,
         "digest": digest or entry.sha256 or (entry.url and "unknown: supply the file"),
-        "folder": folder if held else f"not in the cache; get it with: mmdist pull {name}{own}",
+        "folder": folder if held else f"not in the cache; get it with: {entry.command}",
         "file": _source(folder) if held else None,
     }
-    config = entry.config or (registry.read_config(folder) if held else {})
+    config = _config(entry)
     if "network" in config:
         lines |= {"network": config["network"], **profile_of(config)}
     for key, value in lines.items():
@@ -136,16 +133,15 @@ def show_command(name: str) -> None:
 def verify_command(names: tuple[str, ...]) -> None:
     """Check files against the digests that were recorded when they were made.
 
-    NAMES: of weights, or folders; by default all that ship or are in the cache.
+    NAMES: see mmdist weights list, or folders; by default all that ship or are in the cache.
     """
     damaged = []
-    for name in names or [
-        entry.name for entry in registry.ENTRIES.values() if registry.is_available(entry)
-    ]:
-        folder = Path(name) if Path(name).is_dir() else registry.cached_folder(registry.find(name))
+    for name in names or filter(lambda n: registry.is_available(ENTRIES[n]), ENTRIES):
+        entry = None if Path(name).is_dir() else registry.find(name)
+        folder = Path(name) if entry is None else registry.cached_folder(entry)
         if problem := registry.damage(folder):
-            ships = folder.parent == registry.SHIPPED_ROOT
-            repair = "install mmdist" if ships else f"delete {folder} and run: mmdist pull {name}"
+            repair = f"delete {folder} and run: {entry.command}" if entry else "restore it"
+            repair = "install mmdist again" if entry and entry.ships else repair
             damaged.append(f"{name}: {problem}; {repair}")
         else:
             click.echo(f"{name}: as recorded")

@@ -1,19 +1,18 @@
 """Converts CPL's released checkpoints (Zheng et al., CVPR 2022) to our checkpoint folders.
 
-CPL's public code saves `model_parameters` (119 tensors, with our names), `config` and
-`num_updates`. The ids of words follow from the `counter` in its glove.pkl.
+CPL's public code saves `model_parameters` (119 tensors, with our names) and `config`. The ids of
+words follow from the `counter` in its glove.pkl.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmdist_e2e.grounding.checkpoint import CARD, save_checkpoint
 from mmdist_e2e.grounding.config import Recipe, cpl
@@ -23,7 +22,7 @@ from mmdist_e2e.grounding.network import GroundingNetwork
 from mmdist_e2e.store import write_atomically
 from mmdist_e2e.structures import MmdistError, Provenance
 from mmdist_e2e.weights.download import git_blob_sha1
-from mmdist_e2e.weights.registry import ENTRIES, misfits, source_of
+from mmdist_e2e.weights.registry import ENTRIES, is_state, misfits, read_saved, source_of
 from mmdist_e2e.weights.words import read_cpl_pickle
 
 # Our setting and its place in CPL's config. A config without it gets the published value, the
@@ -78,88 +77,57 @@ DATASETS = {
 }
 
 
-@dataclass(frozen=True)
-class Released:
-    """The content of a CPL checkpoint."""
+def read_cpl(file: Path) -> tuple[Dataset, Recipe, GroundingNetwork]:
+    """The dataset, recipe and network in a checkpoint of CPL's public code; none of it is run.
 
-    file: Path
-    state: Mapping[str, Tensor]
-    settings: Mapping[str, Any]
-    updates: int | None
-
-    def setting(self, path: str) -> Any:
-        """The value at a dotted path of CPL's config; None if there is none."""
-        value: Any = self.settings
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return value
-
-    @property
-    def dataset(self) -> Dataset:
-        """Raises MmdistError for a dataset that CPL's code does not have."""
-        name = self.setting("dataset.dataset")
-        if name not in DATASETS:
-            raise MmdistError(
-                f"The config in '{self.file}' names the dataset {name!r}; CPL checkpoints of "
-                f"{' and '.join(DATASETS)} can be converted."
-            )
-        return DATASETS[name]
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe `cpl` with the tensors' shapes and the config's settings.
-
-        Raises MmdistError when the tensors are not those of such a network.
-        """
-        fc1 = "trans.decoder1.decoder_layers.{}.fc1"
-        try:
-            (hidden, feature_dim), (_, word_dim), (outputs, _), (spans, _), (feed_forward, _) = (
-                self.state[f"{name}.weight"].shape
-                for name in ("frame_fc", "word_fc", "fc_comp", "fc_gauss", fc1.format(0))
-            )
-        except (KeyError, ValueError) as error:
-            raise self.misfit(str(error)) from error
-        own = {ours: self.setting(theirs) for ours, theirs in SETTINGS.items()}
-        shape = {
-            "hidden": hidden,
-            "proposals": spans // 2,
-            "layers": sum(f"{fc1.format(i)}.weight" in self.state for i in range(len(self.state))),
-            "feed_forward": feed_forward,
-            "frame_divisor": 4.0,
-        }
-        recipe = cpl(
-            length=200, feature_dim=feature_dim, word_dim=word_dim, vocabulary_size=outputs - 1
-        )
-        return recipe.overridden(shape | {k: v for k, v in own.items() if v is not None})
-
-    def misfit(self, problems: str) -> MmdistError:
-        return MmdistError(
-            f"'{self.file}' does not hold the weights of a CPL network ({problems}); give a file "
-            f"that CPL's public code saved, like its model-best.pt."
-        )
-
-
-def read_cpl(file: Path) -> Released:
-    """Read a checkpoint of CPL's public code without running any code in it.
-
-    Raises MmdistError for a file that holds anything else.
+    Raises MmdistError for a file that holds anything else, or whose tensors are not those of such
+    a network, or of a dataset that CPL's code does not have.
     """
-    try:
-        raw: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes, read as a pickle, can raise anything
-        raise MmdistError(
-            f"'{file}' is not a CPL checkpoint that can be opened without running its code; give "
-            f"the public file as it was downloaded."
-        ) from error
+    raw = read_saved(file, "a CPL checkpoint")
     parts: Any = raw if isinstance(raw, Mapping) else {}
-    state, settings, updates = map(parts.get, ("model_parameters", "config", "num_updates"))
-    whole = isinstance(settings, Mapping) and isinstance(state, Mapping)
-    if not whole or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    state, settings = parts.get("model_parameters"), parts.get("config")
+    if not isinstance(settings, Mapping) or not is_state(state):
         raise MmdistError(
             f"'{file}' has no model_parameters and config, as a CPL checkpoint has; give CPL's "
             f"model-best.pt."
         )
-    return Released(file, state, settings, updates if isinstance(updates, int) else None)
+    name = _setting(settings, "dataset.dataset")
+    if name not in DATASETS:
+        raise MmdistError(
+            f"The config in '{file}' names the dataset {name!r}; CPL checkpoints of "
+            f"{' and '.join(DATASETS)} can be converted."
+        )
+    fc1 = "trans.decoder1.decoder_layers.{}.fc1"  # of each layer
+    own = {ours: _setting(settings, theirs) for ours, theirs in SETTINGS.items()}
+    try:
+        (hidden, feature_dim), (_, word_dim), (outputs, _), (spans, _), (feed_forward, _) = (
+            state[f"{name}.weight"].shape
+            for name in ("frame_fc", "word_fc", "fc_comp", "fc_gauss", fc1.format(0))
+        )
+        layers = sum(f"{fc1.format(i)}.weight" in state for i in range(len(state)))
+        shape = {"hidden": hidden, "proposals": spans // 2, "feed_forward": feed_forward}
+        shape |= {"layers": layers, "frame_divisor": 4.0}
+        recipe = cpl(
+            length=200, feature_dim=feature_dim, word_dim=word_dim, vocabulary_size=outputs - 1
+        ).overridden(shape | {k: v for k, v in own.items() if v is not None})
+        model = GroundingNetwork(recipe.model).eval()
+        problems = misfits(model.state_dict(), state)
+    except (KeyError, ValueError) as error:
+        problems = str(error)
+    if problems:
+        raise MmdistError(
+            f"'{file}' does not hold the weights of a CPL network ({problems}); give a file that "
+            f"CPL's public code saved, like its model-best.pt."
+        )
+    model.load_state_dict(state)
+    return DATASETS[name], recipe, model
+
+
+def _setting(config: Any, path: str) -> Any:
+    """The value at a dotted path; None if there is none."""
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
 
 
 def read_vocabulary(file: Path, size: int, dim: int) -> Vocabulary:
@@ -183,41 +151,32 @@ def read_vocabulary(file: Path, size: int, dim: int) -> Vocabulary:
 
 
 def convert_cpl(
-    released: Released,
+    file: Path,
     vocabulary_file: Path,
     out: Path,
-    *,
-    modality: str = "rgb",
-    matters: Mapping[str, Any] = PUBLISHED_FEATURES[0],
-    accepts: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
-    """Write a checkpoint folder with the answers of the released network.
+    features_of: Callable[[int], Mapping[str, Mapping[str, Any]]],
+) -> None:
+    """Write a checkpoint folder with the answers of the network in a file of CPL's.
 
-    matters: the provenance that features must have; by default that of imported HDF5 files, the
-    form of CPL's published features. accepts: others that it reads as well.
-    Returns facts: dataset, vocabulary (its size), sha256, released (whether the file is a known
-    released one), updates.
+    features_of: by modality the provenance that features of so many channels must have; published
+    ones, imported from HDF5 or .npy files, are read as well.
     Raises MmdistError for files that do not fit the network or each other.
     """
-    dataset, recipe = released.dataset, released.recipe
+    dataset, recipe, model = read_cpl(file)
     shape = recipe.model
-    model = GroundingNetwork(shape).eval()
-    if problems := misfits(model.state_dict(), released.state):
-        raise released.misfit(problems)
-    model.load_state_dict(released.state)
+    features = features_of(shape.feature_dim)
     vocabulary = read_vocabulary(vocabulary_file, shape.vocabulary_size, shape.word_dim)
-    is_released = git_blob_sha1(released.file) == ENTRIES[f"cpl-{dataset.name}"].git_sha1
+    names = {entry.git_sha1: entry.name for entry in ENTRIES.values()}
+    known, words = (names.get(git_blob_sha1(path)) for path in (file, vocabulary_file))
+    is_released = known == f"cpl-{dataset.name}"
+    own_words = f"cpl-vocabulary-{dataset.name}"
     # Two known files must belong together: equal sizes do not prove it.
-    found = git_blob_sha1(vocabulary_file)
-    ids = {d.name: ENTRIES[f"cpl-vocabulary-{d.name}"].git_sha1 for d in DATASETS.values()}
-    owner = next((d for d in DATASETS.values() if ids[d.name] == found), None)
-    if owner is not dataset and (owner is not None or is_released):
+    if words != own_words and (words or is_released):
         raise MmdistError(
-            f"'{vocabulary_file}' is not the vocabulary that CPL released for {dataset.title}"
-            f"{f' but that for {owner.title}' if owner else ''}; give the glove.pkl of its data."
+            f"'{vocabulary_file}' is {words or 'not a file that CPL released'}; this checkpoint "
+            f"needs the vocabulary of {dataset.title}: {own_words}."
         )
-    source = source_of(released.file)
-    source |= {"released": is_released, "updates": released.updates}
+    source = source_of(file) | {"released": is_released}
     origin = "CPL's released file" if is_released else "not the file that CPL released"
     facts = {
         "seed": "unknown",
@@ -226,14 +185,15 @@ def convert_cpl(
         "selected_by": "highest mIoU on the test split, as CPL chooses its best epoch",
         "longest_duration_seconds": dataset.longest_seconds,
         "source": source,
-        "accepts": list(accepts),
+        "accepts": PUBLISHED_FEATURES,
     }
     none_VLF = torch.empty(0, shape.length, shape.feature_dim)
-    table = FeatureTable((), none_VLF, {}, {modality: matters}, {modality: shape.feature_dim})
+    table = FeatureTable((), none_VLF, {}, features, dict.fromkeys(features, shape.feature_dim))
     save_checkpoint(
         out, model=model, recipe=recipe, vocabulary=vocabulary, table=table, facts=facts
     )
-    reads = " or ".join(f"`{each['extractor']}`" for each in (matters, *accepts))
+    kinds = (f"`{each['extractor']}`" for each in (*features.values(), *PUBLISHED_FEATURES))
+    reads = " or ".join(dict.fromkeys(kinds))
     text = f"""# cpl: moments of a video from a sentence, converted from CPL
 
 - **Origin**: a checkpoint of CPL (Zheng et al., CVPR 2022; github.com/minghangz/cpl), {origin},
@@ -251,4 +211,3 @@ def convert_cpl(
   training data are guesses.
 """
     write_atomically(out / CARD, text.encode())
-    return source | {"dataset": dataset.title, "vocabulary": len(vocabulary)}

@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], None] | None  # what, done, of how many
 
 @dataclass(frozen=True)
 class Entry:
-    r"""Public weights, or what belongs to them.
+    r"""What is known by a name.
 
     Attributes:
         kind: of a video network "shipped" (in the wheel) or "public" (downloaded, or supplied by
@@ -32,7 +32,7 @@ class Entry:
         git_sha1: the file's id as a git object: SHA-1 of b"blob <size>\\0" and the content.
         sha256: SHA-256 of the content.
         rename: converts a key of the public file to ours, where they differ.
-        needs: of a model, names of its extractor, of its PCA, if any, and of its vocabulary.
+        needs: of a model, its extractor, its PCA, if any, and its vocabulary: names, or paths.
     """
 
     name: str
@@ -55,6 +55,11 @@ class Entry:
         """By which a download is verified; without one nothing is downloaded."""
         return self.git_sha1 or self.sha256
 
+    @property
+    def command(self) -> str:
+        """The command that puts it into the cache."""
+        return f"mmdist pull {self.name}{'' if self.digest else ' --from FILE'}"
+
 
 def git_blob_sha1(path: Path) -> str:
     """The id of a file as a git object."""
@@ -70,18 +75,9 @@ def file_sha256(path: Path) -> str:
 
 
 def check_digest(entry: Entry, path: Path) -> None:
-    """Compare a file with every digest of the entry.
-
-    Raises MmdistError when one differs, or when the file cannot be read.
-    """
+    """Compare a file with every digest of the entry. Raises MmdistError when one differs."""
     for expected, compute in ((entry.git_sha1, git_blob_sha1), (entry.sha256, file_sha256)):
-        try:
-            actual = expected and compute(path)
-        except OSError as error:
-            raise MmdistError(
-                f"'{path}' cannot be read ({error.strerror}); give a readable file."
-            ) from error
-        if actual != expected:
+        if expected and (actual := compute(path)) != expected:
             raise MmdistError(
                 f"The file has the digest {actual}, not {expected}: it is not the file "
                 f"{entry.name!r}; download it again from {entry.url}."
@@ -98,9 +94,9 @@ def fetch(entry: Entry, folder: Path, progress: Progress = None) -> Path:
     import requests
 
     assert entry.url is not None
-    part = folder / f"{entry.digest}.part"
-    mirror = os.environ.get("MMDIST_MIRROR")
-    url = mirror.rstrip("/") + urlsplit(entry.url).path if mirror else entry.url
+    part, url = folder / f"{entry.digest}.part", entry.url
+    if mirror := os.environ.get("MMDIST_MIRROR"):
+        url = mirror.rstrip("/") + urlsplit(url).path
     with suppress(MmdistError):
         if _size(part):
             check_digest(entry, part)
@@ -117,8 +113,8 @@ def fetch(entry: Entry, folder: Path, progress: Progress = None) -> Path:
             kept = f", which continues after the {size:,} bytes that are kept" if size else ""
             raise MmdistError(
                 f"{entry.name!r} could not be downloaded from {url} ({_reason(error)}); connect to "
-                f"the network and try again{kept}, or bring the file from another machine (for "
-                f"weights: mmdist pull NAME --from FILE)."
+                f"the network and try again{kept}, or bring the file from another machine: "
+                f"mmdist pull {entry.name} --from FILE."
             ) from error
         except OSError as error:
             part.unlink(missing_ok=True)

@@ -5,8 +5,10 @@ Like cpl.py, it stands above the extractors and the grounding models, and import
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +43,20 @@ def pull(
     entries = [registry.find(name) for name in wanted]
     registry.check_supplied(entry for entry in entries if file is None or entry.name not in names)
     for entry in entries:
-        given = file if entry.name in names else None
-        if given or not registry.is_available(entry):
-            registry.install(entry, write, given, progress)
-        if entry.kind == "public":
-            registry.checkpoint_folder(entry.name)
-        elif entry.needs:
+        registry.install(entry, write, file if entry.name in names else None, progress)
+        if entry.needs:
             _agree_with_needs(entry)
     return {entry.name: registry.cached_folder(entry) for entry in entries}
 
 
 def _agree_with_needs(entry: Entry) -> None:
     """Make a model read the features that its extractor, with its profile and PCA, now gives."""
-    extractor, *pca, _ = entry.needs
     folders = {name: registry.cached_folder(registry.find(name)) for name in entry.needs}
     needs = {name: file_sha256(folder / "config.json") for name, folder in folders.items()}
     path = registry.cached_folder(entry) / "config.json"
     config = registry.read_config(path.parent)
     if config.get("needs") != needs:
-        reduced = registry.pulled_file(pca[0]) if pca else None
-        features = dict([extracted_features(extractor, config["model"]["feature_dim"], reduced)])
+        features = _features(entry, config["model"]["feature_dim"])
         write_json(path, config | {"features": features, "needs": needs})
 
 
@@ -68,8 +64,8 @@ def check_file(entry: Entry, file: Path, digest: str | None) -> None:
     """Raises MmdistError unless `file` can be that of the entry, with the SHA-256 `digest`."""
     if entry.ships:
         raise MmdistError(f"{entry.name!r} ships with mmdist and needs no file.")
-    if not file.is_file():
-        raise MmdistError(f"There is no file '{file}'; download it from {entry.url}.")
+    if not (file.is_file() and os.access(file, os.R_OK)):
+        raise MmdistError(f"There is no file '{file}' to read; download it from {entry.url}.")
     check_digest(entry, file)
     if digest is not None:
         check_digest(replace(entry, git_sha1=None, sha256=digest.strip().lower()), file)
@@ -78,16 +74,16 @@ def check_file(entry: Entry, file: Path, digest: str | None) -> None:
 def write(entry: Entry, folder: Path, file: Path) -> None:
     """Make an entry's folder from its public file. Raises MmdistError where it does not fit."""
     if entry.kind == "model":
-        from mmdist_e2e.weights.cpl import PUBLISHED_FEATURES, convert_cpl, read_cpl
+        from mmdist_e2e.weights.cpl import convert_cpl
 
-        reads, words = {"extractor": entry.needs[0]}, registry.pulled_file(entry.needs[-1])
-        convert_cpl(read_cpl(file), words, folder, matters=reads, accepts=PUBLISHED_FEATURES)
+        words = registry.file_named(Path(entry.needs[-1]))
+        convert_cpl(file, words, folder, partial(_features, entry))
     elif entry.kind == "file":
         if not entry.digest:
             from mmdist_e2e.extractors.networks.pca import Pca
 
             Pca.load(file)
-        registry.write_files(entry, folder, file, {entry.name: file.read_bytes()})
+        registry.write_file(entry, folder, file)
     else:
         from mmdist_e2e.extractors.runner import build
 
@@ -95,15 +91,15 @@ def write(entry: Entry, folder: Path, file: Path) -> None:
         registry.write_network(entry, folder, file, build(entry.config).state_dict())
 
 
-def extracted_features(
-    extractor: str, channels: int, pca: Path | None = None
-) -> tuple[str, Mapping[str, Any]]:
-    """Modality and provenance of an extractor's features, or of imported ones (external:NAME).
+def _features(entry: Entry, channels: int) -> dict[str, Mapping[str, Any]]:
+    """Modality and provenance of the features that a model's extractor gives.
 
+    The extractor external:NAME stands for imported features.
     Raises MmdistError for an unknown extractor, or one that does not give so many channels.
     """
+    extractor, *reduced, _ = entry.needs
     if extractor.startswith("external:"):
-        return "rgb", Provenance.external(extractor.removeprefix("external:")).matters
+        return {"rgb": Provenance.external(extractor.removeprefix("external:")).matters}
 
     import torch
 
@@ -111,6 +107,7 @@ def extracted_features(
     from mmdist_e2e.extractors.profiles import describe
     from mmdist_e2e.extractors.runner import build
 
+    pca = registry.file_named(Path(reduced[0])) if reduced else None
     spec = describe(extractor, pca=pca)
     with torch.device("meta"):
         own = COMPONENTS if pca else build(spec.config).feature_channels
@@ -119,4 +116,4 @@ def extracted_features(
             f"The checkpoint reads features of {channels} channels and the extractor "
             f"{extractor!r} gives {own}; name another, or external:hdf5 for published features."
         )
-    return spec.modality, spec.matters
+    return {spec.modality: spec.matters}

@@ -154,6 +154,15 @@ def _cpl(data: str, title: str, model_id: str, words_id: str, *needs: str) -> tu
     return words, Entry(f"cpl-{data}", "model", about, None, model, model_id, needs=needs)
 
 
+def _splits(name: str, title: str, path: str, **git_sha1s: str) -> list[Entry]:
+    """The annotations of a data set in CPL's repository, a file for each split."""
+    facts = f"{title}; {NO_LICENCE}"
+    return [
+        Entry(f"{name}-{split}", "file", facts, None, f"{CPL}/data/{path.format(split)}", git_sha1)
+        for split, git_sha1 in git_sha1s.items()
+    ]
+
+
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
@@ -177,6 +186,21 @@ ENTRIES: dict[str, Entry] = {
             PCA,
         ),
         Entry(PCA, "file", "PCA_activitynet_v1-3.hdf5, for C3D features; unknown", None, PCA_PAGE),
+        *_splits(
+            "charades-sta",
+            "Charades-STA in CPL's rows (protocol cpl)",
+            "charades/{}.json",
+            train="5f7e6554d1e101db7c08ff63144f379dfcebeac4",
+            test="5d9687e7d1c6977bbe6ae52c8075fa001a01be17",
+        ),
+        *_splits(
+            "activitynet-captions",
+            "ActivityNet Captions in CPL's rows (protocol official; val is val_1, test is val_2)",
+            "activitynet/{}_data.json",
+            train="debbd00e24bc7bf0595de5fd2effec5b48a7e32c",
+            val="d57356fceedf5580bee0afa06fa176e4fbb3ec3b",
+            test="2ea972a413add2523b0a17f71af4406dd4da511d",
+        ),
     )
 }
 
@@ -191,11 +215,10 @@ TERMS = {
     "synthetic world": "drawn by mmdist, Apache-2.0",
 }
 
-DEFAULT_RGB_EXTRACTOR = "world2-rgb"
+DEFAULT_EXTRACTORS = {"rgb": "world2-rgb", "flow": "world2-flow"}
 SHIPPED_MODEL = SHIPPED_ROOT / "student-world2"
 # What config.json records of a public file, beside the entry's own config.
 RECORD = ("name", "trained_on", "source", "files")
-Writer = Callable[[Entry, Path, Path], None]
 
 
 def cache_folder() -> Path:
@@ -241,48 +264,71 @@ def checkpoint_folder(name_or_path: str) -> Path:
     if whole and name_or_path not in ENTRIES:
         return folder
     entry = find(name_or_path, "shipped", "public")
-    folder = cached_folder(entry)
-    if not is_available(entry):
-        check_supplied([entry])
-        install(entry, write_network, None)
-    elif entry.kind == "public":
-        config = read_config(folder)
-        record = {key: config[key] for key in RECORD if key in config}
-        current = json.loads(json.dumps(entry.config)) | record
-        if config != current:  # an older version made it, with another profile
-            write_json(folder / "config.json", current)
-    return folder
+    install(entry, write_network)
+    return cached_folder(entry)
+
+
+def pulled_file(name: str, progress: Progress = None) -> Path:
+    """The file of an entry of the kind "file", downloaded on first use.
+
+    Raises MmdistError as `checkpoint_folder`.
+    """
+    entry = find(name, "file")
+    install(entry, write_file, progress=progress)
+    return cached_folder(entry) / name
+
+
+def file_named(path: Path) -> Path:
+    """The path, or, where nothing is there, the file that it names. Raises as `pulled_file`."""
+    entry = ENTRIES.get(str(path))
+    is_name = entry is not None and entry.kind == "file" and not path.exists()
+    return pulled_file(str(path)) if is_name else path
 
 
 def check_supplied(entries: Iterable[Entry]) -> None:
     """Raises MmdistError naming all that are missing and that only the user can supply."""
     missing = [e for e in entries if not e.digest and not is_available(e)]
     if missing:
-        steps = [f"\n  mmdist pull {e.name} --from FILE    (FILE: from {e.url})" for e in missing]
+        steps = [f"\n  {entry.command}    (FILE: from {entry.url})" for entry in missing]
         raise MmdistError(
             f"mmdist knows no digest to verify {' and '.join(e.name for e in missing)} by, so it "
             f"does not download it; get the file yourself and run once:{''.join(steps)}"
         )
 
 
-def install(entry: Entry, write: Writer, file: Path | None, progress: Progress = None) -> None:
+def install(
+    entry: Entry,
+    write: Callable[[Entry, Path, Path], None],
+    file: Path | None = None,
+    progress: Progress = None,
+) -> None:
     """Make an entry's folder in the cache, one process at a time: the others wait and use it.
 
-    write: called with the entry, its folder and the public file; without `file` a download.
-    Raises MmdistError as `fetch` and `write`, and when the cache cannot be written.
+    write: called with the entry, its folder and the public file. file: replaces what is there; by
+    default the file is downloaded if it is not there.
+    Raises MmdistError as `check_supplied`, `fetch` and `write`, and for a read-only cache.
     """
+    folder = cached_folder(entry)
+    if file is None and is_available(entry):
+        if entry.kind == "public":
+            config = read_config(folder)
+            record = {key: config[key] for key in RECORD if key in config}
+            current = json.loads(json.dumps(entry.config)) | record
+            if config != current:  # an older version made it, with another profile
+                write_json(folder / "config.json", current)
+        return
+    check_supplied([] if file else [entry])
     from filelock import FileLock
 
-    folder = cached_folder(entry)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{entry.name}.lock")):
-            if file is None and is_available(entry):
-                return
-            source = file or fetch(entry, folder.parent, progress)
-            write(entry, folder, source)
-            if file is None:
-                source.unlink()
+            if file is not None:
+                write(entry, folder, file)
+            elif not is_available(entry):
+                part = fetch(entry, folder.parent, progress)
+                write(entry, folder, part)
+                part.unlink()
     except (OSError, NotImplementedError) as error:  # a file system without locks
         raise MmdistError(
             f"{entry.name!r} cannot be kept in {folder} "
@@ -291,28 +337,41 @@ def install(entry: Entry, write: Writer, file: Path | None, progress: Progress =
         ) from error
 
 
-def read_state(entry: Entry, path: Path) -> dict[str, Tensor]:
-    """The weights in a public file, under our keys; no code in the file is run.
+def read_saved(path: Path, what: str) -> Any:
+    """What torch.save wrote, read without running any code in it.
 
-    Raises MmdistError for a file that does not hold named tensors.
+    Raises MmdistError, naming `what` was expected, for a file that cannot be opened in this way.
     """
     import torch
 
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise MmdistError(f"'{path}' cannot be read ({error}); give a readable file.") from error
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes read as a pickle raise anything at all
         raise MmdistError(
-            f"'{path}' does not hold the weights {entry.name!r} in a form that can be opened "
-            f"without running its code; give the public file as it was downloaded."
+            f"'{path}' does not hold {what} in a form that can be opened without running its code; "
+            f"give the public file as it was downloaded."
         ) from error
+
+
+def is_state(value: Any) -> bool:
+    """Whether a value is a table of named tensors."""
+    import torch
+
+    return isinstance(value, Mapping) and all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items()
+    )
+
+
+def read_state(entry: Entry, path: Path) -> dict[str, Tensor]:
+    """The weights in a public file, under our keys.
+
+    Raises MmdistError for a file that does not hold named tensors.
+    """
+    state = read_saved(path, f"the weights {entry.name!r}")
     for wrapper in ("model_state", "state_dict"):  # pytorchvideo's, and the usual name
         if isinstance(state, Mapping):
             state = state.get(wrapper, state)
-    if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
+    if not is_state(state):
         raise MmdistError(
             f"'{path}' is not a table of named weights; give the public file of {entry.name!r}."
         )
@@ -335,13 +394,18 @@ def write_network(
     write_files(entry, folder, file, {"model.safetensors": save(state)})
 
 
+def write_file(entry: Entry, folder: Path, file: Path) -> None:
+    """Keep a public file as it is."""
+    write_files(entry, folder, file, {entry.name: file.read_bytes()})
+
+
 def write_files(entry: Entry, folder: Path, file: Path, files: Mapping[str, bytes]) -> None:
     """Write what was made of a public file and, last, config.json with all digests."""
     (folder / "config.json").unlink(missing_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     source = source_of(file)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     facts = f"public weights of SHA-256 {source['sha256'][:16]}…: {entry.facts}"
     record = dict(zip(RECORD, (entry.name, facts, source, digests), strict=True))
     write_json(folder / "config.json", {**(entry.config or {}), **record})
@@ -350,19 +414,6 @@ def write_files(entry: Entry, folder: Path, file: Path, files: Mapping[str, byte
 def source_of(file: Path) -> dict[str, Any]:
     """SHA-256 and size of a public file."""
     return {"sha256": file_sha256(file), "bytes": file.stat().st_size}
-
-
-def pulled_file(name: str) -> Path:
-    """The file of an entry of the kind "file". Raises MmdistError when the user must supply it."""
-    check_supplied([ENTRIES[name]])
-    return cached_folder(ENTRIES[name]) / name
-
-
-def file_named(path: Path) -> Path:
-    """The path, or the file in the cache that it names. Raises MmdistError before it is pulled."""
-    entry = ENTRIES.get(str(path))
-    is_name = entry is not None and entry.kind == "file" and not path.exists()
-    return pulled_file(str(path)) if is_name else path
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -32,17 +32,16 @@ PERMITTED = (
 )  # fmt: skip
 
 
-class _RefusedError(Exception):
-    """A pickle named something outside PERMITTED."""
-
-
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):  # how pickle protocol 2 stores bytes
             return lambda text, _: text.encode("latin1")
         module = module.replace("numpy.core.", "numpy._core.")  # pickles of numpy 1 load too
         if f"{module}.{name}" not in PERMITTED:
-            raise _RefusedError(f"{module}.{name}")
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, and mmdist loads only numpy arrays, dicts and "
+                f"counters: it may be malicious"
+            )
         return super().find_class(module, name)
 
 
@@ -54,28 +53,17 @@ def load_restricted(path: Path) -> Any:
     """
     try:
         return _RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
-    except _RefusedError as error:
-        raise MmdistError(
-            f"The pickle '{path}' asks for {error}, but mmdist loads only numpy arrays, dicts and "
-            f"counters from a pickle; it may be malicious, so ask for the data in another format."
-        ) from error
-    except OSError as error:
-        raise MmdistError(
-            f"'{path}' cannot be read ({error.strerror}); give GloVe text or CPL's glove.pkl."
-        ) from error
     except Exception as error:  # a damaged pickle can raise anything
+        reason = getattr(error, "strerror", None) or error
         raise MmdistError(
-            f"'{path}' is not a readable pickle ({type(error).__name__}); give a GloVe text file "
-            f"or CPL's glove.pkl."
+            f"'{path}' cannot be read as a pickle ({reason}); give GloVe text or CPL's glove.pkl."
         ) from error
 
 
 SHIPPED_NAME = "glove-6b-50d-20k"
 SHIPPED_PATH = Path(__file__).parent / "data" / f"{SHIPPED_NAME}.safetensors"
 
-# A checkpoint that does not use the shipped vectors holds those of this many most frequent words
-# and of the words of its training sentences.
-FREQUENT_WORDS = 20_000
+FREQUENT_WORDS = 20_000  # that a checkpoint holds beside those of its training sentences
 LINES_LOOKED_AT = 100  # the first lines of a text file tell how many numbers a word has
 
 
@@ -165,15 +153,14 @@ def load_word_vectors(path: Path | None) -> WordVectors:
     try:
         with path.open("rb") as file:
             is_pickle = file.read(1) == b"\x80"  # the first byte of pickle protocol 2 and later
-        return read_cpl_pickle(path, _own_words) if is_pickle else _from_text(path)
     except OSError as error:
         raise MmdistError(
             f"'{path}' cannot be read ({error.strerror}); give a readable file."
         ) from error
-
-
-def _own_words(raw: Any) -> list[str]:
-    return [word for word in raw["w2id"] if not word.startswith("<")]  # <PAD>, <UNK>: no words
+    if not is_pickle:
+        return _from_text(path)
+    # <PAD> and <UNK> are no words.
+    return read_cpl_pickle(path, lambda raw: (w for w in raw["w2id"] if not w.startswith("<")))
 
 
 def read_cpl_pickle(path: Path, choose: Callable[[Any], Iterable[str]]) -> WordVectors:

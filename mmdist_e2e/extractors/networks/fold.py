@@ -62,7 +62,7 @@ def prepare_for_inference(network: nn.Module, device: torch.device | str, bf16: 
     ready = ready.to(device, torch.bfloat16 if bf16 else None)
     if device.type == "cpu":
         for path, module in list(ready.named_modules()):
-            if isinstance(module, Unit3D) and module.stride == (1, 1, 1) and _fuses(module):
+            if isinstance(module, Unit3D) and _fuses(module):
                 ready.set_submodule(path, ConvReLU(module))
             elif isinstance(module, nn.AvgPool3d) and bf16:
                 ready.set_submodule(path, SinglePrecision(module))
@@ -73,9 +73,9 @@ def prepare_for_inference(network: nn.Module, device: torch.device | str, bf16: 
 
 
 def _fuses(unit: Unit3D) -> bool:
-    """Whether this build of torch has the fused operator for the weights of this unit."""
-    built = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    return built and unit.conv3d.weight.dtype in (torch.float32, torch.bfloat16)
+    """Whether this build of torch has the fused operator for this unit."""
+    fits = unit.stride == (1, 1, 1) and unit.conv3d.weight.dtype in (torch.float32, torch.bfloat16)
+    return fits and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 class ConvReLU(nn.Module):

@@ -45,12 +45,6 @@ class Pca:
         """
         try:
             digest = file_sha256(path)[:16]
-        except OSError as error:
-            raise MmdistError(
-                f"The PCA file '{path}' cannot be read ({error.strerror}); give an HDF5 or .npz "
-                f"file with {MEAN} and {BASIS}."
-            ) from error
-        try:
             mean, basis = _read(path)
         except ImportError as error:
             raise MmdistError(
@@ -59,9 +53,10 @@ class Pca:
         except (
             KeyError, ValueError, OSError, AttributeError, TypeError, zipfile.BadZipFile
         ) as error:  # fmt: skip
+            reason = getattr(error, "strerror", None) or error
             raise MmdistError(
-                f"'{path}' is not a PCA file ({error}); give an HDF5 or .npz file with {MEAN} and "
-                f"{BASIS}."
+                f"'{path}' cannot be read as a PCA file ({reason}); give an HDF5 or .npz file with "
+                f"{MEAN} and {BASIS}."
             ) from error
         mean_D = mean.reshape(-1)  # also of one row or one column
         problem = ""
@@ -74,8 +69,7 @@ class Pca:
             problem = "holds values that are not finite; download it again"
         if problem:
             raise MmdistError(f"The PCA file '{path}' {problem}.")
-        basis_DK = np.ascontiguousarray(basis[:, :components])
-        return cls(mean_D, basis_DK, digest)
+        return cls(mean_D, np.ascontiguousarray(basis[:, :components]), digest)
 
     def apply(self, rows_SD: NDArray[np.float32]) -> NDArray[np.float32]:
         """(x − mean) · U of each row: [S, K] float32."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MmdistError, check_choice
 from mmdist_e2e.weights.registry import PUBLIC
 
 # The clip length that each backbone was published with.
@@ -35,10 +35,19 @@ class HubBackbone(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        if name not in FRAMES:
-            raise MmdistError(f"The backbone {name!r} is unknown; valid: {', '.join(FRAMES)}.")
+        check_choice("The backbone", name, list(FRAMES))
+        try:
+            with warnings.catch_warnings():
+                # torchvision compiles with torch.jit as it is imported, which is deprecated.
+                warnings.simplefilter("ignore", FutureWarning)
+                hub: Any = importlib.import_module("pytorchvideo.models.hub")
+        except ImportError as error:
+            raise MmdistError(
+                f"pytorchvideo's backbones need the extra `backbones` ({error}); install it with: "
+                f'pip install "mmdist-e2e[backbones]"'
+            ) from error
         self.name = name
-        network: Any = getattr(_hub(), name)(pretrained=False)
+        network: Any = getattr(hub, name)(pretrained=False)
         head: Any = network.head if name.startswith("mvit") else network.blocks[-1]
         self.feature_channels: int = head.proj.in_features
         head.proj = _LeftOut(head.proj.in_features, head.proj.out_features)
@@ -59,9 +68,8 @@ class HubBackbone(nn.Module):
                 f"{self.name} reads clips of 3 channels and {frames} frames, "
                 f"[batch, 3, {frames}, height, width]; got {list(frames_BCTHW.shape)}."
             )
-        slowfast = self.name.startswith("slowfast")
-        given = slow_and_fast(frames_BCTHW) if slowfast else frames_BCTHW
-        rows_BD: Tensor = self.network(given)
+        two_inputs = self.name.startswith("slowfast")
+        rows_BD: Tensor = self.network(slow_and_fast(frames_BCTHW) if two_inputs else frames_BCTHW)
         return rows_BD[:, None]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +77,6 @@ class HubBackbone(nn.Module):
         return self.network.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load published keys."""
         return self.network.load_state_dict(*args, **kwargs)
 
 
@@ -83,23 +90,9 @@ class _LeftOut(nn.Linear):
 def slow_and_fast(frames_BCTHW: Tensor) -> list[Tensor]:
     """SlowFast's two inputs: T/4 frames spread evenly from the first to the last, and all frames.
 
-    As published, frame i of the slow ones is ⌊i · (T − 1) / (T/4 − 1)⌋: 0, 4, 8, 13, 17, 22, 26
-    and 31 of 32.
+    As published, these are ⌊i · (T − 1) / (T/4 − 1)⌋: of 32 frames 0, 4, 8, 13, 17, 22, 26, 31.
     """
     frames = frames_BCTHW.shape[2]
     slow = frames // 4  # SlowFast's α
     indices = torch.arange(slow, device=frames_BCTHW.device) * (frames - 1) // (slow - 1)
     return [frames_BCTHW.index_select(2, indices), frames_BCTHW]
-
-
-def _hub() -> Any:
-    try:
-        with warnings.catch_warnings():
-            # torchvision compiles with torch.jit as it is imported, which is deprecated.
-            warnings.simplefilter("ignore", FutureWarning)
-            return importlib.import_module("pytorchvideo.models.hub")
-    except ImportError as error:
-        raise MmdistError(
-            f"pytorchvideo's backbones need the extra `backbones` ({error}); install it with: "
-            f'pip install "mmdist-e2e[backbones]"'
-        ) from error

@@ -4,63 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.store import check_out, staged
-from mmdist_e2e.structures import MmdistError, check_choice
-from mmdist_e2e.weights.download import Entry, fetch, git_blob_sha1
+from mmdist_e2e.structures import check_choice
+from mmdist_e2e.weights.download import Progress
+from mmdist_e2e.weights.registry import ENTRIES, pulled_file
 
-URL = "https://github.com/minghangz/cpl/raw/main/data/"
-DIGESTS = {  # of files there, as git objects
-    "charades/train.json": "5f7e6554d1e101db7c08ff63144f379dfcebeac4",
-    "charades/test.json": "5d9687e7d1c6977bbe6ae52c8075fa001a01be17",
-    "charades/glove.pkl": "e0320a97dc583316c2b56ace462b1fafc326691b",
-    "activitynet/train_data.json": "debbd00e24bc7bf0595de5fd2effec5b48a7e32c",
-    "activitynet/val_data.json": "d57356fceedf5580bee0afa06fa176e4fbb3ec3b",
-    "activitynet/test_data.json": "2ea972a413add2523b0a17f71af4406dd4da511d",
-    "activitynet/glove.pkl": "4384500e128d5c450b4b8de9e46f34b1223f8e64",
+PAGES = {  # of the videos, by data set
+    "charades-sta": "prior.allenai.org/projects/charades",
+    "activitynet-captions": "activity-net.org",
 }
-PAGES = {"charades": "prior.allenai.org/projects/charades", "activitynet": "activity-net.org"}
-DATASETS = {  # by name: what it is, and which files of DIGESTS
-    "charades-sta": ("Charades-STA in CPL's rows (protocol cpl)", "charades/*.json"),
-    "activitynet-captions": (
-        "ActivityNet Captions in CPL's rows (protocol official; val is val_1, test is val_2)",
-        "activitynet/*.json",
-    ),
-    "cpl-vocabulary-charades": ("CPL's word vectors for Charades-STA", "charades/*.pkl"),
-    "cpl-vocabulary-activitynet": ("CPL's word vectors for ActivityNet", "activitynet/*.pkl"),
-}
+VOCABULARIES = [name for name in ENTRIES if name.startswith("cpl-vocabulary-")]
 
 
-def pull(name: str, out: Path) -> list[str]:
+def pull(name: str, out: Path, progress: Progress = None) -> list[str]:
     """Fetch the files of a data set by its name into the folder `out`, all or none of them.
 
-    A file that is there already is kept. Returns lines to print: the files, what they are, where
-    the videos are. Raises MmdistError for an unknown name, a failed download, a file of another
-    digest than the known one, and where `out` holds another file of that name.
+    Returns lines to print: the files, what they are, where the videos are. Raises MmdistError for
+    an unknown name, a failed download, a file of another digest than the known one, and where
+    `out` holds another file of that name.
     """
-    check_choice("The data set", name, list(DATASETS))
+    check_choice("The data set", name, [*PAGES, *VOCABULARIES])
     check_out(out)
-    what, pattern = DATASETS[name]
-    found = [there for there in DIGESTS if Path(there).match(pattern)]
-    files = {out / Path(there).name.replace("_data", ""): there for there in found}
+    found = [entry for entry in ENTRIES.values() if f"{entry.name}-".startswith(f"{name}-")]
+    lines = []
     with staged(out) as folder:
         folder.mkdir()
-        for path, there in files.items():
-            if path.exists() and not (path.is_file() and git_blob_sha1(path) == DIGESTS[there]):
-                raise MmdistError(
-                    f"{path} exists and is not that of {name}; move it, or give another --out."
-                )
-            if not path.exists():
-                entry = Entry(there, "public", what, url=URL + there, git_sha1=DIGESTS[there])
-                with tempfile.TemporaryDirectory(dir=folder) as downloads:
-                    fetch(entry, Path(downloads)).replace(folder / path.name)
-    page = PAGES[pattern.partition("/")[0]]
-    videos = f"Videos may not be redistributed; get them at {page}."
-    return [*map(str, files), f"{what}.", videos]
+        for entry in found:
+            file = Path(str(entry.url)).name.replace("_data", "")
+            shutil.copyfile(pulled_file(entry.name, progress), folder / file)
+            lines.append(f"{out / file}: {entry.facts}.")
+    if name in PAGES:
+        lines.append(f"Videos may not be redistributed; get them at {PAGES[name]}.")
+    return lines
 
 
 # The splits that papers report on, by `fingerprint`.
