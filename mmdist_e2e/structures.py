@@ -123,6 +123,12 @@ class Answer(Sequence[Moment]):
         return f"<table><caption>{escape(title)}</caption>{rows}</table><p>{below}</p>"
 
 
+def even_times(rows: int, seconds: float) -> NDArray[np.float64]:
+    """[S, 2]: start and end in seconds of S rows that divide a video evenly."""
+    edges = np.linspace(0.0, seconds, rows + 1)
+    return np.stack([edges[:-1], edges[1:]], axis=1)
+
+
 @dataclass(frozen=True)
 class Provenance:
     """How features were made.
@@ -148,6 +154,22 @@ class Provenance:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Provenance:
         return cls(raw["matters"], raw.get("info", {}), raw.get("source", {}))
+
+    def row_times(self, rows: int, seconds: float) -> NDArray[np.float64]:
+        """[S, 2]: start and end in seconds of S rows of a video that lasts `seconds`.
+
+        Row i starts at (i · stride + offset) / effective_fps and lasts window / effective_fps, or
+        to the end of the video; the last row always ends there. Without these fields, rows divide
+        the video evenly.
+        """
+        known = {**self.matters, **self.info}
+        fps, stride, window = (known.get(key) for key in ("effective_fps", "stride", "window"))
+        if not (fps and stride and window):
+            return even_times(rows, seconds)
+        starts = (np.arange(rows, dtype=np.float64) * stride + known.get("offset", 0)) / fps
+        times_S2 = np.stack([starts, starts + window / fps], axis=1).clip(max=seconds)
+        times_S2[-1, 1] = seconds
+        return times_S2
 
 
 def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
@@ -216,6 +238,4 @@ class Features:
         data = np.empty((length, self.data.shape[1]), dtype=np.float32)
         for i, (left, right) in enumerate(itertools.pairwise(edges)):
             data[i] = self.data[left:right].mean(axis=0) if left < right else self.data[left]
-        bounds = np.linspace(0.0, self.duration_seconds, length + 1)
-        times = np.stack([bounds[:-1], bounds[1:]], axis=1)
-        return replace(self, data=data, times=times)
+        return replace(self, data=data, times=even_times(length, self.duration_seconds))

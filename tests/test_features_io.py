@@ -18,7 +18,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.extractors.runner import row_times
 from mmdist_e2e.grounding.data.features import load_features, open_features
 from mmdist_e2e.store import FeatureStore, row_writer
 from mmdist_e2e.structures import Features, MmdistError, Provenance
@@ -51,11 +50,10 @@ def extracted(
     """As mmdist extract makes them of a video at `fps`, whose last windows run past its end."""
     data = np.random.default_rng(rows).normal(size=(rows, 6)).astype(np.float32)
     seconds = ((rows - 1) * 8 + 5) / fps
-    times = row_times(rows, window=window, stride=8, fps=fps, duration_seconds=seconds)
     matters = {"extractor": "toy", "fps": 25.0, "stride": 8, "window": window, **matters}
     source = {"bytes": rows, "digest": "é"}
     made = Provenance(matters, {"effective_fps": fps, "trained_on": "toys"}, source)
-    return Features(data, times, seconds, modality, made)
+    return Features(data, made.row_times(rows, seconds), seconds, modality, made)
 
 
 def irregular(rows: int) -> Features:

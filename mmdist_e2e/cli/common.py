@@ -183,7 +183,6 @@ skip_missing = click.option(
 protocol = click.option(
     "--protocol",
     default="official",
-    show_default=True,
     type=click.Choice(PROTOCOLS),
     help="official keeps all queries; cpl drops those that end after their video.",
 )
@@ -191,7 +190,6 @@ protocol = click.option(
 preset = click.option(
     "--preset",
     default="paper",
-    show_default=True,
     type=click.Choice(list(PRESETS)),
     help="Where settings come from: the paper, its values on ActivityNet Captions, or what did "
     "better with few queries. --length and --set replace single ones.",
@@ -206,6 +204,5 @@ length = click.option(
 device = click.option(
     "--device",
     default="auto",
-    show_default=True,
     help="Where networks run: auto, cpu, cuda or cuda:N.",
 )

@@ -35,7 +35,7 @@ def data_group() -> None:
 
 @data_group.command("pull")
 @click.argument("name")
-@click.option("--out", default="annotations", show_default=True, type=common.PATH, help="Folder.")
+@click.option("--out", default="annotations", type=common.PATH, help="Folder.")
 def pull_command(name: str, out: Path) -> None:
     """Fetch the annotations NAME and verify their digests.
 

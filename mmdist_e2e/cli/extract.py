@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa: A002 - click's
     """An option with a fixed set of values, the default first."""
     return click.option(
-        flag, default=valid[0], show_default=True, type=click.Choice(valid), help=help
+        flag, default=valid[0], type=click.Choice(valid), help=help
     )
 
 
@@ -34,7 +34,6 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
     "--out",
     type=common.PATH,
     default=FEATURES,
-    show_default=True,
     help="Folder for the feature files; made if missing.",
 )
 @click.option(
@@ -64,7 +63,6 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
     "--deadline",
     "stall_seconds",
     default=60.0,
-    show_default=True,
     type=click.FloatRange(min=0.1),
     help="Seconds without a new frame after which a video fails.",
 )

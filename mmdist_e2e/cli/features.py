@@ -17,7 +17,6 @@ ABOVE_0 = click.FloatRange(0, min_open=True)
 modality = click.option(
     "--modality",
     default="rgb",
-    show_default=True,
     type=click.Choice(MODALITIES),
     help="Which features of a store; what imported arrays are.",
 )

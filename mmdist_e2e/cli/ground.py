@@ -38,7 +38,7 @@ from mmdist_e2e.workspace import RECIPES, VIDEOS, newest_run
     multiple=True,
     help="Folder of an extractor that is not in the registry; once per modality.",
 )
-@click.option("--top-k", default=5, show_default=True, help="Maximum number of moments.")
+@click.option("--top-k", default=5, help="Maximum number of moments.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: an object, or a list for several queries."
 )

@@ -19,27 +19,24 @@ from mmdist_e2e.workspace import RUNS, fill
 
 @click.command("reproduce")
 @click.option(
-    "--tables", default="1,3,4,5", show_default=True, help="Numbers of the paper's tables."
+    "--tables", default="1,3,4,5", help="Numbers of the paper's tables."
 )
 @options.places("rgb", "flow", "train", "val", "annotations", "glove", "durations")
 @click.option(
     "--out",
     default=RUNS / "paper",
-    show_default=True,
     type=PATH,
     help="Folder of all runs and of table.md.",
 )
 @click.option(
     "--seeds",
     default=5,
-    show_default=True,
     type=click.IntRange(min=1),
     help="Number of seeds of the rows of Table 1.",
 )
 @click.option(
     "--ablation-seeds",
     default=3,
-    show_default=True,
     type=click.IntRange(min=1),
     help="Number of seeds of the other rows.",
 )

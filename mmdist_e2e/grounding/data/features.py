@@ -116,30 +116,11 @@ class FeatureSource:
             own = Provenance.external(self.kind).to_json()
             provenance = Provenance.from_json(record.get("provenance", own))
             seconds = float(record["duration"])
-            times_S2 = np.array(record.get("times", row_times(provenance, len(data_SF), seconds)))
+            times = record.get("times", provenance.row_times(len(data_SF), seconds))
             modality = record.get("modality", self.modality)
-            return Features(data_SF, times_S2, seconds, modality, provenance)
+            return Features(data_SF, np.array(times), seconds, modality, provenance)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MmdistError(f"The features of '{video}' in '{self.path}': {error}") from error
-
-
-def row_times(provenance: Provenance, rows: int, seconds: float) -> NDArray[np.float64]:
-    """[S, 2]: start and end of rows in seconds, as the provenance has their grid.
-
-    Row i starts at (i · stride + offset) / fps and lasts window / fps, or to the end of the video;
-    the last row always ends there. Without a grid, rows divide the video evenly.
-    """
-    known = {**provenance.matters, **provenance.info}
-    fps, stride, window = (known.get(key) for key in ("effective_fps", "stride", "window"))
-    if not (fps and stride and window):
-        edges = np.linspace(0.0, seconds, rows + 1)
-        return np.stack([edges[:-1], edges[1:]], axis=1)
-    starts = (np.arange(rows, dtype=np.float64) * stride + known.get("offset", 0)) / fps
-    times_S2: NDArray[np.float64] = np.minimum(
-        np.stack([starts, starts + window / fps], axis=1), seconds
-    )
-    times_S2[-1, 1] = seconds
-    return times_S2
 
 
 def require_h5py(path: Path) -> Any:
