@@ -288,13 +288,11 @@ def load(
     """Load a grounding model; by default the shipped one.
 
     Args:
-        model: folder of a training run or a checkpoint, or a name (see: mmdist weights list); a
-            public model is downloaded on first use, with its extractor and vocabulary.
+        model: folder of a run, or a name; a public model is downloaded on first use.
         cache: folder of cached features; True for the user's cache folder, None for no caching.
         device, precision, extractor, features: see Grounder.
 
-    Raises MmdistError for an unknown name, a failed download, or a folder that is no checkpoint,
-    and as Grounder.
+    Raises MmdistError for an unknown name, a failed download, no checkpoint, and as Grounder.
     """
     from mmdist_e2e.grounding.checkpoint import load_checkpoint
 

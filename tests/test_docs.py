@@ -14,7 +14,7 @@ from mmdist_e2e.cli.main import main
 from mmdist_e2e.grounding.config import OURS, RECIPES, configure
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
 DERIVED = {"feature_dim", "word_dim", "vocabulary_size", "length", "channels"}  # from the data
 

@@ -42,18 +42,24 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
     multiple=True,
     help="Name or checkpoint folder; once per modality. Default: the shipped networks.",
 )
-@_choice("--mode", "windows", "dense", help="dense: I3D over the whole video at once; faster.")
+@click.option(
+    "--mode",
+    type=click.Choice(["windows", "dense"]),
+    help="dense: I3D over the whole video at once; faster. Default: as the extractor's profile "
+    "says, else windows.",
+)
 @click.option("--layer", type=click.Choice(["fc6", "fc7"]), help="Output layer of a C3D extractor.")
 @click.option(
     "--pca",
     type=common.PATH,
-    help="HDF5 or .npz file with x_mean and U that reduces the rows, as ActivityNet's C3D were.",
+    help="activitynet-pca, or an HDF5 or .npz file with x_mean and U that reduces the rows.",
 )
-@_choice(
+@click.option(
     "--fps-policy",
-    "ceiling",
-    "exact",
-    help="Videos slower than the extractor's frame rate keep their rate, or repeat frames.",
+    type=click.Choice(["ceiling", "exact", "own"]),
+    help="ceiling: videos slower than the extractor's frame rate keep their rate; exact: they "
+    "repeat frames; own: every frame of any video. Default: as the extractor's profile says, else "
+    "ceiling.",
 )
 @_choice("--flow", "auto", "native", "opencv", "opencv-cuda", help="Optical flow solver.")
 @click.option("--overwrite", is_flag=True, help="Extract again even if features are up to date.")
@@ -82,10 +88,13 @@ def extract_command(
     """
     from mmdist_e2e.extractors.batch import Report, extract_many, find_videos
     from mmdist_e2e.store import FeatureStore, check_out
+    from mmdist_e2e.weights.registry import file_named
 
     given = {"paths": paths}
     say(fill("extract", given, "paths"))
     sampling = {name: settings.pop(name) for name in ("mode", "layer", "pca", "fps_policy")}
+    if sampling["pca"] is not None:
+        sampling["pca"] = file_named(sampling["pca"])
     wanted = parse_modalities(modality) if modality is not None else None
     specs = choose_extractors(wanted, extractors, **sampling)
     modalities = [spec.modality for spec in specs]

@@ -51,7 +51,7 @@ def extract_video(
 ) -> dict[str, Features]:
     """Decode one video and run the networks over it, one network per modality.
 
-    Networks of one frame rate and policy share one pass of decoding.
+    Networks of one frame rate, policy and longer side share one pass of decoding.
 
     Args:
         source: the file's `fast_digest`, if the caller has computed it.
@@ -65,9 +65,9 @@ def extract_video(
     assert len({network.spec.modality for network in networks}) == len(networks) > 0
     if source is None:
         source = fast_digest(path) if path.is_file() else {}
-    passes: dict[tuple[float, str], list[_Track]] = {}
+    passes: dict[tuple[object, ...], list[_Track]] = {}
     for network in networks:
-        key = network.spec.fps, network.spec.fps_policy
+        key = network.spec.fps, network.spec.fps_policy, network.spec.longer_side
         passes.setdefault(key, []).append(_Track(path, network))
     finished: dict[str, Features] = {}
     failures: list[MmdistError] = []
@@ -98,7 +98,9 @@ def _decode(
 ) -> FrameStream:
     """Push every frame of the video to every track that has not failed."""
     spec = tracks[0].network.spec
-    stream = decoder.frames(path, fps=spec.fps, fps_policy=spec.fps_policy)
+    stream = decoder.frames(
+        path, fps=spec.fps, fps_policy=spec.fps_policy, longer_side=spec.longer_side
+    )
     info = stream.info
     if min(info.width, info.height) < MINIMUM_SIDE_PIXELS:
         raise VideoError(

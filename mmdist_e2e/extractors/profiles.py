@@ -5,6 +5,7 @@ An `ExtractorSpec` is light, so that a rerun can skip finished videos without lo
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +15,12 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdist_e2e.extractors.flow.fields import FlowPreprocessing
+from mmdist_e2e.extractors.flow.fields import FlowPreprocessing, center, enlarged
 from mmdist_e2e.extractors.flow.settings import TVL1Settings
 from mmdist_e2e.extractors.networks.pca import Pca
 from mmdist_e2e.extractors.video.reader import FpsPolicy
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
-from mmdist_e2e.weights.registry import checkpoint_folder, read_config, weights_digest
+from mmdist_e2e.weights.registry import ENTRIES, checkpoint_folder, read_config, weights_digest
 
 RESIZED_AT_ONCE = 8  # frames; bounds the memory of resizing
 HALF_RANGE = (127.5, 127.5, 127.5)  # as mean and std: [0, 255] to [−1, 1]
@@ -32,9 +33,10 @@ class Preprocessing:
     Attributes:
         size: height and width that the network reads, in pixels. Alone, the whole frame is
             resized to it.
-        shorter_side: resize to it, keeping the aspect ratio, then take the center `crop`.
-        crop: equal to `size`; goes with `shorter_side` or `resize`.
-        resize: exact [height, width] to resize to, then take the center `crop`.
+        crop: the center of what one of the next three gives; equal to `size`.
+        shorter_side: resize to it, keeping the aspect ratio.
+        resize: exact [height, width] to resize to.
+        minimum_side: enlarge frames whose shorter side is below it, keeping the aspect ratio.
         mean, std: of red, green and blue, in units of 0–255: the network reads (x − mean) / std.
         channel_order: "rgb", or "bgr" for networks that came from OpenCV or Caffe.
     Lists, as JSON has them, become tuples. Raises ValueError naming the value that is wrong.
@@ -44,25 +46,25 @@ class Preprocessing:
     shorter_side: int | None = None
     crop: int | None = None
     resize: Sequence[int] | None = None
+    minimum_side: int | None = None
     mean: Sequence[float] = HALF_RANGE
     std: Sequence[float] = HALF_RANGE
     channel_order: str = "rgb"
 
     def __post_init__(self) -> None:
         _check_pixels("size", self.size, at_least=1)
-        if self.shorter_side is not None and self.resize is not None:
+        sides = {"shorter_side": self.shorter_side, "minimum_side": self.minimum_side}
+        ways = {name: way for name, way in (*sides.items(), ("resize", self.resize)) if way}
+        if len(ways) != (self.crop is not None):
             raise ValueError(
-                f"shorter_side ({self.shorter_side}) and resize ({self.resize}) exclude each other."
-            )
-        if (self.shorter_side is None and self.resize is None) != (self.crop is None):
-            raise ValueError(
-                f"crop goes with shorter_side or resize; got crop {self.crop}, "
-                f"shorter_side {self.shorter_side}, resize {self.resize}."
+                f"crop goes with one of shorter_side, minimum_side and resize; got crop "
+                f"{self.crop} with {ways or 'none of them'}."
             )
         if self.crop not in (None, self.size):
             raise ValueError(f"The crop is what the network reads: {self.crop} != {self.size}.")
-        if self.shorter_side is not None:
-            _check_pixels("shorter_side", self.shorter_side, at_least=self.size)
+        for name, side in sides.items():
+            if side is not None:
+                _check_pixels(name, side, at_least=self.size)
         if self.resize is not None:
             object.__setattr__(self, "resize", _numbers("resize", self.resize, 2))
             for side in self.resize:
@@ -80,6 +82,8 @@ class Preprocessing:
         """Size (height, width) that frames are resized to before any crop, in pixels."""
         if self.resize is not None:
             return self.resize[0], self.resize[1]
+        if self.minimum_side is not None:
+            return enlarged(height, width, self.minimum_side)
         if self.shorter_side is None:
             return self.size, self.size
         scale = self.shorter_side / min(height, width)
@@ -95,8 +99,8 @@ class Preprocessing:
 
         count, height, width, _ = frames_NHWC.shape
         target = self.target(height, width)
-        top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
-        rows, columns = slice(top, top + self.size), slice(left, left + self.size)
+        half_even = self.minimum_side is not None
+        rows, columns = (center(side, self.size, half_even=half_even) for side in target)
         if target == (height, width):
             return np.ascontiguousarray(frames_NHWC[:, rows, columns])
         out_NHWC = np.empty((count, self.size, self.size, 3), np.uint8)
@@ -130,6 +134,7 @@ DENSE_STRIDE = 8  # frames between rows
 DENSE_WINDOW = 16  # frames that a row covers nominally: two maps
 TAIL = "repeat_last"  # the windows at a video's end repeat its last frame
 LAYERS = ("fc6", "fc7")  # of a C3D
+ADDED = {"minimum_side": None, "repeats": "distinct"}  # these values are not in older provenance
 NETWORKS = {"i3d": "an I3D", "c3d": "a C3D", "pytorchvideo": "a pytorchvideo"}
 
 
@@ -137,8 +142,9 @@ NETWORKS = {"i3d": "an I3D", "c3d": "a C3D", "pytorchvideo": "a pytorchvideo"}
 class ExtractorSpec:
     """An extractor's checkpoint and how it is run; see `matters` for what models rely on.
 
-    network: "i3d", "c3d" or "pytorchvideo". window, stride: frames. layer: of a C3D. pca: reduces
-    the rows.
+    network: "i3d", "c3d" or "pytorchvideo". fps: None under the policy "own". window, stride:
+    frames. longer_side: pixels to which frames are scaled as they are decoded. layer: of a C3D.
+    pca: reduces the rows.
     """
 
     name: str
@@ -146,13 +152,14 @@ class ExtractorSpec:
     digest: str
     network: str
     modality: str
-    fps: float
+    fps: float | None
     window: int
     stride: int
     config: Mapping[str, Any]
     preprocessing: Preprocessing | FlowPreprocessing
     mode: Mode = "windows"
     fps_policy: FpsPolicy = "ceiling"
+    longer_side: int | None = None
     layer: str | None = None
     pca: Pca | None = None
 
@@ -160,7 +167,9 @@ class ExtractorSpec:
     def matters(self) -> dict[str, Any]:
         """The part of the provenance that a model must agree with.
 
-        `layer`, `flow` (how flow is computed, by any backend) and `pca` are present only if used.
+        `layer`, `flow` (how flow is computed, by any backend), `longer_side` and `pca` are present
+        only if used, `preprocessing` of RGB only if config.json holds a whole profile: older
+        features must still agree with older checkpoints.
         """
         matters: dict[str, Any] = {
             "extractor": self.name,
@@ -172,11 +181,18 @@ class ExtractorSpec:
             "stride": self.stride,
             "tail": TAIL,
         }
+        if self.fps_policy == "exact":
+            matters["fps_rounding"] = "near"  # ffmpeg's word; until 2026 it was "down"
+        if self.longer_side is not None:
+            matters["scaling"] = f"longer side {self.longer_side}, bicubic"
         if self.layer is not None:
             matters["layer"] = self.layer
+        preprocessing = json.loads(json.dumps(asdict(self.preprocessing)))  # lists, no tuples
+        preprocessing = {k: v for k, v in preprocessing.items() if ADDED.get(k, ...) != v}
         if isinstance(self.preprocessing, FlowPreprocessing):
-            flow = {"algorithm": "tvl1", **asdict(self.preprocessing), **asdict(TVL1Settings())}
-            matters["flow"] = flow
+            matters["flow"] = {"algorithm": "tvl1", **preprocessing, **asdict(TVL1Settings())}
+        elif "fps_policy" in self.config:
+            matters["preprocessing"] = preprocessing
         if self.pca is not None:
             matters["pca"] = self.pca.digest
         return matters
@@ -189,16 +205,17 @@ class ExtractorSpec:
 def describe(
     name_or_folder: str,
     *,
-    mode: str = "windows",
-    fps_policy: str = "ceiling",
+    mode: str | None = None,
+    fps_policy: str | None = None,
     layer: str | None = None,
     pca: Path | None = None,
 ) -> ExtractorSpec:
     """The spec of an extractor by registry name or checkpoint folder, downloaded if necessary.
 
     Args:
-        mode: "windows" (overlapping, each on its own) or "dense" (I3D run over the whole video).
-        fps_policy: "ceiling" (a slower video keeps its rate) or "exact" (its frames are repeated).
+        mode: "windows" (overlapping, each on its own) or "dense" (I3D run over the whole video);
+            None as the checkpoint's profile has it, else "windows".
+        fps_policy: of `Decoder.frames`; None as the profile has it, else "ceiling".
         layer: of a C3D, "fc6" or "fc7"; by default as in its checkpoint.
         pca: file that reduces the rows, see `Pca.load`.
 
@@ -206,7 +223,9 @@ def describe(
     checkpoint that is out of range, or an option that is unknown or does not fit the network.
     """
     folder = checkpoint_folder(name_or_folder)
-    config = read_config(folder)
+    config, entry = read_config(folder), ENTRIES.get(name_or_folder)
+    if entry is not None and entry.config is not None:
+        config |= entry.config  # an older version may have filled the cache
     path = folder / "config.json"
     try:
         network, modality, _ = config["network"], config["modality"], config["trained_on"]
@@ -217,6 +236,8 @@ def describe(
                 raise MmdistError(
                     f"{folder} holds the {kind} {value!r}; this version runs: {', '.join(valid)}."
                 )
+        mode = mode or config.get("mode", "windows")
+        fps_policy = fps_policy or config.get("fps_policy", "ceiling")
         _check_options(name, network, mode, fps_policy, layer)
         own_layer = (layer or str(config["layer"])) if network == "c3d" else None
         if own_layer is not None:
@@ -224,7 +245,10 @@ def describe(
         window, stride = (_positive(path, config, key, whole=True) for key in ("window", "stride"))
         if mode == "dense":
             window, stride = DENSE_WINDOW, DENSE_STRIDE
-        fps = float(_positive(path, config, "fps"))
+        fps = float(_positive(path, config, "fps")) if fps_policy != "own" else None
+        longer_side = None
+        if config.get("longer_side") is not None:
+            longer_side = int(_positive(path, config, "longer_side", whole=True))
         reading: type[Preprocessing | FlowPreprocessing]
         reading = FlowPreprocessing if modality == "flow" else Preprocessing
         try:
@@ -244,6 +268,7 @@ def describe(
             preprocessing=preprocessing,
             mode=cast(Mode, mode),
             fps_policy=cast(FpsPolicy, fps_policy),
+            longer_side=longer_side,
             layer=own_layer,
             pca=None if pca is None else Pca.load(pca),
         )
@@ -251,6 +276,65 @@ def describe(
         raise MmdistError(
             f"{path} has no {error.args[0]!r}: it is not an extractor's checkpoint."
         ) from error
+
+
+def profile_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """How an extractor's input is made, as rows of text for people, in the order of the steps.
+
+    config: of a checkpoint or a public entry, with the keys that `describe` reads.
+    """
+    given = config["preprocessing"]
+    fps, size = config["fps"], given["size"]
+    frames = {
+        "ceiling": f"{fps:g} fps at most; a slower video keeps its own rate",
+        "exact": f"{fps:g} fps exactly: frames are repeated or dropped, as by ffmpeg's fps filter",
+        "own": "every frame, at the video's own rate",
+    }
+    steps = []
+    if side := config.get("longer_side"):
+        steps.append(f"longer side {side} (bicubic, as by ffmpeg's scale filter)")
+    if side := given.get("shorter_side"):
+        steps.append(f"shorter side {side} (bilinear)")
+    if side := given.get("minimum_side"):
+        enlarged_what = "flow" if config["modality"] == "flow" else "frames"
+        steps.append(f"{enlarged_what} with a shorter side below {side} enlarged to it (bilinear)")
+    if given.get("resize"):
+        steps.append("{}×{} (height × width, bilinear)".format(*given["resize"]))
+    if given.get("crop") is None:
+        steps.append(f"the whole frame to {size}×{size} (bilinear)")
+    profile = {
+        "frames": frames[config.get("fps_policy", "ceiling")],
+        "size": "; then ".join(steps),
+        "crop": f"center {size}×{size}" if given.get("crop") else "none",
+    }
+    if config["modality"] == "flow":
+        bound = given.get("bound", 20.0)
+        still = given.get("repeats") == "still"
+        profile["flow"] = "TV-L1 between " + (
+            "consecutive samples, before any enlarging; a repeated frame has none"
+            if still
+            else "each frame and the next one, at that size"
+        )
+        profile["values"] = f"±{bound:g} pixels to [−1, 1], clipped" + (
+            ", through 8 bits" if given.get("quantise") else ""
+        )
+    else:
+        mean, std = (_short(given.get(name, HALF_RANGE)) for name in ("mean", "std"))
+        order = given.get("channel_order", "rgb").upper()
+        profile["values"] = f"(x − {mean}) / {std} of x in 0–255, {order}"
+    dense = config.get("mode") == "dense"
+    profile["mode"] = "dense: the whole video at once" if dense else "windows: each on its own"
+    profile["window"] = f"{DENSE_WINDOW if dense else config['window']} frames"
+    profile["stride"] = f"{DENSE_STRIDE if dense else config['stride']} frames"
+    if "layer" in config:
+        profile["layer"] = config["layer"]
+    return profile
+
+
+def _short(values: Sequence[float]) -> str:
+    """One number where all are equal."""
+    numbers = [f"{value:g}" for value in values]
+    return numbers[0] if len(set(numbers)) == 1 else f"[{', '.join(numbers)}]"
 
 
 def _check_options(name: str, network: str, mode: str, fps_policy: str, layer: str | None) -> None:

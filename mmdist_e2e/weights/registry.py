@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-SAMPLING = {"fps": 25.0, "window": 16, "stride": 8}  # Carreira & Zisserman's, for 16-frame windows
+# Carreira & Zisserman's, for windows of 16 frames. The keys are those of `describe`.
+SAMPLING = {"fps": 25.0, "fps_policy": "ceiling", "mode": "windows", "window": 16, "stride": 8}
+# Charades' frames as its README makes them, read as piergiaj/pytorch-i3d's extraction does.
+CHARADES = SAMPLING | {"fps": 24.0, "fps_policy": "exact", "mode": "dense", "longer_side": 320}
 
 
 def _config(
@@ -34,14 +37,21 @@ def _config(
 
 def _i3d(modality: str, data: str, git_sha1: str, classes: int, facts: str) -> Entry:
     shape = {"in_channels": 3, "width": 1.0, "num_classes": classes}
-    preprocessing: dict[str, float] = {"size": 224, "shorter_side": 256, "crop": 224}
+    charades = data == "charades"
+    size = (
+        {"minimum_side": 224 if modality == "flow" else 226} if charades else {"shorter_side": 256}
+    )
+    preprocessing: dict[str, Any] = {"size": 224, "crop": 224, **size}
     if modality == "flow":
-        shape["in_channels"], preprocessing["bound"] = 2, 20.0
+        shape["in_channels"] = 2
+        preprocessing |= {"bound": 20.0, "quantise": True}
+        preprocessing |= {"shorter_side": None, "repeats": "still"} if charades else {}
+    sampling = CHARADES if charades else SAMPLING
     return Entry(
         name=f"i3d-{modality}-{data}",
         kind="public",
         facts=f"{facts}; Apache-2.0",
-        config=_config("i3d", modality, preprocessing, **shape, **SAMPLING),
+        config=_config("i3d", modality, preprocessing, **shape, **sampling),
         url=f"https://github.com/piergiaj/pytorch-i3d/raw/master/models/{modality}_{data}.pt",
         git_sha1=git_sha1,
     )
@@ -58,8 +68,9 @@ def _c3d(
     name: str, url: str, facts: str, classes: int, preprocessing: dict[str, Any], **more: Any
 ) -> Entry:
     size = {"size": 112, "crop": 112}
+    every_frame = SAMPLING | {"fps_policy": "own"}  # as ActivityNet's C3D features were made
     config = _config(
-        "c3d", "rgb", size | preprocessing, num_classes=classes, layer="fc7", **SAMPLING
+        "c3d", "rgb", size | preprocessing, num_classes=classes, layer="fc7", **every_frame
     )
     return Entry(name, "public", facts, config, url, **more)
 
@@ -127,7 +138,7 @@ PUBLIC: tuple[Entry, ...] = (
 SHIPPED_ROOT = Path(__file__).parent / "data"
 
 CPL = "https://github.com/minghangz/cpl/raw/main"
-PCA = "activitynet-pca"
+PCA, PCA_PAGE = "activitynet-pca", "http://activity-net.org/challenges/2016/download.html"
 NO_LICENCE = "its repository gives no licence"
 
 
@@ -163,12 +174,7 @@ ENTRIES: dict[str, Entry] = {
             "c3d-sports1m",
             PCA,
         ),
-        Entry(
-            PCA,
-            "file",
-            "PCA_activitynet_v1-3.hdf5, ActivityNet's PCA of C3D features; unknown",
-            url="http://activity-net.org/challenges/2016/download.html",
-        ),
+        Entry(PCA, "file", "PCA_activitynet_v1-3.hdf5, for C3D features; unknown", None, PCA_PAGE),
     )
 }
 
@@ -348,6 +354,13 @@ def pulled_file(name: str) -> Path:
     """The file of an entry of the kind "file". Raises MmdistError when the user must supply it."""
     check_supplied([ENTRIES[name]])
     return cached_folder(ENTRIES[name]) / name
+
+
+def file_named(path: Path) -> Path:
+    """The path, or the file in the cache that it names. Raises MmdistError before it is pulled."""
+    entry = ENTRIES.get(str(path))
+    is_name = entry is not None and entry.kind == "file" and not path.exists()
+    return pulled_file(str(path)) if is_name else path
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -47,30 +47,43 @@ def grey(frames_NHWC: NDArray[np.uint8]) -> Grey:
 class FlowPreprocessing:
     """How frames become flow, and flow a network's input.
 
-    shorter_side: of the grey frames that flow is computed on, in pixels.
+    shorter_side: of the grey frames that flow is computed on, in pixels; None keeps their size.
     size: the network's input is size × size.
+    minimum_side: without a shorter_side: quantised fields whose shorter side is below it are
+        enlarged to it (bilinear), then cropped.
     crop: None resizes the whole field to `size`; otherwise the center crop, equal to `size`.
     bound: displacements are clipped to ± this many pixels, and divided by it for the network.
     quantise: store fields in 256 linear buckets over ± bound, as Kinetics' flow was stored.
+    repeats: what a sample that repeats its frame gets. "distinct": the flow to the next distinct
+        frame. "still": none, and n samples have n − 1 fields, as Charades' flow was made.
     """
 
-    shorter_side: int
+    shorter_side: int | None
     size: int
     crop: int | None = None
     bound: float = 20.0
     quantise: bool = False
+    minimum_side: int | None = None
+    repeats: str = "distinct"
 
     def __post_init__(self) -> None:
-        if self.crop is not None and not self.crop == self.size <= self.shorter_side:
+        side = self.shorter_side or self.minimum_side or 0
+        if (self.shorter_side is None) == (self.minimum_side is None):
+            raise ValueError("Flow needs either a shorter_side or a minimum_side.")
+        if self.crop is not None and not self.crop == self.size <= side:
             raise ValueError(
                 f"The crop must equal the size and fit the shorter side; got crop {self.crop}, "
-                f"size {self.size} and shorter_side {self.shorter_side}."
+                f"size {self.size} and {side}."
             )
-        if self.shorter_side < MINIMUM_SIDE_PIXELS or not self.bound > 0:
+        if side < MINIMUM_SIDE_PIXELS or not self.bound > 0:
             raise ValueError(
                 f"Flow needs a shorter_side of at least {MINIMUM_SIDE_PIXELS} pixels and a bound "
-                f"above 0; got {self.shorter_side} and {self.bound}."
+                f"above 0; got {side} and {self.bound}."
             )
+        if self.minimum_side is not None and not (self.crop and self.quantise):
+            raise ValueError("A minimum_side of flow goes with a crop and quantise.")
+        if self.repeats not in ("distinct", "still"):
+            raise ValueError(f"repeats is {self.repeats!r}; valid: distinct, still.")
 
     def greys(self, frames_NHWC: NDArray[np.uint8]) -> Grey:
         """Grey frames, resized (bilinear, antialiased) to the shorter side."""
@@ -78,7 +91,7 @@ class FlowPreprocessing:
 
         grey_NHW = grey(frames_NHWC)
         height, width = grey_NHW.shape[1:]
-        scale = self.shorter_side / min(height, width)
+        scale = (self.shorter_side or min(height, width)) / min(height, width)
         target = round(height * scale), round(width * scale)
         if target == (height, width) or not len(grey_NHW):
             return grey_NHW
@@ -89,29 +102,49 @@ class FlowPreprocessing:
     def fields(self, flow_N2HW: NDArray[np.float32]) -> Fields:
         """Fields [N, size, size, 2]: flow resized or cropped, then clipped.
 
-        float16 in pixels; with `quantise`, uint8 buckets round((v / bound + 1) · 127.5).
+        float16 in pixels; with `quantise`, uint8 buckets round((v / bound + 1) · 127.5). Flow with
+        a `minimum_side` is enlarged as buckets.
         """
         import torch
 
         flow = torch.from_numpy(flow_N2HW)
         height, width = flow.shape[-2:]
+        if self.minimum_side is not None:
+            height, width = target = enlarged(height, width, self.minimum_side)
+            flow = self._buckets(flow)
+            flow = flow if flow.shape[-2:] == target else _resized(flow, target)
         if self.crop is not None:
-            top, left = (height - self.crop) // 2, (width - self.crop) // 2
-            flow = flow[..., top : top + self.crop, left : left + self.crop]
+            half_even = self.minimum_side is not None
+            rows, columns = (center(n, self.crop, half_even=half_even) for n in (height, width))
+            flow = flow[..., rows, columns]
         elif (height, width) != (self.size, self.size):
             flow = _resized(flow, (self.size, self.size))
-        flow = flow.clamp(-self.bound, self.bound).permute(0, 2, 3, 1)
-        if self.quantise:
-            flow = flow.div(self.bound).add_(1).mul_(127.5).round_().to(torch.uint8)
+        if not self.quantise:
+            flow = flow.clamp(-self.bound, self.bound).half()
         else:
-            flow = flow.half()
-        out: Fields = flow.contiguous().numpy()
+            flow = (flow if self.minimum_side else self._buckets(flow)).round().to(torch.uint8)
+        out: Fields = flow.permute(0, 2, 3, 1).contiguous().numpy()
         return out
+
+    def _buckets(self, flow: Tensor) -> Tensor:
+        return flow.clamp(-self.bound, self.bound).div_(self.bound).add_(1).mul_(127.5).round_()
 
     def to_network(self, windows_BTHWC: Tensor) -> Tensor:
         """Windows of fields to float32 [B, 2, T, H, W] in [−1, 1]."""
         windows = windows_BTHWC.permute(0, 4, 1, 2, 3).float()
         return windows.div_(127.5).sub_(1) if self.quantise else windows.div_(self.bound)
+
+
+def enlarged(height: int, width: int, minimum_side: int) -> tuple[int, int]:
+    """The size (height, width) of an image whose shorter side is enlarged to `minimum_side`."""
+    scale = max(minimum_side / min(height, width), 1.0)
+    return round(height * scale), round(width * scale)
+
+
+def center(side: int, size: int, *, half_even: bool) -> slice:
+    """The middle `size` of `side` pixels; half pixels are rounded down, or to even as by NumPy."""
+    begin = round((side - size) / 2) if half_even else (side - size) // 2
+    return slice(begin, begin + size)
 
 
 def _resized(images_NCHW: Tensor, target: tuple[int, int]) -> Tensor:
@@ -130,7 +163,7 @@ class FlowFrames:
     backend, device: of `tvl1`, whose errors are raised.
     repeats: a sample that is byte for byte the one before repeats its frame (as fps_policy "exact"
     makes them): flow is then taken between distinct frames, and every sample of a frame has the
-    flow to the next distinct one.
+    flow to the next distinct one. Preprocessing with repeats "still" says otherwise: see there.
     """
 
     def __init__(
@@ -141,9 +174,11 @@ class FlowFrames:
         device: str = "cpu",
         repeats: bool = False,
     ) -> None:
-        self.preprocessing, self.repeats = preprocessing, repeats
+        self.still = preprocessing.repeats == "still"
+        self.preprocessing, self.repeats = preprocessing, repeats or self.still
         self._tvl1 = partial(tvl1, backend=backend, device=device)
         self._greys: list[Grey] = []  # distinct frames without a field yet
+        self._shape_HW: tuple[int, ...] = ()  # of any grey frame
         self._shown: list[int] = []  # the number of samples of each of them
         self._frame_HWC: NDArray[np.uint8] | None = None  # the last sample, if repeats count
         self._field_1HWC: Fields | None = None  # the last field
@@ -164,6 +199,7 @@ class FlowFrames:
             if len(distinct) < len(frames_NHWC):
                 frames_NHWC = frames_NHWC[distinct]
             self._greys.extend(self.preprocessing.greys(frames_NHWC))
+            self._shape_HW = self._greys[-1].shape
         while len(self._greys) > PAIRS_PER_CALL:
             yield from self._solve()
 
@@ -172,10 +208,11 @@ class FlowFrames:
         while len(self._greys) > 1:
             yield from self._solve()
         if self._greys:
-            if self._field_1HWC is None:
-                still_12HW = np.zeros((1, 2, *self._greys[0].shape), dtype=np.float32)
-                self._field_1HWC = self.preprocessing.fields(still_12HW)
-            yield from _repeated(self._field_1HWC, self._shown)
+            if self.still and (self._field_1HWC is not None or self._shown[0] > 1):
+                self._shown[0] -= 1  # there is no flow beyond the last sample
+            if self.still or self._field_1HWC is None:
+                self._field_1HWC = self._motionless()
+            yield from self._per_sample(self._field_1HWC, self._shown)
             self._greys.clear()
 
     def _solve(self) -> Iterator[Fields]:
@@ -186,11 +223,19 @@ class FlowFrames:
         self._field_1HWC = fields_NHWC[-1:].copy()
         shown = self._shown[:pairs]
         del self._greys[:pairs], self._shown[:pairs]
-        yield from _repeated(fields_NHWC, shown)
+        yield from self._per_sample(fields_NHWC, shown)
 
+    def _per_sample(self, fields_NHWC: Fields, shown: list[int]) -> Iterator[Fields]:
+        """The fields of each sample of frames, in pieces: a still hour is never held whole."""
+        count = len(fields_NHWC)
+        indices = np.repeat(np.arange(count), shown)
+        if self.still:  # only the last sample of a frame moves on
+            fields_NHWC = np.concatenate([fields_NHWC, self._motionless()])
+            moves = np.append(indices[1:] != indices[:-1], True)
+            indices[~moves] = count
+        for begin in range(0, len(indices), PAIRS_PER_CALL):
+            yield fields_NHWC[indices[begin : begin + PAIRS_PER_CALL]]
 
-def _repeated(fields_NHWC: Fields, times: list[int]) -> Iterator[Fields]:
-    """Each field once per sample of its frame, in pieces: a still hour is never held whole."""
-    indices = np.repeat(np.arange(len(fields_NHWC)), times)
-    for begin in range(0, len(indices), PAIRS_PER_CALL):
-        yield fields_NHWC[indices[begin : begin + PAIRS_PER_CALL]]
+    def _motionless(self) -> Fields:
+        shape = 1, 2, *self._shape_HW
+        return self.preprocessing.fields(np.zeros(shape, dtype=np.float32))

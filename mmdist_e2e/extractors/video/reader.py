@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import mmap
 import os
 import queue
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast, get_args
@@ -36,7 +37,7 @@ from numpy.typing import NDArray
 
 from mmdist_e2e.structures import MmdistError, check_choice
 
-FpsPolicy = Literal["ceiling", "exact"]
+FpsPolicy = Literal["ceiling", "exact", "own"]
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -125,7 +126,7 @@ class FrameStream:
         self.info = VideoInfo(**opened["info"])
         self.fps: float = opened["fps"]
         self.sample_count: int = opened["samples"]
-        self._chunks = decoder._chunks(job, path, self.info)
+        self._chunks = decoder._chunks(job, path, opened["shape"])
 
     def __iter__(self) -> Iterator[FrameChunk]:
         return self._chunks
@@ -173,15 +174,24 @@ class Decoder:
         return VideoInfo(**self._open("probe", Path(path))["info"])
 
     def frames(
-        self, path: str | Path, *, fps: float | None = 25.0, fps_policy: FpsPolicy = "ceiling"
+        self,
+        path: str | Path,
+        *,
+        fps: float | None = 25.0,
+        fps_policy: FpsPolicy = "ceiling",
+        longer_side: int | None = None,
     ) -> FrameStream:
         """Sample a video by timestamp: sample j is the frame displayed at j / fps seconds.
 
         Before the first picture (sound may start earlier) the first picture is sampled.
         "ceiling": a video that is not faster than `fps` keeps its own frames and average rate
         (one of variable rate is sampled at the fastest rate that it sustains). "exact": frames
-        are repeated to reach `fps`. `None`: every frame once, at its own time. Memory does not
-        grow with length. A file whose packets do not tell its times is decoded twice.
+        are repeated or dropped to reach `fps`, and sample j is the latest frame whose time
+        rounds to j / fps or earlier, as by ffmpeg's fps filter. "own", or no `fps`: every frame
+        once, at its own time. Memory does not grow with length. A file whose packets do not tell
+        its times is decoded twice.
+
+        longer_side: scale the sampled frames so, in pixels, as by ffmpeg's scale filter (bicubic).
 
         Raises:
             VideoError: here as `probe` does, or while iterating where damage shows up later,
@@ -191,7 +201,8 @@ class Decoder:
             raise MmdistError(f"fps must be between 0 and 1000; got {fps}.")
         check_choice("The fps policy", fps_policy, get_args(FpsPolicy))
         path = Path(path)
-        opened = self._open("frames", path, fps=fps, policy=fps_policy)
+        how = {"fps": fps, "policy": fps_policy, "longer_side": longer_side}
+        opened = self._open("frames", path, **how)
         return FrameStream(self, self._job, path, opened)
 
     def _open(self, do: str, path: Path, **options: Any) -> dict[str, Any]:
@@ -204,11 +215,12 @@ class Decoder:
         self._send(path, do=do, file=str(path.absolute()), **options)
         return self._receive(self._job, path)
 
-    def _chunks(self, job: int, path: Path, info: VideoInfo) -> Generator[FrameChunk, None, None]:
-        shape = (info.height, info.width, 3)
+    def _chunks(
+        self, job: int, path: Path, shape: Sequence[int]
+    ) -> Generator[FrameChunk, None, None]:
         self._check_current(job, path)
         assert self._child is not None
-        ring = self._child.ring_for(max(self._chunk_bytes, info.height * info.width * 3))
+        ring = self._child.ring_for(max(self._chunk_bytes, math.prod(shape)))
         self._send(path, do="go", ring=ring.name, slot_bytes=ring.slot_bytes)
         last = False
         try:

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias, cast
 import av
 import numpy as np
 from av.container import InputContainer
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 Frame = NDArray[np.uint8]
@@ -74,7 +74,7 @@ class Index:
     """When each picture of a file is shown, and what the container claims.
 
     times_N: float64 player times in seconds, ascending; the first may be above 0.
-    duration_seconds: from 0 to the end of the last picture.
+    duration_seconds: from 0 to the end of the last picture. last_seconds: its length alone.
     exact: whether times_N was read from the packets alone, one picture each.
     plain: whether the n-th decoded picture is certainly shown, upright, at times_N[n].
     shape: [H, W, 3] of the first picture, upright; all others are scaled to it.
@@ -87,6 +87,7 @@ class Index:
     container: str
     times_N: NDArray[np.float64]
     duration_seconds: float
+    last_seconds: float
     exact: bool
     plain: bool
     shape: tuple[int, int, int]
@@ -269,17 +270,32 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     return True, c < 0, b < 0
 
 
-class Upright:
-    """Decoded pictures to RGB [H, W, 3], all of the first one's size and upright."""
+def scaled(shape: tuple[int, int, int], longer_side: int | None) -> tuple[int, int, int]:
+    """[H, W, 3] after scaling the longer side, as ffmpeg's `scale=320:-1` rounds the other one."""
+    if longer_side is None:
+        return shape
+    height, width = ((2 * side * longer_side // max(shape) + 1) // 2 for side in shape[:2])
+    return max(height, 1), max(width, 1), 3
 
-    def __init__(self, first: av.VideoFrame) -> None:
+
+class Upright:
+    """Decoded pictures to RGB of `shape` [H, W, 3] and upright.
+
+    Where that is another size than the first one's, libswscale scales as ffmpeg does by default.
+    """
+
+    def __init__(self, first: av.VideoFrame, shape: tuple[int, ...]) -> None:
         self._scaler = VideoReformatter()  # one for all: to_ndarray alone makes one a frame
-        self._size = first.width, first.height
         self.turned = orientation(first)
+        self._size = shape[:2] if self.turned[0] else shape[1::-1]
+        same = self._size == (first.width, first.height)
+        self._how = Interpolation.BILINEAR if same else Interpolation.BICUBIC
 
     def __call__(self, frame: av.VideoFrame) -> Frame:
         width, height = self._size
-        rgb = self._scaler.reformat(frame, width=width, height=height, format="rgb24")
+        rgb = self._scaler.reformat(
+            frame, width=width, height=height, format="rgb24", interpolation=self._how
+        )
         picture = cast(Frame, rgb.to_ndarray())
         swap, flip_columns, flip_rows = self.turned
         if swap:
@@ -357,7 +373,8 @@ def scan(path: Path, alive: Callable[[], None]) -> Index:
     regular = np.mean(np.abs(gaps - gap) < 0.1 * gap + 0.002) > 0.9
     if claimed is None and seconds is not None and regular:
         claimed = round((seconds - first) / gap)
-    end = max(max(ends) - zero, float(times_N[-1]) + (listed[-1][1] or gap))
+    length = listed[-1][1] or gap
+    end = max(max(ends) - zero, float(times_N[-1]) + length)
     plain = plain and exact and duration is not None
     shape = (0, 0, 3)
     index = Index(
@@ -365,6 +382,7 @@ def scan(path: Path, alive: Callable[[], None]) -> Index:
         kind,
         times_N,
         end,
+        length,
         exact,
         plain,
         shape,

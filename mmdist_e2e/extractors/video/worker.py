@@ -44,6 +44,7 @@ from mmdist_e2e.extractors.video.timeline import (
     Upright,
     damage,
     decode,
+    scaled,
     scan,
 )
 
@@ -51,6 +52,7 @@ FAULT_TOLERANCE = 1e-9  # share of repeated frames above which decord raises: an
 REWINDABLE = ("mov", "matroska", "webm", "avi")
 DECORD_BYTES = 2**30  # frames of a video that decord may pile up
 ROUNDING_SECONDS = 1e-3  # Matroska's tick: times in a file are this coarse
+TIE_SECONDS = 1e-6  # a time that falls between two samples belongs to the later one
 RATE_TOLERANCE = 1e-3  # relative; 25.01 fps is 25 fps
 SUSTAINED_FRAMES = 12  # a rate counts as a video's own when it lasts for so many frames
 ALIVE_SECONDS = 1.0
@@ -130,20 +132,25 @@ def plan(
     "ceiling" a video that is not faster than `fps` keeps its own frames, one by one, at its own
     average rate; where its rate varies (a frame more than half a frame off the regular grid), it
     is sampled on the grid of the fastest rate that it sustains, so that a long still does not
-    thin out the motion. Without an fps: every frame at its own time.
+    thin out the motion. Under "exact" a picture counts from the sample nearest to its time on, as
+    by ffmpeg's fps filter (halves up, and the end is rounded too). Without an fps, or under
+    "own": every frame at its own time.
     """
     times_N, own = index.times_N, index.average_fps
     order_N = np.arange(len(times_N))
-    if fps is None:
+    if fps is None or policy == "own":
         return own, times_N + 1e-6, times_N
     if policy == "ceiling" and own <= fps * (1 + RATE_TOLERANCE):
         if np.abs(times_N * own - order_N).max() < 0.5:
             return own, times_N + 1e-6, order_N / own
         late = np.abs((times_N - times_N[0]) * own - order_N).max() < 0.5
         fps = own if late else min(fps, max(own, sustained_fps(times_N)))
-    samples = max(1, math.ceil((index.duration_seconds - ROUNDING_SECONDS) * fps))
+    delay, end = ROUNDING_SECONDS, index.duration_seconds
+    if policy == "exact":
+        delay, end = 0.5 / fps - TIE_SECONDS, float(times_N[-1]) + index.last_seconds
+    samples = max(1, math.ceil((end - delay) * fps))
     times_M = np.arange(samples) / fps
-    return fps, times_M + ROUNDING_SECONDS, times_M
+    return fps, times_M + delay, times_M
 
 
 def sustained_fps(times_N: NDArray[np.float64]) -> float:
@@ -153,14 +160,19 @@ def sustained_fps(times_N: NDArray[np.float64]) -> float:
     return round(count / max(float(spans.min(initial=np.inf)), 1e-6), 6)
 
 
-def uses_decord(index: Index, path: Path, shown_M: NDArray[np.float64]) -> bool:
-    """Whether decord reads this file right, in bounded memory, and converts no frame in vain."""
+def uses_decord(
+    index: Index, path: Path, shown_M: NDArray[np.float64], longer_side: int | None
+) -> bool:
+    """Whether decord reads this file right, in bounded memory, and converts no frame in vain.
+
+    It cannot scale a frame from the decoder's own pixel format.
+    """
     rewindable = any(kind in index.container.split(",") for kind in REWINDABLE)
     fits = math.prod(index.shape) * len(index.times_N) <= DECORD_BYTES
     named = "%" not in path.name and str(path).encode(errors="replace").decode() == str(path)
     source_M = np.searchsorted(index.times_N, shown_M, side="right") - 1
     every = len(np.unique(source_M.clip(0))) == len(index.times_N)
-    return index.plain and rewindable and fits and named and every
+    return longer_side is None and index.plain and rewindable and fits and named and every
 
 
 def decode_decord(path: Path, index: Index) -> Iterator[Picture]:
@@ -184,11 +196,11 @@ def unpad(raw_HWC: Frame) -> Frame:
     return raw_HWC.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
-def decode_av(path: Path, index: Index) -> Iterator[Picture]:
-    """All pictures from PyAV; Unreadable where a part is missing."""
+def decode_av(path: Path, index: Index, shape: tuple[int, ...]) -> Iterator[Picture]:
+    """All pictures from PyAV, scaled to `shape`; Unreadable where a part is missing."""
     upright, count = None, 0
     for at, frame in decode(path, index):
-        upright = upright or Upright(frame)
+        upright = upright or Upright(frame, shape)
         if not index.exact:  # then the index was made by decoding these same pictures
             at = float(index.times_N[count])
         count += 1
@@ -198,11 +210,15 @@ def decode_av(path: Path, index: Index) -> Iterator[Picture]:
 
 
 def pictures(
-    path: Path, index: Index, shown_M: NDArray[np.float64], channel: Channel
+    path: Path,
+    index: Index,
+    shown_M: NDArray[np.float64],
+    longer_side: int | None,
+    channel: Channel,
 ) -> Iterator[Picture]:
     """The pictures to be sampled at least, in order; PyAV continues where decord stops early."""
     last = -math.inf
-    if uses_decord(index, path, shown_M):
+    if uses_decord(index, path, shown_M, longer_side):
         try:
             for picture in decode_decord(path, index):
                 last = picture[0]
@@ -211,7 +227,7 @@ def pictures(
             channel.alive()
         else:
             return
-    for at, convert in decode_av(path, index):
+    for at, convert in decode_av(path, index, scaled(index.shape, longer_side)):
         channel.alive()
         if at > last:
             yield at, convert
@@ -222,6 +238,8 @@ def serve(request: dict[str, Any], channel: Channel) -> None:
     path = Path(request["file"])
     index = scan(path, channel.alive)
     fps, shown_M, times_M = plan(index, request.get("fps"), request.get("policy", "ceiling"))
+    longer_side = request.get("longer_side")
+    shape = scaled(index.shape, longer_side)
     info = {
         "width": index.shape[1],
         "height": index.shape[0],
@@ -229,19 +247,20 @@ def serve(request: dict[str, Any], channel: Channel) -> None:
         "duration_seconds": index.duration_seconds,
         "frame_count": len(index.times_N),
         "codec": index.codec,
-        "decoder": "decord" if uses_decord(index, path, shown_M) else "pyav",
+        "decoder": "decord" if uses_decord(index, path, shown_M, longer_side) else "pyav",
     }
-    channel.send(info=info, fps=fps, samples=len(times_M))
+    channel.send(info=info, fps=fps, samples=len(times_M), shape=shape)
     if request["do"] == "frames":
         go = channel.expect("go")
-        size = math.prod(index.shape)
+        size = math.prod(shape)
         capacity = go["slot_bytes"] // size
         ring = channel.ring(go["ring"], SLOTS * go["slot_bytes"])
         slots_MHWC = [
-            slot_B[: capacity * size].reshape(capacity, *index.shape)
+            slot_B[: capacity * size].reshape(capacity, *shape)
             for slot_B in np.frombuffer(ring, np.uint8).reshape(SLOTS, -1)
         ]
-        frames = sample(pictures(path, index, shown_M, channel), shown_M, channel)
+        shown = pictures(path, index, shown_M, longer_side, channel)
+        frames = sample(shown, shown_M, channel)
         fill(slots_MHWC, frames, times_M, channel)
 
 
