@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,7 +18,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from mmdist_e2e.grounding.config import PRESETS
 from mmdist_e2e.grounding.data.annotations import PROTOCOLS
@@ -28,7 +25,7 @@ from mmdist_e2e.weights.pull import model_folder
 from mmdist_e2e.workspace import OPTIONS
 
 if TYPE_CHECKING:
-    from mmdist_e2e.extractors.batch import Outcome, Report, Video
+    from mmdist_e2e.extractors.batch import Outcome, Video
 
 
 # A file or a pipe has no width: lines of tables are not wrapped there.
@@ -57,37 +54,29 @@ class _Bars(Progress):
         )
 
 
-@contextmanager
-def bar(description: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
-    """A progress bar from 0 to `total`; yields a function that sets it."""
-    with _Bars(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda done: progress.update(task, completed=done)
-
-
 class ExtractionProgress:
     """Two bars: finished videos, and the progress of the current one."""
 
     def __init__(self, total: int) -> None:
-        self._progress = _Bars(MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._all = self._progress.add_task("videos", total=total)
-        self._one = self._progress.add_task("", total=100)
+        self._bars = _Bars(MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._all = self._bars.add_task("videos", total=total)
+        self._one = self._bars.add_task("", total=100)
 
     def __enter__(self) -> ExtractionProgress:
-        self._progress.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bars.stop()
 
     def started(self, video: Video, index: int, total: int) -> None:
-        self._progress.update(self._one, description=video.label[-40:], completed=0)
+        self._bars.update(self._one, description=video.label[-40:], completed=0)
 
     def advanced(self, fraction: float) -> None:
-        self._progress.update(self._one, completed=int(fraction * 100))
+        self._bars.update(self._one, completed=int(fraction * 100))
 
     def finished(self, outcome: Outcome) -> None:
-        self._progress.advance(self._all)
+        self._bars.advance(self._all)
         if outcome.status == "failed":
             say(f"failed: {outcome.cause}")
 
@@ -112,27 +101,6 @@ def skipped(name: str, left_out: Mapping[str, int]) -> str:
     return "{}: left out {queries} queries of {videos} videos without features".format(
         name, **left_out
     )
-
-
-def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
-    """The final table: videos done, skipped and failed with causes; rows per modality."""
-    table = Table(title="Extraction", title_justify="left", show_edge=False)
-    table.add_column("result")
-    table.add_column("videos", justify="right")
-    for modality in modalities:
-        table.add_column(f"{modality} rows", justify="right")
-    table.add_column("cause", overflow="fold")
-    no_rows = [""] * len(modalities)
-    for status, cause in (("done", ""), ("skipped", "up to date"), ("failed", "")):
-        rows = [
-            sum(o.rows.get(modality, 0) for o in report.outcomes if o.status == status)
-            for modality in modalities
-        ]
-        counts = [str(n) if n or status == "done" else "" for n in rows]
-        table.add_row(status, str(report.count(status)), *counts, cause)
-    for outcome in report.failed:
-        table.add_row("", "", *no_rows, escape(outcome.cause))
-    return table
 
 
 PATH = click.Path(path_type=Path)
@@ -174,23 +142,26 @@ def places(*names: str, **more: Any) -> Callable[[Any], Any]:
     return add
 
 
+def choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa: A002 - click's
+    """An option with a fixed set of values, the default first."""
+    return click.option(flag, default=valid[0], type=click.Choice(valid), help=help)
+
+
 skip_missing = click.option(
     "--skip-missing",
     is_flag=True,
     help="Leave out queries of videos without features, and count them.",
 )
 
-protocol = click.option(
+protocol = choice(
     "--protocol",
-    default="official",
-    type=click.Choice(PROTOCOLS),
+    *PROTOCOLS,
     help="official keeps all queries; cpl drops those that end after their video.",
 )
 
-preset = click.option(
+preset = choice(
     "--preset",
-    default="paper",
-    type=click.Choice(list(PRESETS)),
+    *PRESETS,
     help="Where settings come from: the paper, its values on ActivityNet Captions, or what did "
     "better with few queries. --length and --set replace single ones.",
 )
@@ -202,7 +173,5 @@ length = click.option(
 )
 
 device = click.option(
-    "--device",
-    default="auto",
-    help="Where networks run: auto, cpu, cuda or cuda:N.",
+    "--device", default="auto", help="Where networks run: auto, cpu, cuda or cuda:N."
 )

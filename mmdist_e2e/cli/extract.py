@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.markup import escape
+from rich.table import Table
 
 from mmdist_e2e.cli import common
-from mmdist_e2e.cli.common import ExtractionProgress, extraction_summary, results, say
+from mmdist_e2e.cli.common import ExtractionProgress, results, say
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
 from mmdist_e2e.workspace import FEATURES, fill
 
 if TYPE_CHECKING:
+    from mmdist_e2e.extractors.batch import Report
     from mmdist_e2e.extractors.profiles import ExtractorSpec
-
-
-def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa: A002 - click's
-    """An option with a fixed set of values, the default first."""
-    return click.option(
-        flag, default=valid[0], type=click.Choice(valid), help=help
-    )
 
 
 @click.command("extract")
@@ -31,10 +27,7 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
     "--modality", help="Comma-separated: rgb, flow. Default: those of --extractor, else rgb."
 )
 @click.option(
-    "--out",
-    type=common.PATH,
-    default=FEATURES,
-    help="Folder for the feature files; made if missing.",
+    "--out", type=common.PATH, default=FEATURES, help="Folder for feature files; made if missing."
 )
 @click.option(
     "--extractor",
@@ -61,10 +54,10 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
     "repeat frames; own: every frame of any video. Default: as the extractor's profile says, else "
     "ceiling.",
 )
-@_choice("--flow", "auto", "native", "opencv", "opencv-cuda", help="Optical flow solver.")
+@common.choice("--flow", "auto", "native", "opencv", "opencv-cuda", help="Optical flow solver.")
 @click.option("--overwrite", is_flag=True, help="Extract again even if features are up to date.")
 @common.device
-@_choice("--precision", "auto", "fp32", "bf16", help="Number format of the networks.")
+@common.choice("--precision", "auto", "fp32", "bf16", help="Number format of the networks.")
 @click.option(
     "--deadline",
     "stall_seconds",
@@ -116,12 +109,28 @@ def extract_command(
             found.videos, specs, FeatureStore(out), flow_backend=flow, progress=progress, **settings
         )
     report = Report([*found.problems, *report.outcomes])
-    results.print(extraction_summary(report, modalities))
+    results.print(_summary(report, modalities))
     if found.hidden:
         results.print(f"Ignored {found.hidden} hidden files (names that start with a dot).")
     if found.repeated:
         results.print(f"Ignored {found.repeated} further names of the same files.")
     sys.exit(1 if report.failed else 0)
+
+
+def _summary(report: Report, modalities: Sequence[str]) -> Table:
+    """Videos, and rows of each modality, that are done, skipped and failed; causes of failures."""
+    table = Table("result", title="Extraction", title_justify="left", show_edge=False)
+    for name in ("videos", *(f"{modality} rows" for modality in modalities)):
+        table.add_column(name, justify="right")
+    table.add_column("cause", overflow="fold")
+    for status, cause in (("done", ""), ("skipped", "up to date"), ("failed", "")):
+        of_these = [outcome for outcome in report.outcomes if outcome.status == status]
+        rows = [sum(outcome.rows.get(m, 0) for outcome in of_these) for m in modalities]
+        counts = [str(n) if n or status == "done" else "" for n in rows]
+        table.add_row(status, str(len(of_these)), *counts, cause)
+    for outcome in report.failed:
+        table.add_row(*[""] * (len(modalities) + 2), escape(outcome.cause))
+    return table
 
 
 def parse_modalities(text: str) -> list[str]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mmdist_e2e.cli import common as options
+from mmdist_e2e.cli import common
+from mmdist_e2e.cli.common import PATH, StepDisplay, say
 from mmdist_e2e.store import row_writer
 from mmdist_e2e.structures import Answer, MmdistError
-from mmdist_e2e.workspace import RECIPES, VIDEOS, newest_run
+from mmdist_e2e.workspace import FEATURES, RECIPES, VIDEOS, newest_run
 
 
 @click.command("ground")
-@click.argument("clip", type=options.PATH)
+@click.argument("clip", type=PATH)
 @click.argument("query", nargs=-1)
 @click.option(
     "--queries",
@@ -28,13 +27,12 @@ from mmdist_e2e.workspace import RECIPES, VIDEOS, newest_run
 )
 @click.option(
     "--model",
-    type=options.PATH,
+    type=PATH,
     help="Name (see: mmdist weights list) or folder of a model.  [default: the newest finished run "
     "in runs/, a student before a teacher before a baseline; without any, the model that ships]",
 )
 @click.option(
     "--extractor",
-    "extractors",
     multiple=True,
     help="Folder of an extractor that is not in the registry; once per modality.",
 )
@@ -42,28 +40,20 @@ from mmdist_e2e.workspace import RECIPES, VIDEOS, newest_run
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: an object, or a list for several queries."
 )
-@click.option(
-    "--out", type=options.PATH, help="File of the moments, a row each: .parquet or .jsonl."
-)
-@options.device
-@click.option(
-    "--features", type=options.PATH, default="features", help="Store to reuse; default: features/."
-)
-@click.option(
-    "--cache", type=options.PATH, help="Folder of cached features; default: the user's cache."
-)
+@click.option("--out", type=PATH, help="File of the moments, a row each: .parquet or .jsonl.")
+@common.device
+@click.option("--features", type=PATH, default=FEATURES, help="Store of features to reuse.")
+@click.option("--cache", type=PATH, help="Folder of cached features.  [default: the user's cache]")
 def ground_command(
     clip: Path,
     query: tuple[str, ...],
     file: Path | None,
     model: Path | None,
-    extractors: tuple[str, ...],
     top_k: int,
     as_json: bool,
     out: Path | None,
-    device: str,
-    features: Path,
     cache: Path | None,
+    **options: Any,
 ) -> None:
     """Find the moments of CLIP, a file here or in videos/, that each QUERY describes.
 
@@ -78,22 +68,16 @@ def ground_command(
     if not clip.exists() and (VIDEOS / clip).is_file():
         clip = VIDEOS / clip
     if model is not None and not model.is_dir():
-        model = options.pulled(model)
+        model = common.pulled(model)
     run = newest_run(*RECIPES) if model is None else None
-    grounder = load(
-        model or run, device=device, cache=cache or True, extractor=extractors, features=features
-    )
-    if run is not None:
-        click.echo(f"Found in this folder: --model {run}", err=True)
-    with ExitStack() as bars:
-        show: Callable[[float], None] | None = None
+    say("" if run is None else f"Found in this folder: --model {run}")
+    with StepDisplay() as display:
 
         def progress(done: float) -> None:
-            nonlocal show
-            if show is None:  # only extraction takes long enough for a bar
-                show = bars.enter_context(options.bar(f"reading {clip.name}"))
-            show(done)
+            if done:  # of a file that cannot be read, the error says enough
+                display(f"reading {clip.name}", int(100 * done), 100)
 
+        grounder = load(model or run, cache=cache or True, **options)
         answers = grounder.ground(clip, queries, top_k=top_k, progress=progress)
     if run is not None:
         answers = [replace(answer, model=f"{answer.model}, {run}") for answer in answers]

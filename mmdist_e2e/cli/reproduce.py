@@ -18,9 +18,7 @@ from mmdist_e2e.workspace import RUNS, fill
 
 
 @click.command("reproduce")
-@click.option(
-    "--tables", default="1,3,4,5", help="Numbers of the paper's tables."
-)
+@click.option("--tables", default="1,3,4,5", help="Numbers of the paper's tables.")
 @options.places("rgb", "flow", "train", "val", "annotations", "glove", "durations")
 @click.option(
     "--out",
