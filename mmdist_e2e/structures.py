@@ -186,7 +186,7 @@ def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[
 class Features:
     """Per-snippet features of one video and one modality.
 
-    data: [S, D] float32, finite, S >= 1.
+    data: [S, D] float32, finite, S and D >= 1.
     times: [S, 2] float64, start and end of each snippet in seconds.
     duration_seconds: length of the video.
     Raises MmdistError when shapes disagree or a value is not finite.
@@ -206,10 +206,10 @@ class Features:
                 raise MmdistError(
                     f"{name} of Features must be a numpy array of numbers; got {kind}."
                 )
-        if self.data.ndim != 2 or self.data.shape[0] < 1:
+        if self.data.ndim != 2 or 0 in self.data.shape:
             raise MmdistError(
-                f"Features must have the shape [snippets, channels] with at least one snippet; "
-                f"these have {list(self.data.shape)}."
+                f"Features must have the shape [snippets, channels], with at least one of each; "
+                f"these have the shape {list(self.data.shape)}."
             )
         if self.times.shape != (self.data.shape[0], 2):
             raise MmdistError(

@@ -114,7 +114,7 @@ def test_an_export_is_read_as_the_store_is(store: Path, tmp_path: Path) -> None:
         table = load_features({"rgb": path}, videos[:2], length=8)
         assert table.durations_seconds == expected.durations_seconds
         assert (table.matters, table.digests) == (expected.matters, expected.digests)
-        with pytest.raises(MmdistError, match="holds rgb features; give those of flow"):
+        with pytest.raises(MmdistError, match="are rgb, not flow; give those of flow"):
             load_features({"flow": path}, videos[:2], length=8)
 
 
@@ -230,7 +230,7 @@ def test_two_modalities_share_a_store(tmp_path: Path) -> None:
         done("features", "import", path, "--out", tmp_path / "back", "--modality", modality)
     assert contents(tmp_path / "back") == contents(tmp_path / "both")
     told = sentence("features", "import", tmp_path / "flow.hdf5", "--out", tmp_path / "x")
-    assert "holds flow features; give those of rgb" in told
+    assert "are flow, not rgb; give those of rgb" in told
 
 
 @pytest.mark.parametrize("fault", ["value", "flush", "size"])
@@ -322,11 +322,15 @@ def test_what_a_source_holds(store: Path, tmp_path: Path) -> None:
     text = done("features", "info", store).stdout
     assert "extractor: toy, fps: 25.0, stride: 8, window: 16" in text
     assert info(store / "3MSZA.rgb.npz")["rows"] == 40
-    plain = foreign(tmp_path / "plain", a=np.ones((3, 2)), b=np.full((3, 2), np.nan))
+    arrays = {"a": np.ones((3, 2)), "b": np.full((3, 2), np.nan), "c": np.full((3, 2), 1e300)}
+    plain = foreign(tmp_path / "plain", d=np.ones((3, 2)), **arrays)
     facts = info(plain)
     assert (facts["videos_with_duration"], facts["rows_in_every_video"]) == (0, 3)
     assert facts["made_by"] == {"extractor": "external:npy"}
-    assert "1 videos have features that are not finite (b)." in facts["said"]
+    # "c" overflows as float32.
+    for video, told in zip("bc", facts["said"], strict=False):
+        assert f"features of '{video}' in" in told
+        assert "must be finite; 3 of 3 rows are not" in told
     assert info(plain / "a.npy")["rows"] == 3
     FeatureStore(store).save("other", extracted(5, modality="flow"))
     both = json.loads(done("features", "info", store, "--json").stdout)

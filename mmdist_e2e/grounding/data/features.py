@@ -28,6 +28,8 @@ GROUP_KEY = "c3d_features"  # where the published ActivityNet features keep a vi
 # that `row_times` does not give): JSON in an attribute in HDF5, in one file beside .npy files.
 RECORD, FIELDS = "mmdist", "features.json"
 Record = Mapping[str, Any]
+# What numpy and h5py raise for damaged files, and we for wrong arrays and records.
+UNUSABLE = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -61,66 +63,51 @@ class FeatureTable:
 class FeatureSource:
     """An open source of features of one modality.
 
-    names: by video id, the name that the source uses. load: reads the features of a name; None
-    for arrays of other programs. raw: reads such an array, and record what mmdist exported with it.
+    names: by video id, the name that the source uses. load: reads what is there of a name: features
+    of a store, or an array of another program. record: reads what mmdist exported with an array.
     """
 
     path: Path
     modality: str
     kind: Literal["store", "hdf5", "npy"]
     names: Mapping[str, str]
-    load: Callable[[str], Features] | None = None
-    raw: Callable[[str], NDArray[Any]] = np.load
+    load: Callable[[str], Features | NDArray[Any]]
     record: Callable[[str], Record | None] = lambda _: None
 
     def timed(self, video: str) -> bool:
         """Whether the source records the duration and the provenance of a video."""
-        return self.load is not None or self.record(self.names[video]) is not None
-
-    def array(self, video: str) -> NDArray[Any]:
-        """[S, F] of any number type, finite or not. Raises MmdistError for anything else."""
-        try:
-            name = self.names[video]
-            array = self.load(name).data if self.load else self.raw(name)
-        except MmdistError:
-            raise
-        except (OSError, EOFError, KeyError, ValueError, RuntimeError) as error:
-            raise MmdistError(
-                f"The features of '{video}' in '{self.path}' cannot be read ({error}); "
-                f"extract them again."
-            ) from error
-        if array.ndim > 2 and array.size == len(array) * array.shape[-1]:
-            array = array.reshape(len(array), -1)  # [S, 1, 1, F], as some files have it
-        if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
-            raise MmdistError(
-                f"The features of '{video}' in '{self.path}' are {array.dtype} of the shape "
-                f"{list(array.shape)}; they must be numbers of the shape [snippets, channels]."
-            )
-        return array
+        return self.kind == "store" or self.record(self.names[video]) is not None
 
     def features(self, video: str) -> Features:
-        """Checked features of a video. Raises MmdistError as `array`, and for infinite values."""
-        features = self.load(self.names[video]) if self.load else self._imported(video)
-        if features.modality != self.modality:
-            raise MmdistError(
-                f"The {self.modality} file of '{video}' in '{self.path}' holds "
-                f"{features.modality} features; give those of {self.modality}."
-            )
-        return features
+        """Checked features of a video. Raises MmdistError when they cannot be used.
 
-    def _imported(self, video: str) -> Features:
-        """Arrays without a record have no times: rows are spread over a video of length 1."""
-        data_SF = self.array(video).astype(np.float32)
+        Arrays without a record have no times: rows are spread over a video of length 1.
+        """
+        name, where = self.names[video], f"The features of '{video}' in '{self.path}'"
         try:
-            record = self.record(self.names[video]) or {"duration": 1.0}
-            own = Provenance.external(self.kind).to_json()
-            provenance = Provenance.from_json(record.get("provenance", own))
-            seconds = float(record["duration"])
-            times = record.get("times", provenance.row_times(len(data_SF), seconds))
-            modality = record.get("modality", self.modality)
-            return Features(data_SF, np.array(times), seconds, modality, provenance)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise MmdistError(f"The features of '{video}' in '{self.path}': {error}") from error
+            found = self.load(name)
+            if not isinstance(found, Features):
+                found = self._imported(np.atleast_1d(found), self.record(name) or {"duration": 1.0})
+        except UNUSABLE as error:
+            raise MmdistError(f"{where} cannot be used: {error}") from error
+        if found.modality != self.modality:
+            raise MmdistError(
+                f"{where} are {found.modality}, not {self.modality}; give those of {self.modality}."
+            )
+        return found
+
+    def _imported(self, array: NDArray[Any], record: Record) -> Features:
+        if array.ndim > 2 and array.size == len(array) * array.shape[-1]:
+            array = array.reshape(len(array), -1)  # [S, 1, 1, F], as some files have it
+        if array.dtype.kind in "fiu":
+            with np.errstate(over="ignore"):  # Features refuses what is not finite then
+                array = array.astype(np.float32)
+        own = Provenance.external(self.kind).to_json()
+        provenance = Provenance.from_json(record.get("provenance", own))
+        seconds = float(record["duration"])
+        times = record["times"] if "times" in record else provenance.row_times(len(array), seconds)
+        modality = record.get("modality", self.modality)
+        return Features(array, np.array(times), seconds, modality, provenance)
 
 
 def require_h5py(path: Path) -> Any:
@@ -161,8 +148,10 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
         raise MmdistError(f"There are no features at '{path}'; give a feature folder or HDF5 file.")
     if path.suffix in (".npz", ".npy"):
         one = {video_id(path.stem.removesuffix(f".{modality}")): str(path)}
-        load = (lambda _: read_feature_file(path)) if path.suffix == ".npz" else None
-        yield FeatureSource(path, modality, "store" if load else "npy", one, load)
+        if path.suffix == ".npz":
+            yield FeatureSource(path, modality, "store", one, lambda _: read_feature_file(path))
+        else:
+            yield FeatureSource(path, modality, "npy", one, np.load)
         return
     h5py = require_h5py(path)
     try:
@@ -170,7 +159,7 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
     except OSError as error:
         raise MmdistError(f"'{path}' is not a readable HDF5 file of features: {error}.") from error
 
-    def raw(name: str) -> NDArray[Any]:
+    def load(name: str) -> NDArray[Any]:
         node = file[name]
         return np.asarray((node[GROUP_KEY] if isinstance(node, h5py.Group) else node)[()])
 
@@ -179,9 +168,7 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
         return None if text is None else dict(json.loads(text))
 
     with file:
-        yield FeatureSource(
-            path, modality, "hdf5", _by_id(path, _names_in(file)), None, raw, record
-        )
+        yield FeatureSource(path, modality, "hdf5", _by_id(path, _names_in(file)), load, record)
 
 
 def _names_in(group: Any, prefix: str = "") -> Iterator[str]:
@@ -204,7 +191,7 @@ def _folder(path: Path, modality: str) -> FeatureSource:
     if names := _by_id(path, sorted(name for name in files if not name.startswith(TEMPORARY))):
         fields = _fields(path / FIELDS)
         return FeatureSource(
-            path, modality, "npy", names, None, lambda name: np.load(files[name]), fields.get
+            path, modality, "npy", names, lambda name: np.load(files[name]), fields.get
         )
     others = [other for other in MODALITIES if store.videos(other)]
     raise MmdistError(
