@@ -223,6 +223,11 @@ class Features:
         if not isinstance(seconds, int | float | np.number) or not 0 < seconds < np.inf:
             raise MmdistError(f"A duration must be a positive number of seconds; got {seconds!r}.")
 
+    @property
+    def made(self) -> dict[str, Any]:
+        """What must be the same for all videos that a network reads."""
+        return {**self.provenance.matters, "channels": self.data.shape[1]}
+
     def resample(self, length: int) -> Features:
         """Resample the S rows to `length` positions that divide the video evenly.
 

@@ -195,7 +195,7 @@ def test_one_store_holds_both_modalities(tmp_path: Path) -> None:
     assert load_features(places, ["a"], length=5).data_VLF.shape == (1, 5, 8)
     # A file that was renamed, or copied, to the other modality.
     (tmp_path / "a.flow.npz").write_bytes((tmp_path / "a.rgb.npz").read_bytes())
-    with pytest.raises(MmdistError, match=r"of 'a' .* are rgb, not flow"):
+    with pytest.raises(MmdistError, match=r"of 'a' .* are those of rgb"):
         load_features(places, ["a"], length=5)
     FeatureStore(tmp_path).save("a", Features(rgb.data, rgb.times, 20.0, "flow", rgb.provenance))
     with pytest.raises(MmdistError, match="same features, once as RGB"):

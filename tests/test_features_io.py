@@ -114,7 +114,7 @@ def test_an_export_is_read_as_the_store_is(store: Path, tmp_path: Path) -> None:
         table = load_features({"rgb": path}, videos[:2], length=8)
         assert table.durations_seconds == expected.durations_seconds
         assert (table.matters, table.digests) == (expected.matters, expected.digests)
-        with pytest.raises(MmdistError, match="are rgb, not flow; give those of flow"):
+        with pytest.raises(MmdistError, match="are those of rgb; give the ones of flow"):
             load_features({"flow": path}, videos[:2], length=8)
 
 
@@ -230,7 +230,7 @@ def test_two_modalities_share_a_store(tmp_path: Path) -> None:
         done("features", "import", path, "--out", tmp_path / "back", "--modality", modality)
     assert contents(tmp_path / "back") == contents(tmp_path / "both")
     told = sentence("features", "import", tmp_path / "flow.hdf5", "--out", tmp_path / "x")
-    assert "are flow, not rgb; give those of rgb" in told
+    assert "are those of flow; give the ones of rgb" in told
 
 
 @pytest.mark.parametrize("fault", ["value", "flush", "size"])
@@ -306,8 +306,9 @@ def test_what_a_source_holds(store: Path, tmp_path: Path) -> None:
 
     def info(path: Path) -> dict[str, Any]:
         """Of the one modality that is there."""
-        (report,) = json.loads(done("features", "info", path, "--json").stdout).values()
-        return report["features"] | {"said": report["errors"] + report["warnings"]}
+        report = json.loads(done("features", "info", path, "--json").stdout)
+        (facts,) = report["features"].values()
+        return facts | {"said": report["errors"] + report["warnings"]}
 
     found = [info(path) for path in (store, tmp_path / "f.hdf5", tmp_path / "npy")]
     assert [one.pop("kind") for one in found] == ["store", "hdf5", "npy"]
@@ -329,12 +330,12 @@ def test_what_a_source_holds(store: Path, tmp_path: Path) -> None:
     assert facts["made_by"] == {"extractor": "external:npy"}
     # "c" overflows as float32.
     for video, told in zip("bc", facts["said"], strict=False):
-        assert f"features of '{video}' in" in told
+        assert f"rgb features of '{video}' in" in told
         assert "must be finite; 3 of 3 rows are not" in told
     assert info(plain / "a.npy")["rows"] == 3
     FeatureStore(store).save("other", extracted(5, modality="flow"))
     both = json.loads(done("features", "info", store, "--json").stdout)
-    assert [(name, each["features"]["rows"]) for name, each in both.items()] == [
+    assert [(name, each["rows"]) for name, each in both["features"].items()] == [
         ("rgb", 117), ("flow", 5),
     ]  # fmt: skip
     assert "no features at" in sentence("features", "info", tmp_path / "none")
@@ -348,7 +349,7 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "n" / "features.json").read_text())
     del record["database"]["v"]["duration"]
     (tmp_path / "n" / "features.json").write_text(json.dumps(record))
-    told = json.loads(done("features", "info", tmp_path / "n", "--json").stdout)["rgb"]["errors"]
+    told = json.loads(done("features", "info", tmp_path / "n", "--json").stdout)["errors"]
     assert "'v' in" in told[0]
     for text in ("{", '{"database": 3}'):
         (tmp_path / "n" / "features.json").write_text(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,8 @@ def info_command(path: Path, as_json: bool) -> None:
     from mmdist_e2e.grounding.data.check import check_source
 
     with StepDisplay() as progress:
-        reports = check_source(path, progress=progress)
-    if as_json:
-        facts = {modality: vars(report) for modality, report in reports.items()}
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
-    for report in reports.values():
-        show_report(report)
+        report = check_source(path, progress=progress)
+    show_report(report, as_json)
 
 
 @features_group.command("export")

@@ -70,7 +70,6 @@ def ground_command(
     if model is not None and not model.is_dir():
         model = common.pulled(model)
     run = newest_run(*RECIPES) if model is None else None
-    say("" if run is None else f"Found in this folder: --model {run}")
     with StepDisplay() as display:
 
         def progress(done: float) -> None:
@@ -78,6 +77,7 @@ def ground_command(
                 display(f"reading {clip.name}", int(100 * done), 100)
 
         grounder = load(model or run, cache=cache or True, **options)
+        say("" if run is None else f"Found in this folder: --model {run}")
         answers = grounder.ground(clip, queries, top_k=top_k, progress=progress)
     if run is not None:
         answers = [replace(answer, model=f"{answer.model}, {run}") for answer in answers]

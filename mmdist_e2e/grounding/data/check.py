@@ -46,7 +46,7 @@ RATIOS = {
 
 @dataclass
 class Report:
-    """Facts by subject, as JSON takes them, and sentences about what is wrong."""
+    """Facts by split and by modality, as JSON takes them, and sentences about what is wrong."""
 
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     features: dict[str, Any] = field(default_factory=dict)
@@ -76,17 +76,16 @@ class Report:
 def check_data(
     files: Mapping[str, Path],
     *,
-    features: Path | None,
+    features: Mapping[str, Path],
     word_vectors: WordVectors,
     durations: Sequence[Path] = (),
-    modality: str = "rgb",
     protocol: str = "official",
     progress: Progress | None = None,
 ) -> Report:
     """Read all files; report what they hold and what is wrong with them.
 
-    files: annotation files by split: train, val, test. features: a place as `open_features` takes
-    it. durations: files of seconds by video.
+    files: annotation files by split: train, val, test. features: by modality, a place as
+    `open_features` takes it. durations: files of seconds by video.
     Faults of the files are errors of the report and are not raised.
     """
     report = Report()
@@ -104,14 +103,15 @@ def check_data(
             queries, left_out[name] = read_annotations(path)
             said[name] = {a.video: a.duration_seconds for a in queries if a.duration_seconds}
             splits[name] = with_durations(queries, seconds)
-    if features is not None and splits:
+    recorded = said.setdefault("the features", {})
+    for modality, place in features.items() if splits else ():
         with report.collecting():
-            found = _check_features(report, splits, features, modality, progress)
-            said["the features"] = found
-            for name, queries in splits.items():
-                splits[name] = with_durations(queries, found | said[name] | seconds)
-    for name, queries in splits.items():
-        facts: dict[str, Any] = {"file": files[name].name}
+            recorded |= _check_features(report, splits, place, modality, progress)
+    for name, path in files.items():
+        if name not in splits:
+            continue
+        queries = splits[name] = with_durations(splits[name], recorded | said[name] | seconds)
+        facts: dict[str, Any] = {"file": path.name}
         report.splits[name] = facts
         counts = suspicions(queries, left_out[name])
         if counts:
@@ -125,7 +125,7 @@ def check_data(
         if not unknown:
             with report.collecting():
                 splits[name] = in_protocol(queries, protocol)
-        facts["protocol"] = protocol_of(files[name], splits[name])
+        facts["protocol"] = protocol_of(path, splits[name])
         facts["queries"] = len(splits[name])
         facts["queries_dropped_by_protocol"] = len(queries) - len(splits[name])
         facts["videos"] = len({a.video for a in splits[name]})
@@ -153,15 +153,15 @@ def check_data(
     return report
 
 
-def check_source(path: Path, *, progress: Progress | None = None) -> dict[str, Report]:
-    """By modality, what a source of features holds and what is wrong with it.
+def check_source(path: Path, *, progress: Progress | None = None) -> Report:
+    """What a source of features holds and what is wrong with it.
 
     Raises MmdistError when the path cannot be opened at all.
     """
-    reports = {modality: Report() for modality in modalities_of(path)}
-    for modality, report in reports.items():
+    report = Report()
+    for modality in modalities_of(path):
         _check_features(report, {}, path, modality, progress)
-    return reports
+    return report
 
 
 class _Facts(NamedTuple):
@@ -198,83 +198,79 @@ def _check_features(
                 unreadable.append(str(error))
             else:
                 data_SF = features.data
-                made = {**features.provenance.matters, "channels": data_SF.shape[1]}
                 seconds = features.duration_seconds if source.timed(video) else None
                 equal = bool((data_SF == data_SF[0]).all())
-                each[video] = _Facts(len(data_SF), made, seconds, equal)
+                each[video] = _Facts(len(data_SF), features.made, seconds, equal)
             if progress:
-                progress("reading features", done, len(wanted) - len(missing))
-    made_by: Mapping[str, Any] = next((facts.made for facts in each.values()), {})
-    known = {v: facts.seconds for v, facts in each.items() if facts.seconds is not None}
-    report.features = {
+                progress(f"reading {modality} features", done, len(wanted.keys() - missing))
+    made_by: Mapping[str, Any] = next((one.made for one in each.values()), {})
+    known = {video: one.seconds for video, one in each.items() if one.seconds is not None}
+    report.features[modality] = facts = {
         "kind": source.kind,
-        "modality": modality,
         "made_by": {key: value for key, value in made_by.items() if key != "channels"},
         "videos": len(wanted) - len(missing),
         "videos_missing": len(missing),
         "videos_unused": len(source.names.keys() - wanted.keys()),
         "videos_unreadable": len(unreadable),
         "videos_with_duration": len(known),
-        "rows": sum(facts.rows for facts in each.values()),
-        "channels": sorted({facts.made["channels"] for facts in each.values()}),
+        "rows": sum(one.rows for one in each.values()),
+        "channels": sorted({one.made["channels"] for one in each.values()}),
     }
     report.errors += unreadable[:NAMED_AT_MOST]
     if (rest := len(unreadable) - NAMED_AT_MOST) > 0:
-        report.errors.append(f"{rest} more videos have features that cannot be used.")
+        report.errors.append(f"{rest} more videos have {modality} features that cannot be used.")
     for name, queries in splits.items():
         videos = {a.video for a in queries}
         report.tell(
             videos & missing,
-            f"of {len(videos)} videos of {name} have no features (NAMES); extract them, or give "
-            f"--skip-missing to train and evaluate",
+            f"of {len(videos)} videos of {name} have no {modality} features (NAMES); extract them, "
+            f"or give --skip-missing to train and evaluate",
         )
     report.tell(
-        {video for video, facts in each.items() if facts.rows_are_equal},
-        "videos have the same features in every row, so no moment can be found (NAMES)",
+        {video for video, one in each.items() if one.rows_are_equal},
+        f"videos have the same {modality} features in every row, so no moment can be found (NAMES)",
         warning=True,
     )
-    if unlike := {video for video, facts in each.items() if facts.made != made_by}:
+    if unlike := {video for video, one in each.items() if one.made != made_by}:
         other = each[min(unlike)].made
         keys = sorted(k for k in {**made_by, **other} if made_by.get(k) != other.get(k))
         report.tell(
             unlike,
-            "videos have features that were made in another way (NAMES), "
-            f"different in {', '.join(keys)}; extract all videos alike",
+            f"videos have {modality} features that were made in another way (NAMES), different "
+            f"in {', '.join(keys)}; extract all videos alike",
         )
     lengths = {v: seconds for v in each if (seconds := known.get(v) or wanted[v])}
-    if len(each) > 1 and len({facts.rows for facts in each.values()}) == 1:
+    if len(each) > 1 and len({one.rows for one in each.values()}) == 1:
         # Rows that were spread evenly imply no frame rate.
-        report.features["rows_in_every_video"] = next(iter(each.values())).rows
+        facts["rows_in_every_video"] = next(iter(each.values())).rows
     elif lengths:
-        foreign = str(made_by.get("extractor")).startswith("external:")
-        _check_rates(report, {v: each[v].rows for v in lengths}, lengths, warn=foreign)
+        rates = {video: each[video].rows / length for video, length in lengths.items()}
+        median = float(np.median(list(rates.values())))
+        spread = {"median": median, "min": min(rates.values()), "max": max(rates.values())}
+        fps = {f"at stride {stride}": stride * median for stride in USUAL_STRIDES}
+        facts["rows_per_second"] = {name: round(value, 3) for name, value in spread.items()}
+        facts["implied_fps"] = {name: round(value, 3) for name, value in fps.items()}
+        if str(made_by.get("extractor")).startswith("external:"):  # else the provenance tells
+            _check_rates(report, rates, lengths, modality)
     return known
 
 
 def _check_rates(
-    report: Report, rows: Mapping[str, int], seconds: Mapping[str, float], *, warn: bool
+    report: Report, rates: Mapping[str, float], seconds: Mapping[str, float], modality: str
 ) -> None:
-    """Rows per second of video, the fps that they imply, and videos far off, by the likely reason.
-
-    warn: of those videos; of our own features, the provenance tells.
-    """
-    rates = [rows[video] / length for video, length in seconds.items()]
-    median = float(np.median(rates))
-    spread = {"median": median, "min": min(rates), "max": max(rates)}
-    fps = {f"at stride {stride}": stride * median for stride in USUAL_STRIDES}
-    report.features["rows_per_second"] = {k: round(v, 3) for k, v in spread.items()}
-    report.features["implied_fps"] = {k: round(v, 3) for k, v in fps.items()}
+    """Warn of videos whose rows per second are far from the median, by the likely reason."""
+    median = float(np.median(list(rates.values())))
     outliers: dict[str, set[str]] = {}
-    for video, count in rows.items() if warn else ():
-        expected = median * seconds[video]
-        if abs(count - expected) > max(RATE_TOLERANCE * expected, ROUNDED_ROWS):
-            fits = [name for r, name in RATIOS.items() if abs(count / expected / r - 1) < 0.02]
+    for video, rate in rates.items():
+        off = rate / median
+        if abs(off - 1) > max(RATE_TOLERANCE, ROUNDED_ROWS / (median * seconds[video])):
+            fits = [name for ratio, name in RATIOS.items() if abs(off / ratio - 1) < 0.02]
             outliers.setdefault(f", by about {fits[0]}" if fits else "", set()).add(video)
     for ratio, videos in sorted(outliers.items()):
         report.tell(
             videos,
-            f"videos have rows per second more than {RATE_TOLERANCE:.0%} off the median of "
-            f"{median:.3g}{ratio} (NAMES); check at which fps their frames were taken",
+            f"videos have {modality} rows per second more than {RATE_TOLERANCE:.0%} off the median "
+            f"of {median:.3g}{ratio} (NAMES); check at which fps their frames were taken",
             warning=True,
         )
 

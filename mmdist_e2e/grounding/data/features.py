@@ -83,7 +83,10 @@ class FeatureSource:
 
         Arrays without a record have no times: rows are spread over a video of length 1.
         """
-        name, where = self.names[video], f"The features of '{video}' in '{self.path}'"
+        name, where = (
+            self.names[video],
+            f"The {self.modality} features of '{video}' in '{self.path}'",
+        )
         try:
             found = self.load(name)
             if not isinstance(found, Features):
@@ -92,7 +95,7 @@ class FeatureSource:
             raise MmdistError(f"{where} cannot be used: {error}") from error
         if found.modality != self.modality:
             raise MmdistError(
-                f"{where} are {found.modality}, not {self.modality}; give those of {self.modality}."
+                f"{where} are those of {found.modality}; give the ones of {self.modality}."
             )
         return found
 
@@ -289,7 +292,11 @@ def load_features(
             data_VLF = np.empty((len(wanted), length, first.data.shape[1]), np.float32)
             for row, video in enumerate(wanted):
                 features = source.features(video) if row else first
-                _refuse_unlike(first, features, f"Features in '{path}'", (wanted[0], video))
+                if unlike := differences(first.made, features.made):
+                    raise MmdistError(
+                        f"Features in '{path}' were not all made in one way: '{video}' differs "
+                        f"from '{wanted[0]}' ({'; '.join(unlike)}); extract them all alike."
+                    )
                 data_VLF[row] = features.resample(length).data
                 seconds = features.duration_seconds if source.timed(video) else None
                 durations[video] = durations[video] or seconds
@@ -311,18 +318,6 @@ def load_features(
         channels={modality: array.shape[2] for modality, array in arrays.items()},
         digests=digests,
     )
-
-
-def _refuse_unlike(first: Features, other: Features, where: str, videos: tuple[str, str]) -> None:
-    """Raises MmdistError when the features of two videos were not made in one way."""
-    unlike = differences(first.provenance.matters, other.provenance.matters)
-    channels, wanted = other.data.shape[1], first.data.shape[1]
-    if unlike or channels != wanted:
-        unlike = unlike or [f"{channels} channels, not {wanted}"]
-        raise MmdistError(
-            f"{where} were not all made in one way: '{videos[1]}' differs from '{videos[0]}' "
-            f"({'; '.join(unlike)}); extract them all alike."
-        )
 
 
 def read_features(places: Mapping[str, Path], videos: Sequence[str]) -> dict[str, list[Features]]:
