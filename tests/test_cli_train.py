@@ -160,7 +160,7 @@ def test_the_settings_are_one_table_that_marks_what_differs(files: Path, tmp_pat
     assert "heads" not in again.stderr  # nothing is trained
 
 
-def test_the_papers_preset_is_the_default_and_says_when_small_did_better(
+def test_the_papers_preset_is_the_default_and_says_how_small_did(
     files: Path, tmp_path: Path
 ) -> None:
     data = ["--features", files / "F.hdf5", "--train", files / "A.json", "--epochs", 1]

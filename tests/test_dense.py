@@ -66,11 +66,12 @@ def chunks_of(frames: np.ndarray, chunks: DenseChunks, push: int):
 
 
 @pytest.mark.parametrize(("core", "push"), [(8, 5), (64, 100), (128, 301)])
-def test_chunks_give_the_rows_of_one_whole_run(network, core, push):
-    for length in LENGTHS:
+@pytest.mark.parametrize("tail", ["repeat_last", "none"])
+def test_chunks_give_the_rows_of_one_whole_run(network, core, push, tail):
+    for length in (*LENGTHS, *range(290, 297)):
         frames = video(length)
-        whole = run(network, padded(frames))
-        chunks = DenseChunks(core_frames=core)
+        whole = run(network, frames if tail == "none" and length > 8 else padded(frames))
+        chunks = DenseChunks(core_frames=core, frames=length if tail == "none" else 0)
         rows = [
             run(network, chunk.frames)[chunk.first_row : chunk.last_row]
             for chunk in chunks_of(frames, chunks, push)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from fractions import Fraction
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -37,8 +39,10 @@ def shades(values: list[int]) -> np.ndarray:
     return np.broadcast_to(frames, (len(values), SIDE, SIDE, 3)).copy()
 
 
-def stream(frames: np.ndarray, chunk: int, *, repeats: bool = False) -> np.ndarray:
-    flow = FlowFrames(PLAIN, repeats=repeats)
+def stream(
+    frames: np.ndarray, chunk: int, *, repeats: bool = False, preprocessing=PLAIN
+) -> np.ndarray:
+    flow = FlowFrames(preprocessing, repeats=repeats)
     pieces = [f for i in range(0, len(frames), chunk) for f in flow.push(frames[i : i + chunk])]
     pieces += list(flow.finish())
     assert all(len(piece) <= PAIRS_PER_CALL for piece in pieces)
@@ -87,6 +91,40 @@ def test_every_frame_gets_the_flow_to_its_next_one(pairs, chunk, repeats):
         assert sum(pairs) == (changes if repeats else count - 1)
         # Whatever the chunks, the solver gets whole batches.
         assert all(call == PAIRS_PER_CALL for call in pairs[:-1])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 40, 1000])
+def test_still_repeats_have_the_flow_between_consecutive_samples(pairs, chunk):
+    still = replace(PLAIN, repeats="still")
+    rng = np.random.default_rng(1)
+    for count in (2, 3, PAIRS_PER_CALL, PAIRS_PER_CALL + 1, 3 * PAIRS_PER_CALL + 5):
+        for shade_count in (1, 2, 3, 200):
+            values = rng.integers(0, shade_count, count).tolist()
+            pairs.clear()
+            fields = stream(shades(values), chunk, preprocessing=still)
+            assert fields[:, 3, 5, 0].tolist() == np.diff(values).tolist()  # n − 1 of them
+            assert sum(pairs) == np.count_nonzero(np.diff(values))
+    assert not stream(shades([7]), chunk, preprocessing=still).any()  # a row needs a field
+
+
+@pytest.mark.parametrize("shape", [(180, 320), (320, 180), (224, 300), (250, 240)])
+def test_charades_fields_are_the_recipes(shape):
+    """8 bits at the frames' size, then enlarged to 224 by OpenCV, then NumPy's center crop."""
+    charades = FlowPreprocessing(
+        None, 224, crop=224, quantise=True, minimum_side=224, repeats="still"
+    )
+    coarse = np.random.default_rng(5).uniform(-30, 30, (2, 8, 8)).astype(np.float32)
+    flow = np.stack([cv2.resize(part, shape[::-1]) for part in coarse])
+    (field,) = charades.fields(flow[None])
+    for axis in range(2):
+        stored = np.rint(255 * (flow[axis].clip(-20, 20).astype(np.float64) + 20) / 40)
+        image, scale = stored.astype(np.uint8), 224 / min(shape)
+        if scale > 1:
+            image = cv2.resize(image, tuple(round(n * scale) for n in shape[::-1]))
+        top, left = (int(np.round((n - 224) / 2)) for n in image.shape)
+        expected = image[top : top + 224, left : left + 224].astype(int)
+        assert np.abs(field[..., axis].astype(int) - expected).max() <= 1
+    assert charades.greys(np.zeros((1, *shape, 3), np.uint8)).shape == (1, *shape)
 
 
 def test_video_that_does_not_move_or_has_no_frame(pairs):
@@ -174,7 +212,11 @@ def test_flow_is_in_pixels_of_the_shorter_side():
         ({"shorter_side": 15, "size": 15}, "at least 16"),
         ({"shorter_side": 32, "size": 32, "bound": 0.0}, "above 0"),
         ({"shorter_side": 32, "size": 32, "crop": 24}, "crop 24"),
-        ({"shorter_side": 32, "size": 48, "crop": 48}, "shorter_side 32"),
+        ({"shorter_side": 32, "size": 48, "crop": 48}, "size 48 and 32"),
+        ({"shorter_side": None, "size": 32}, "either a shorter_side or a minimum_side"),
+        ({"shorter_side": 32, "size": 32, "minimum_side": 32}, "either"),
+        ({"shorter_side": None, "size": 32, "minimum_side": 32, "crop": 32}, "quantise"),
+        ({"shorter_side": 32, "size": 32, "repeats": "twice"}, "valid: distinct, still"),
     ],
 )
 def test_bad_preprocessing_is_refused(settings, words):

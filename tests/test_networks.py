@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,14 @@ import torch
 from conftest import edit_config, make_extractor
 from safetensors.torch import load_file, save_file
 
+from mmdist_e2e.extractors import profiles
 from mmdist_e2e.extractors import runner as networks
 from mmdist_e2e.extractors.networks.c3d import C3D
 from mmdist_e2e.extractors.networks.i3d import InceptionI3d
-from mmdist_e2e.extractors.profiles import describe
+from mmdist_e2e.extractors.profiles import describe, profile_of
 from mmdist_e2e.extractors.runner import Chunk, SnippetNetwork, load_network
-from mmdist_e2e.structures import MmdistError
+from mmdist_e2e.structures import MmdistError, differences
+from mmdist_e2e.weights.registry import ENTRIES, cached_folder
 
 
 def save_pca(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -43,6 +47,90 @@ def tiny_c3d(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     save_file(C3D(0, 1 / 64).state_dict(), folder / "model.safetensors")
     return folder
+
+
+# The table "Profiles" of the design: frames, size and network input, rows.
+KINETICS = {"fps": 25.0, "fps_policy": "ceiling", "mode": "windows", "window": 16, "stride": 8}
+CHARADES = {"fps": 24.0, "fps_policy": "exact", "mode": "dense", "longer_side": 320, "tail": "none"}
+TABLE = {
+    "i3d-rgb-charades": (CHARADES, {"minimum_side": 226, "crop": 224, "mean": (127.5,) * 3}),
+    "i3d-flow-charades": (
+        CHARADES,
+        {"shorter_side": None, "minimum_side": 224, "crop": 224, "bound": 20.0, "quantise": True,
+         "repeats": "still"},
+    ),
+    "i3d-rgb-imagenet": (KINETICS, {"shorter_side": 256, "crop": 224, "std": (127.5,) * 3}),
+    "i3d-flow-imagenet": (
+        KINETICS, {"shorter_side": 256, "crop": 224, "bound": 20.0, "quantise": True}
+    ),
+    "c3d-sports1m-mm": (
+        {"fps_policy": "own", "fps": None, "mode": "windows", "window": 16, "stride": 8,
+         "layer": "fc7"},
+        {"resize": (128, 171), "crop": 112, "mean": (104, 117, 128), "std": (1, 1, 1)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_public_names_have_the_profile_of_the_table(name, tiny_extractor, monkeypatch, tmp_path):
+    """Even where an older version has left another profile in the cache."""
+    monkeypatch.setenv("MMDIST_CACHE", str(tmp_path))
+    monkeypatch.setattr(profiles, "weights_digest", lambda _: "0" * 16)
+    folder = cached_folder(ENTRIES[name])
+    folder.mkdir(parents=True)
+    stale = {**ENTRIES[name].config, **KINETICS, "trained_on": "x", "preprocessing": {"size": 9}}
+    (folder / "config.json").write_text(json.dumps(stale))
+    monkeypatch.setattr(profiles, "checkpoint_folder", lambda _: folder)
+    sampling, reading = TABLE[name]
+    spec = describe(name)
+    for key, value in sampling.items():
+        assert getattr(spec, key) == value, key
+    for key, value in reading.items():
+        assert getattr(spec.preprocessing, key) == value, key
+    assert json.loads(json.dumps(spec.matters)) == spec.matters  # as a feature file gives it back
+    other = describe(name, fps_policy="ceiling" if "fps_policy" in sampling else None)
+    unlike = differences(spec.matters, replace(other, fps=9.0).matters)
+    assert any(phrase.startswith("fps is 9.0") for phrase in unlike)
+    for changed in ({"crop": None, "minimum_side": None, "shorter_side": None, "resize": None},):
+        fields = {k: v for k, v in changed.items() if hasattr(spec.preprocessing, k)}
+        if "flow" not in name:
+            plain = replace(spec, preprocessing=replace(spec.preprocessing, **fields))
+            assert "preprocessing is" in "; ".join(differences(spec.matters, plain.matters))
+
+
+def test_explicit_options_win_over_the_profile(tiny_extractor, tmp_path):
+    folder = tmp_path / "dense"
+    shutil.copytree(tiny_extractor, folder)
+    edit_config(folder, mode="dense", fps_policy="exact", longer_side=320, tail="none", window=99)
+    spec = describe(str(folder))
+    assert (spec.mode, spec.fps_policy, spec.longer_side, spec.tail) == (
+        "dense", "exact", 320, "none",
+    )  # fmt: skip
+    assert (spec.window, spec.stride) == (16, 8)
+    assert spec.matters["scaling"] == "longer side 320, bicubic"
+    other = describe(str(folder), mode="windows", fps_policy="own")
+    assert (other.mode, other.fps_policy, other.fps, other.window) == ("windows", "own", None, 99)
+    assert other.tail == "repeat_last"
+    edit_config(folder, longer_side=0)
+    with pytest.raises(MmdistError, match=r"longer_side in .* got 0"):
+        describe(str(folder))
+
+
+def test_profiles_are_told_in_words():
+    told = {name: profile_of(ENTRIES[name].config) for name in TABLE}
+    assert list(told["i3d-rgb-charades"]) == [
+        "frames", "size", "crop", "values", "mode", "window", "stride",
+    ]  # fmt: skip
+    assert "24 fps exactly" in told["i3d-rgb-charades"]["frames"]
+    assert "longer side 320" in told["i3d-rgb-charades"]["size"]
+    assert "226" in told["i3d-rgb-charades"]["size"]
+    assert "consecutive" in told["i3d-flow-charades"]["flow"]
+    assert "256" in told["i3d-flow-imagenet"]["size"]
+    assert told["c3d-sports1m-mm"]["layer"] == "fc7"
+    assert "own rate" in told["c3d-sports1m-mm"]["frames"]
+    assert "[104, 117, 128]" in told["c3d-sports1m-mm"]["values"]
+    assert profile_of({"fps": 12, "modality": "rgb", "preprocessing": {"size": 112},
+                       "window": 16, "stride": 8})["crop"] == "none"  # fmt: skip
 
 
 def test_matters_of_a_plain_rgb_extractor_are_those_that_models_have_recorded(tiny_extractor):
@@ -99,7 +187,7 @@ def test_dense_rows_are_nominally_sixteen_frames_every_eight(tmp_path):
     ("which", "options", "words"),
     [
         ("tiny", {"mode": "sparse"}, "valid: windows, dense"),
-        ("tiny", {"fps_policy": "floor"}, "valid: ceiling, exact"),
+        ("tiny", {"fps_policy": "floor"}, "valid: ceiling, exact, own"),
         ("tiny", {"layer": "fc6"}, "an I3D network and has no layer 'fc6'"),
         ("c3d", {"layer": "fc8"}, "valid: fc6, fc7"),
         ("c3d", {"mode": "dense"}, "a C3D network, which reads windows only"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -97,6 +98,23 @@ def test_resizing_in_8_bit_is_within_one_level_of_float64(shape, count):
     np.testing.assert_array_equal(preprocessing(flipped), preprocessing(flipped.copy()))
 
 
+@pytest.mark.parametrize(
+    ("shape", "target"),
+    [((180, 320), (226, 402)), ((320, 180), (402, 226)), ((226, 320), (226, 320)),
+     ((240, 320), (240, 320)), ((225, 319), (226, 320))],
+)  # fmt: skip
+def test_small_frames_are_enlarged_as_opencv_does(shape, target):
+    """piergiaj/pytorch-i3d: bilinear below 226, then NumPy's rounding of the crop's corner."""
+    frames = np.random.default_rng(3).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
+    preprocessing = Preprocessing(size=224, minimum_side=226, crop=224)
+    assert preprocessing.target(*shape) == target
+    top, left = (int(np.round((side - 224) / 2)) for side in target)
+    for frame, out in zip(frames, preprocessing(frames), strict=True):
+        resized = cv2.resize(frame, target[::-1], interpolation=cv2.INTER_LINEAR)
+        expected = resized[top : top + 224, left : left + 224].astype(int)
+        assert np.abs(out.astype(int) - expected).max() <= 1
+
+
 def windows():
     rng = np.random.default_rng(1)
     return torch.from_numpy(rng.integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8))
@@ -140,7 +158,7 @@ def test_json_gives_the_same_as_python():
         ({"size": 0}, "size must be .* got 0"),
         ({"size": "224"}, "size must be .* got '224'"),
         ({"size": 112.0}, "got 112.0"),
-        ({"size": 224, "shorter_side": 256}, "crop goes with .* crop None, shorter_side 256"),
+        ({"size": 224, "shorter_side": 256}, "crop goes with .* crop None with .*shorter_side"),
         ({"size": 224, "crop": 224}, "crop goes with"),
         ({"size": 224, "shorter_side": 256, "crop": 200}, "200 != 224"),
         ({"size": 224, "shorter_side": 200, "crop": 224}, "shorter_side .* got 200"),
@@ -150,9 +168,12 @@ def test_json_gives_the_same_as_python():
         ({"size": 112, "resize": [128.5, 171], "crop": 112}, "resize .* got 128.5"),
         (
             {"size": 112, "resize": [128, 171], "shorter_side": 128, "crop": 112},
-            "exclude each other",
+            "one of shorter_side, minimum_side and resize",
         ),
-        ({"size": 112, "resize": 128, "shorter_side": 128, "crop": 112}, r"resize \(128\)"),
+        ({"size": 112, "resize": 128, "shorter_side": 128, "crop": 112}, "'resize': 128"),
+        ({"size": 112, "minimum_side": 128, "shorter_side": 128, "crop": 112}, "'minimum_side'"),
+        ({"size": 224, "minimum_side": 226}, "crop goes with"),
+        ({"size": 224, "minimum_side": 200, "crop": 224}, "minimum_side .* got 200"),
         ({"size": 112, "mean": [1, 2]}, r"mean must be 3 .* got \[1, 2\]"),
         ({"size": 112, "mean": "abc"}, "mean must be 3 .* got 'abc'"),
         ({"size": 112, "mean": 104}, "mean must be 3 .* got 104"),

@@ -137,7 +137,7 @@ def test_what_is_given_replaces_the_presets() -> None:
         configure("cpl", preset="papr")
 
 
-def test_few_queries_are_told_that_small_did_better() -> None:
+def test_few_queries_are_told_how_both_presets_did() -> None:
     assert advice("paper", 5000) is advice("small", 10) is None
     for preset in ("paper", "paper-activitynet"):
         text = advice(preset, 4999)

@@ -162,8 +162,8 @@ protocol = choice(
 preset = choice(
     "--preset",
     *PRESETS,
-    help="Where settings come from: the paper, its values on ActivityNet Captions, or what did "
-    "better with few queries. --length and --set replace single ones.",
+    help="Where settings come from: the paper, its values on ActivityNet Captions, or a smaller "
+    "network for few queries. --length and --set replace single ones.",
 )
 
 length = click.option(

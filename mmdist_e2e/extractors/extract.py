@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdist_e2e.extractors.flow.fields import FlowFrames
 from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS
 from mmdist_e2e.extractors.runner import Chunk, DenseChunks, SnippetNetwork, Windows
 from mmdist_e2e.extractors.video.reader import VideoError
@@ -108,6 +109,8 @@ def _decode(
             f"{path} is {info.width}×{info.height} pixels; videos need at least "
             f"{MINIMUM_SIDE_PIXELS} pixels on each side.",
         )
+    for track in tracks:
+        track.start(stream.sample_count)
     for chunk in stream:
         for track in tracks:
             track.push(chunk.frames_NHWC)
@@ -127,11 +130,7 @@ class _Track:
         self.failures: list[MmdistError] = []  # at most one
         self.features: dict[str, Features] = {}  # by modality, when finished
         self._inputs = network.input_stream()
-        self._cutter: Windows | DenseChunks = (
-            DenseChunks()
-            if spec.mode == "dense"
-            else Windows(window=spec.window, stride=spec.stride)
-        )
+        self._cutter: Windows | DenseChunks = Windows(window=spec.window, stride=spec.stride)
         self._pending: list[NDArray[np.generic]] = []
         self._rows: list[NDArray[np.float32]] = []
 
@@ -144,6 +143,14 @@ class _Track:
             failure = MmdistError(f"{self.path}: no {self.modality} features. {cause_of(error)}")
             failure.__cause__ = error
             self.failures.append(failure)
+
+    def start(self, samples: int) -> None:
+        """Take the number of frames to come, before the first."""
+        spec = self.network.spec
+        if spec.mode == "dense":
+            still = isinstance(self._inputs, FlowFrames) and self._inputs.still
+            frames = samples - still if spec.tail == "none" else 0
+            self._cutter = DenseChunks(frames=frames)
 
     def push(self, frames_NHWC: NDArray[np.uint8]) -> None:
         """Take frames, and run the network on complete windows or chunks."""

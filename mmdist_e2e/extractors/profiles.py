@@ -132,7 +132,7 @@ Mode = Literal["windows", "dense"]
 
 DENSE_STRIDE = 8  # frames between rows
 DENSE_WINDOW = 16  # frames that a row covers nominally: two maps
-TAIL = "repeat_last"  # the windows at a video's end repeat its last frame
+TAILS = ("repeat_last", "none")  # what is repeated at a video's end to fill windows or dense maps
 LAYERS = ("fc6", "fc7")  # of a C3D
 ADDED = {"minimum_side": None, "repeats": "distinct"}  # these values are not in older provenance
 NETWORKS = {"i3d": "an I3D", "c3d": "a C3D", "pytorchvideo": "a pytorchvideo"}
@@ -143,8 +143,9 @@ class ExtractorSpec:
     """An extractor's checkpoint and how it is run; see `matters` for what models rely on.
 
     network: "i3d", "c3d" or "pytorchvideo". fps: None under the policy "own". window, stride:
-    frames. longer_side: pixels to which frames are scaled as they are decoded. layer: of a C3D.
-    pca: reduces the rows.
+    frames. longer_side: pixels to which frames are scaled as they are decoded. tail: "repeat_last"
+    fills windows, and a dense run to a multiple of eight, with the last frame; "none" leaves a
+    dense run as it is. layer: of a C3D. pca: reduces the rows.
     """
 
     name: str
@@ -160,6 +161,7 @@ class ExtractorSpec:
     mode: Mode = "windows"
     fps_policy: FpsPolicy = "ceiling"
     longer_side: int | None = None
+    tail: str = "repeat_last"
     layer: str | None = None
     pca: Pca | None = None
 
@@ -179,7 +181,7 @@ class ExtractorSpec:
             "fps_policy": self.fps_policy,
             "window": self.window,
             "stride": self.stride,
-            "tail": TAIL,
+            "tail": self.tail,
         }
         if self.fps_policy == "exact":
             matters["fps_rounding"] = "near"  # ffmpeg's word; until 2026 it was "down"
@@ -246,6 +248,8 @@ def describe(
         if mode == "dense":
             window, stride = DENSE_WINDOW, DENSE_STRIDE
         fps = float(_positive(path, config, "fps")) if fps_policy != "own" else None
+        tail = config.get("tail", TAILS[0])
+        check_choice(f"In {path}, the tail", tail, TAILS)
         longer_side = None
         if config.get("longer_side") is not None:
             longer_side = int(_positive(path, config, "longer_side", whole=True))
@@ -269,6 +273,7 @@ def describe(
             mode=cast(Mode, mode),
             fps_policy=cast(FpsPolicy, fps_policy),
             longer_side=longer_side,
+            tail=tail if mode == "dense" else TAILS[0],
             layer=own_layer,
             pca=None if pca is None else Pca.load(pca),
         )
@@ -290,40 +295,37 @@ def profile_of(config: Mapping[str, Any]) -> dict[str, str]:
         "exact": f"{fps:g} fps exactly: frames are repeated or dropped, as by ffmpeg's fps filter",
         "own": "every frame, at the video's own rate",
     }
-    steps = []
-    if side := config.get("longer_side"):
-        steps.append(f"longer side {side} (bicubic, as by ffmpeg's scale filter)")
-    if side := given.get("shorter_side"):
-        steps.append(f"shorter side {side} (bilinear)")
-    if side := given.get("minimum_side"):
-        enlarged_what = "flow" if config["modality"] == "flow" else "frames"
-        steps.append(f"{enlarged_what} with a shorter side below {side} enlarged to it (bilinear)")
-    if given.get("resize"):
-        steps.append("{}×{} (height × width, bilinear)".format(*given["resize"]))
-    if given.get("crop") is None:
-        steps.append(f"the whole frame to {size}×{size} (bilinear)")
+    what = "flow" if config["modality"] == "flow" else "frames"
+    texts = {
+        "longer_side": "longer side {0} (bicubic, as by ffmpeg's scale filter)",
+        "shorter_side": "shorter side {0} (bilinear)",
+        "minimum_side": what + " with a shorter side below {0} enlarged to it (bilinear)",
+        "resize": "{0[0]}×{0[1]} (height × width, bilinear)",
+        "whole": "the whole frame to {0}×{0} (bilinear)",
+    }
+    values = {**given, "longer_side": config.get("longer_side")}
+    values["whole"] = None if given.get("crop") else size
+    steps = [text.format(values[key]) for key, text in texts.items() if values.get(key)]
     profile = {
         "frames": frames[config.get("fps_policy", "ceiling")],
         "size": "; then ".join(steps),
         "crop": f"center {size}×{size}" if given.get("crop") else "none",
     }
-    if config["modality"] == "flow":
-        bound = given.get("bound", 20.0)
-        still = given.get("repeats") == "still"
-        profile["flow"] = "TV-L1 between " + (
-            "consecutive samples, before any enlarging; a repeated frame has none"
-            if still
-            else "each frame and the next one, at that size"
-        )
-        profile["values"] = f"±{bound:g} pixels to [−1, 1], clipped" + (
-            ", through 8 bits" if given.get("quantise") else ""
-        )
+    if what == "flow":
+        pairs = "each frame and the next one, at that size"
+        if given.get("repeats") == "still":
+            pairs = "consecutive samples, before any enlarging; a repeated frame has none"
+        bits = ", through 8 bits" if given.get("quantise") else ""
+        profile["flow"] = f"TV-L1 between {pairs}"
+        profile["values"] = f"±{given.get('bound', 20.0):g} pixels to [−1, 1], clipped{bits}"
     else:
         mean, std = (_short(given.get(name, HALF_RANGE)) for name in ("mean", "std"))
         order = given.get("channel_order", "rgb").upper()
         profile["values"] = f"(x − {mean}) / {std} of x in 0–255, {order}"
     dense = config.get("mode") == "dense"
     profile["mode"] = "dense: the whole video at once" if dense else "windows: each on its own"
+    if dense and config.get("tail") == "none":
+        profile["mode"] += ", no frame is repeated at its end"
     profile["window"] = f"{DENSE_WINDOW if dense else config['window']} frames"
     profile["stride"] = f"{DENSE_STRIDE if dense else config['stride']} frames"
     if "layer" in config:

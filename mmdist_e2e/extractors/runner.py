@@ -361,7 +361,7 @@ def dense_row_count(frames: int) -> int:
 class Chunk:
     """Frames [N, ...] to run the network over, and its output rows to keep.
 
-    N is a multiple of eight. The rows kept are `first_row` … `last_row` − 1, counted from the
+    The rows kept are `first_row` … `last_row` − 1, counted from the
     chunk's own first: `features(frames)[first_row:last_row]`.
     """
 
@@ -374,30 +374,35 @@ class DenseChunks(_Cutter):
     """Cuts a stream of frames into chunks whose kept rows, joined, are those of one whole run.
 
     Push frames [N, ...] in order and take the chunks that are complete; `finish` gives the last.
-    At most core_frames + 2 · CONTEXT_FRAMES frames and those of one push are held.
+    At most core_frames + 2 · CONTEXT_FRAMES + 7 frames and those of one push are held.
 
     core_frames: frames that each chunk adds between its contexts, a multiple of eight.
+    frames: of the whole stream, for a run over just these, without repeating the last one. Every
+        chunk is then as long modulo eight, so that SAME padding falls on the same frames. A stream
+        that is too short for a row repeats its last frame all the same.
     """
 
-    def __init__(self, *, core_frames: int = CORE_FRAMES) -> None:
+    def __init__(self, *, core_frames: int = CORE_FRAMES, frames: int = 0) -> None:
         super().__init__()
         assert core_frames > 0
         assert core_frames % DENSE_STRIDE == 0
         self.core_frames = core_frames
+        self.remainder = frames % DENSE_STRIDE if frames > DENSE_STRIDE else 0
 
     def push(self, frames: NDArray[np.generic]) -> Iterator[Chunk]:
         """Take frames [N, ...] and give every chunk that now has its context."""
         self._hold(frames)
         core_end = self.rows * DENSE_STRIDE + self.core_frames
-        while self.frames >= core_end + CONTEXT_FRAMES:
-            yield self._chunk(core_end + CONTEXT_FRAMES, core_end // DENSE_STRIDE)
+        while self.frames >= (end := core_end + CONTEXT_FRAMES + self.remainder):
+            yield self._chunk(end, core_end // DENSE_STRIDE)
             self._forget(core_end - CONTEXT_FRAMES)
             core_end += self.core_frames
 
     def finish(self) -> Iterator[Chunk]:
         """Give the rows left over: one chunk, unless no frame was pushed."""
         if self.frames > 0:
-            end = -(-self.frames // DENSE_STRIDE) * DENSE_STRIDE
+            padded = -(-self.frames // DENSE_STRIDE) * DENSE_STRIDE
+            end = self.frames if self.remainder else padded
             yield self._chunk(end, dense_row_count(self.frames))
 
     def _chunk(self, frames_end: int, rows_end: int) -> Chunk:

@@ -342,10 +342,11 @@ OURS = (
     "select_by",
 )  # fmt: skip
 
-FEW_QUERIES = 5000  # Charades-STA has 12,408
-SMALL_DID_BETTER = (  # measured as docs/method.md says, under "Presets"
+FEW_QUERIES = 5000  # Charades-STA has 12,408 to train on
+ON_FEW_QUERIES = (  # measured as docs/method.md says, under "Presets"
     "On 1,910 queries of real Charades-STA videos with CLIP features, `--preset small` had a "
-    "R@1 of 00.0 at IoU 0.5 and `--preset paper` 00.0 (baseline, 3 seeds)."
+    "R@1 of 39.7 at IoU 0.5 (2 seeds) and `--preset paper` 42.5 (1 seed): no clear difference, "
+    "but `small` is a smaller network on 64 positions, which trains faster."
 )
 
 
@@ -353,7 +354,7 @@ def advice(preset: str, queries: int) -> str | None:
     """What a person should know who trains on so few queries with a preset of the paper."""
     if preset == "small" or queries >= FEW_QUERIES:
         return None
-    return f"There are only {queries} training queries. {SMALL_DID_BETTER}"
+    return f"There are only {queries} training queries. {ON_FEW_QUERIES}"
 
 
 def cpl(

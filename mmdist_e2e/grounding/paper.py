@@ -314,11 +314,7 @@ def reproduce(
         write_atomically(out / "table.md", lines.encode())
         return lines
 
-    once = cache(told)
-
-    def started(settings: Mapping[str, Any], queries: int) -> None:
-        if text := advice(material.preset, queries):
-            once(text)
+    once = cache(lambda text: told(text) if text else None)
 
     failed: dict[str, str] = {}
     for row, seed in jobs:
@@ -333,7 +329,7 @@ def reproduce(
                 start = time.monotonic()
                 names = inputs[row, seed]["settings"]
                 own = {name: value for name, value in settings.items() if name in names}
-                result = _train_and_score(material, row, seed, out, own, progress, started)
+                result = _train_and_score(material, row, seed, out, own, progress, once)
                 seconds = round(time.monotonic() - start, 1)
                 done = {"result": result, "seconds": seconds, "inputs": inputs[row, seed]}
                 write_json(run / DONE, done)
@@ -356,7 +352,7 @@ def _train_and_score(
     out: Path,
     settings: Mapping[str, Any],
     progress: Progress | None,
-    started: Callable[[Mapping[str, Any], int], None],
+    once: Callable[[str | None], None],
 ) -> dict[str, Any]:
     run, teacher = run_of(out, row, seed), run_of(out, TEACHER, seed)
     if row.taught and not (teacher / DONE).is_file():
@@ -381,7 +377,7 @@ def _train_and_score(
         preset=material.preset,
         length=material.length,
         glove=material.glove,
-        started=started,
+        started=lambda _, queries: once(advice(material.preset, queries)),
         overrides={**settings, **row.settings},
         more_epochs=False,
         **shared,

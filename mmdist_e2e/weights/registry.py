@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # Carreira & Zisserman's, for windows of 16 frames. The keys are those of `describe`.
 SAMPLING = {"fps": 25.0, "fps_policy": "ceiling", "mode": "windows", "window": 16, "stride": 8}
 # Charades' frames as its README makes them, read as piergiaj/pytorch-i3d's extraction does.
-CHARADES = SAMPLING | {"fps": 24.0, "fps_policy": "exact", "mode": "dense", "longer_side": 320}
+CHARADES = SAMPLING | {"fps": 24.0, "fps_policy": "exact", "longer_side": 320}
+CHARADES |= {"mode": "dense", "tail": "none"}
 
 
 def _config(
@@ -117,10 +118,11 @@ PUBLIC: tuple[Entry, ...] = (
     _c3d(
         "c3d-sports1m",
         "http://imagelab.ing.unimore.it/files/c3d_pytorch/c3d.pickle",
-        "DavideA/c3d-pytorch, Sports-1M; preprocessing of its predict.py: RGB, 112×200, no mean "
-        "(its Caffe original: BGR, 128×171, less the mean); the code is MIT",
+        "DavideA/c3d-pytorch, converted from the Caffe original, Sports-1M; the code is MIT",
         487,
-        {"resize": [112, 200], "mean": [0, 0, 0], "std": [1, 1, 1]},
+        # As the Caffe original, whose fc7 ActivityNet published: BGR, 128×171, less its mean cube,
+        # here as one rounded value per channel (R, G, B), as other public ports have it.
+        {"resize": [128, 171], "mean": [102, 98, 90], "std": [1, 1, 1], "channel_order": "bgr"},
     ),
     _backbone("slow_r50", "SLOW_8x8_R50.pyth", 8, 8, 256, 256),
     _backbone("slowfast_r50", "SLOWFAST_8x8_R50.pyth", 32, 2, 256, 256),

@@ -231,8 +231,7 @@ class FlowFrames:
         indices = np.repeat(np.arange(count), shown)
         if self.still:  # only the last sample of a frame moves on
             fields_NHWC = np.concatenate([fields_NHWC, self._motionless()])
-            moves = np.append(indices[1:] != indices[:-1], True)
-            indices[~moves] = count
+            indices[:-1][indices[1:] == indices[:-1]] = count
         for begin in range(0, len(indices), PAIRS_PER_CALL):
             yield fields_NHWC[indices[begin : begin + PAIRS_PER_CALL]]
 

@@ -270,6 +270,10 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     return True, c < 0, b < 0
 
 
+BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+JPEG_SCALING = {"interpolation": BICUBIC, "src_colorspace": "ITU601"}
+
+
 def scaled(shape: tuple[int, int, int], longer_side: int | None) -> tuple[int, int, int]:
     """[H, W, 3] after scaling the longer side, as ffmpeg's `scale=320:-1` rounds the other one."""
     if longer_side is None:
@@ -279,24 +283,21 @@ def scaled(shape: tuple[int, int, int], longer_side: int | None) -> tuple[int, i
 
 
 class Upright:
-    """Decoded pictures to RGB of `shape` [H, W, 3] and upright.
+    """Decoded pictures to RGB [H, W, 3], upright, all of the size that the first one gets.
 
-    Where that is another size than the first one's, libswscale scales as ffmpeg does by default.
+    With a `longer_side`, libswscale scales as the ffmpeg command does for JPEG files, which have
+    no other matrix of colours than BT.601's.
     """
 
-    def __init__(self, first: av.VideoFrame, shape: tuple[int, ...]) -> None:
+    def __init__(self, first: av.VideoFrame, longer_side: int | None) -> None:
         self._scaler = VideoReformatter()  # one for all: to_ndarray alone makes one a frame
         self.turned = orientation(first)
-        self._size = shape[:2] if self.turned[0] else shape[1::-1]
-        same = self._size == (first.width, first.height)
-        self._how = Interpolation.BILINEAR if same else Interpolation.BICUBIC
+        height, width, _ = scaled((first.height, first.width, 3), longer_side)
+        how = {} if longer_side is None else JPEG_SCALING
+        self._how: dict[str, Any] = {"width": width, "height": height, "format": "rgb24", **how}
 
     def __call__(self, frame: av.VideoFrame) -> Frame:
-        width, height = self._size
-        rgb = self._scaler.reformat(
-            frame, width=width, height=height, format="rgb24", interpolation=self._how
-        )
-        picture = cast(Frame, rgb.to_ndarray())
+        picture = cast(Frame, self._scaler.reformat(frame, **self._how).to_ndarray())
         swap, flip_columns, flip_rows = self.turned
         if swap:
             picture = picture.swapaxes(0, 1)

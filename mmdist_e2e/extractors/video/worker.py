@@ -196,11 +196,11 @@ def unpad(raw_HWC: Frame) -> Frame:
     return raw_HWC.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
-def decode_av(path: Path, index: Index, shape: tuple[int, ...]) -> Iterator[Picture]:
-    """All pictures from PyAV, scaled to `shape`; Unreadable where a part is missing."""
+def decode_av(path: Path, index: Index, longer_side: int | None) -> Iterator[Picture]:
+    """All pictures from PyAV; Unreadable where a part is missing."""
     upright, count = None, 0
     for at, frame in decode(path, index):
-        upright = upright or Upright(frame, shape)
+        upright = upright or Upright(frame, longer_side)
         if not index.exact:  # then the index was made by decoding these same pictures
             at = float(index.times_N[count])
         count += 1
@@ -227,7 +227,7 @@ def pictures(
             channel.alive()
         else:
             return
-    for at, convert in decode_av(path, index, scaled(index.shape, longer_side)):
+    for at, convert in decode_av(path, index, longer_side):
         channel.alive()
         if at > last:
             yield at, convert
