@@ -152,25 +152,25 @@ def choose_extractors(
     from mmdist_e2e.extractors.profiles import describe
     from mmdist_e2e.pipeline import default_extractors
 
-    specs: dict[str, ExtractorSpec] = {}
-    for name in extractors:
-        spec = describe(name, **sampling)
-        if modalities is not None and spec.modality not in modalities:
+    chosen = [describe(name, **sampling) for name in extractors]
+    given = [spec.modality for spec in chosen]
+    wanted = list(modalities or dict.fromkeys(given) or ["rgb"])
+    for spec in chosen:
+        if spec.modality not in wanted:
             raise MmdistError(
-                f"The extractor {spec.name!r} gives {spec.modality}, not {', '.join(modalities)}; "
+                f"The extractor {spec.name!r} gives {spec.modality}, not {', '.join(wanted)}; "
                 f"choose one of that modality or change --modality."
             )
-        other = specs.setdefault(spec.modality, spec)
-        if other is not spec:
+        if given.count(spec.modality) > 1:
+            names = " and ".join(repr(s.name) for s in chosen if s.modality == spec.modality)
             raise MmdistError(
-                f"The extractors {other.name!r} and {spec.name!r} both give {spec.modality}; "
-                f"choose one per modality, or extract them into different folders."
+                f"The extractors {names} all give {spec.modality}; choose one per modality, or "
+                f"extract them into different folders."
             )
-    wanted = modalities or list(specs) or ["rgb"]
-    for modality, name in default_extractors([m for m in wanted if m not in specs]).items():
-        specs[modality] = describe(name, **sampling)
-    if sampling.get("pca") is not None and len(specs) > 1:
+    others = default_extractors([modality for modality in wanted if modality not in given])
+    chosen += [describe(name, **sampling) for name in others.values()]
+    if sampling.get("pca") is not None and len(chosen) > 1:
         raise MmdistError(
             "--pca fits the rows of one extractor; extract the modalities one by one."
         )
-    return [specs[modality] for modality in wanted]
+    return sorted(chosen, key=lambda spec: wanted.index(spec.modality))

@@ -22,7 +22,7 @@ from mmdist_e2e.workspace import FEATURES, RECIPES, VIDEOS, newest_run
 @click.option(
     "--queries",
     "file",
-    type=click.Path(path_type=Path, allow_dash=True),
+    metavar="FILE",
     help="File of more queries, one per line, in UTF-8; - reads them from standard input.",
 )
 @click.option(
@@ -47,7 +47,7 @@ from mmdist_e2e.workspace import FEATURES, RECIPES, VIDEOS, newest_run
 def ground_command(
     clip: Path,
     query: tuple[str, ...],
-    file: Path | None,
+    file: str | None,
     model: Path | None,
     top_k: int,
     as_json: bool,
@@ -104,13 +104,12 @@ def _rounded(answer: Answer) -> dict[str, Any]:
     return raw
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(file: str) -> list[str]:
     """The queries of a file; blank lines are skipped."""
     try:
-        with click.open_file(str(file), "rb") as stream:  # - is standard input
-            lines = stream.read().decode("utf-8-sig").split("\n")
+        with click.open_file(file, encoding="utf-8-sig") as stream:  # - is standard input
+            return [line.strip() for line in stream.read().split("\n") if line.strip()]
     except OSError as error:
         raise MmdistError(f"--queries {file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise MmdistError(f"--queries {file} is not UTF-8 text ({error}); convert it.") from error
-    return [line.strip() for line in lines if line.strip()]
