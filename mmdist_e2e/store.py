@@ -38,9 +38,9 @@ DIGEST_BLOCK_BYTES = 1 << 20
 NAME_MAX_BYTES = 255  # of one file name, on every file system in common use
 TEMPORARY = ".tmp-"  # short, so that a temporary name fits wherever the final one does
 
-# What numpy, zipfile and json raise for files that are damaged or something else.
-NOT_A_FEATURE_FILE = (
-    *(OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError),
+# What numpy, zipfile, h5py and json raise for files that are damaged or something else.
+DAMAGED = (
+    *(OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error),
 )
 
@@ -269,7 +269,7 @@ class FeatureStore:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 video = str(json.loads(arrays["meta"].tobytes())["video"])
-        except NOT_A_FEATURE_FILE:
+        except DAMAGED:
             return None if hidden else video_key(name)
         return video if self._path(video, modality) == path else video_key(name)
 
@@ -288,7 +288,7 @@ def read_features(path: Path) -> Features:
             )
     except MmdistError as error:
         raise MmdistError(f"{path}: {error}") from error
-    except NOT_A_FEATURE_FILE as error:
+    except DAMAGED as error:
         raise MmdistError(
             f"{path} is not a whole feature file; delete it and run mmdist extract again."
         ) from error

@@ -8,6 +8,7 @@ import os
 import threading
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmdist_e2e.grounding.data import published as pulled
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, Provenance
 from mmdist_e2e.weights.download import git_blob_sha1
+from mmdist_e2e.weights.registry import ENTRIES
 
 needs_data = pytest.mark.skipif(
     "MMDIST_DATA" not in os.environ, reason="set MMDIST_DATA for the real files"
@@ -315,14 +317,19 @@ class Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of a server on loopback that stands for CPL's repository."""
-    root = tmp_path / "served"
-    for there in list(pulled.DIGESTS):
+    root = tmp_path / "served" / "minghangz" / "cpl" / "raw" / "main" / "data"
+    for there in (*pulled.DIGESTS, "charades/glove.pkl"):
         (root / there).parent.mkdir(parents=True, exist_ok=True)
         path = write_rows(root / there, [[there, 9.0, [1, 2], "person runs."]])
-        monkeypatch.setitem(pulled.DIGESTS, there, git_blob_sha1(path))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root)))
+        if there in pulled.DIGESTS:
+            monkeypatch.setitem(pulled.DIGESTS, there, git_blob_sha1(path))
+        else:
+            entry = replace(ENTRIES["cpl-vocabulary-charades"], git_sha1=git_blob_sha1(path))
+            monkeypatch.setitem(ENTRIES, entry.name, entry)
+    handler = partial(Quiet, directory=str(tmp_path / "served"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(pulled, "URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("MMDIST_MIRROR", f"http://127.0.0.1:{server.server_port}")
     yield root
     server.shutdown()
 
@@ -378,7 +385,7 @@ def test_a_failed_pull_leaves_nothing(
         file.unlink()
         told = "404"
     elif fault == "no network":
-        monkeypatch.setattr(pulled, "URL", "http://127.0.0.1:9/")
+        monkeypatch.setenv("MMDIST_MIRROR", "http://127.0.0.1:9")
         told = "could not be downloaded"
     else:
 

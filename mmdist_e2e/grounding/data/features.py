@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdist_e2e.grounding.data.annotations import Annotation, some, video_id
-from mmdist_e2e.store import TEMPORARY, FeatureStore
+from mmdist_e2e.store import DAMAGED, TEMPORARY, FeatureStore
 from mmdist_e2e.store import read_features as read_feature_file
 from mmdist_e2e.structures import MODALITIES, Features, MmdistError, Provenance, differences
 
@@ -28,8 +28,6 @@ GROUP_KEY = "c3d_features"  # where the published ActivityNet features keep a vi
 # that `row_times` does not give): JSON in an attribute in HDF5, in one file beside .npy files.
 RECORD, FIELDS = "mmdist", "features.json"
 Record = Mapping[str, Any]
-# What numpy and h5py raise for damaged files, and we for wrong arrays and records.
-UNUSABLE = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class FeatureSource:
             found = self.load(name)
             if not isinstance(found, Features):
                 found = self._imported(np.atleast_1d(found), self.record(name) or {"duration": 1.0})
-        except UNUSABLE as error:
+        except DAMAGED as error:
             raise MmdistError(f"{where} cannot be used: {error}") from error
         if found.modality != self.modality:
             raise MmdistError(

@@ -12,27 +12,24 @@ from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.store import check_out, staged
 from mmdist_e2e.structures import MmdistError, check_choice
 from mmdist_e2e.weights.download import Entry, fetch, git_blob_sha1
+from mmdist_e2e.weights.registry import CPL, ENTRIES
 
-URL = "https://github.com/minghangz/cpl/raw/main/data/"
-DIGESTS = {  # of files there, as git objects
+DIGESTS = {  # of CPL's annotations, as git objects
     "charades/train.json": "5f7e6554d1e101db7c08ff63144f379dfcebeac4",
     "charades/test.json": "5d9687e7d1c6977bbe6ae52c8075fa001a01be17",
-    "charades/glove.pkl": "e0320a97dc583316c2b56ace462b1fafc326691b",
     "activitynet/train_data.json": "debbd00e24bc7bf0595de5fd2effec5b48a7e32c",
     "activitynet/val_data.json": "d57356fceedf5580bee0afa06fa176e4fbb3ec3b",
     "activitynet/test_data.json": "2ea972a413add2523b0a17f71af4406dd4da511d",
-    "activitynet/glove.pkl": "4384500e128d5c450b4b8de9e46f34b1223f8e64",
 }
 PAGES = {"charades": "prior.allenai.org/projects/charades", "activitynet": "activity-net.org"}
-DATASETS = {  # by name: what it is, and which files of DIGESTS
-    "charades-sta": ("Charades-STA in CPL's rows (protocol cpl)", "charades/*.json"),
+DATASETS = {  # by name: their folder, and what they are
+    "charades-sta": ("charades", "Charades-STA in CPL's rows (protocol cpl)"),
     "activitynet-captions": (
+        "activitynet",
         "ActivityNet Captions in CPL's rows (protocol official; val is val_1, test is val_2)",
-        "activitynet/*.json",
     ),
-    "cpl-vocabulary-charades": ("CPL's word vectors for Charades-STA", "charades/*.pkl"),
-    "cpl-vocabulary-activitynet": ("CPL's word vectors for ActivityNet", "activitynet/*.pkl"),
 }
+VOCABULARIES = ("cpl-vocabulary-charades", "cpl-vocabulary-activitynet")  # of the registry
 
 
 def pull(name: str, out: Path) -> list[str]:
@@ -42,25 +39,32 @@ def pull(name: str, out: Path) -> list[str]:
     the videos are. Raises MmdistError for an unknown name, a failed download, a file of another
     digest than the known one, and where `out` holds another file of that name.
     """
-    check_choice("The data set", name, list(DATASETS))
+    check_choice("The data set", name, [*DATASETS, *VOCABULARIES])
     check_out(out)
-    what, pattern = DATASETS[name]
-    found = [there for there in DIGESTS if Path(there).match(pattern)]
-    files = {out / Path(there).name.replace("_data", ""): there for there in found}
+    if name in VOCABULARIES:
+        files, about = {out / "glove.pkl": ENTRIES[name]}, [f"{ENTRIES[name].facts}."]
+    else:
+        data, what = DATASETS[name]
+        files = {
+            out / Path(there).name.replace("_data", ""): Entry(
+                there, "file", what, url=f"{CPL}/data/{there}", git_sha1=digest
+            )
+            for there, digest in DIGESTS.items()
+            if there.startswith(data)
+        }
+        videos = f"Videos may not be redistributed; get them at {PAGES[data]}."
+        about = [f"{what}.", videos]
     with staged(out) as folder:
         folder.mkdir()
-        for path, there in files.items():
-            if path.exists() and not (path.is_file() and git_blob_sha1(path) == DIGESTS[there]):
+        for path, entry in files.items():
+            if not path.exists():
+                with tempfile.TemporaryDirectory(dir=folder) as downloads:
+                    fetch(entry, Path(downloads)).replace(folder / path.name)
+            elif not path.is_file() or git_blob_sha1(path) != entry.git_sha1:
                 raise MmdistError(
                     f"{path} exists and is not that of {name}; move it, or give another --out."
                 )
-            if not path.exists():
-                entry = Entry(there, "public", what, url=URL + there, git_sha1=DIGESTS[there])
-                with tempfile.TemporaryDirectory(dir=folder) as downloads:
-                    fetch(entry, Path(downloads)).replace(folder / path.name)
-    page = PAGES[pattern.partition("/")[0]]
-    videos = f"Videos may not be redistributed; get them at {page}."
-    return [*map(str, files), f"{what}.", videos]
+    return [*map(str, files), *about]
 
 
 # The splits that papers report on, by `fingerprint`.
