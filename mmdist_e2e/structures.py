@@ -155,18 +155,23 @@ class Provenance:
     def from_json(cls, raw: Mapping[str, Any]) -> Provenance:
         return cls(raw["matters"], raw.get("info", {}), raw.get("source", {}))
 
+    @property
+    def grid(self) -> tuple[float, float, float, float] | None:
+        """effective_fps, stride, window and offset (frames) of the rows; None if not recorded."""
+        known = {**self.matters, **self.info}
+        fps, stride, window = (known.get(key) for key in ("effective_fps", "stride", "window"))
+        return (fps, stride, window, known.get("offset", 0)) if fps and stride and window else None
+
     def row_times(self, rows: int, seconds: float) -> NDArray[np.float64]:
         """[S, 2]: start and end in seconds of S rows of a video that lasts `seconds`.
 
-        Row i starts at (i · stride + offset) / effective_fps and lasts window / effective_fps, or
-        to the end of the video; the last row always ends there. Without these fields, rows divide
-        the video evenly.
+        Row i starts at (i · stride + offset) / fps and lasts window / fps, or to the end of the
+        video; the last row always ends there. Without a grid, rows divide the video evenly.
         """
-        known = {**self.matters, **self.info}
-        fps, stride, window = (known.get(key) for key in ("effective_fps", "stride", "window"))
-        if not (fps and stride and window):
+        if self.grid is None:
             return even_times(rows, seconds)
-        starts = (np.arange(rows, dtype=np.float64) * stride + known.get("offset", 0)) / fps
+        fps, stride, window, offset = self.grid
+        starts = (np.arange(rows, dtype=np.float64) * stride + offset) / fps
         times_S2 = np.stack([starts, starts + window / fps], axis=1).clip(max=seconds)
         times_S2[-1, 1] = seconds
         return times_S2

@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from mmdist_e2e.grounding.config import PRESETS
 from mmdist_e2e.grounding.data.annotations import PROTOCOLS
@@ -40,13 +32,15 @@ def say(line: str) -> None:
         notes.print(line, markup=False, soft_wrap=True)
 
 
-class _Bars(Progress):
-    """Bars with a description, then `columns`; drawn only in a terminal."""
+class _Bars(progress.Progress):
+    """Bars with a description, a count, the time and `columns`; drawn only in a terminal."""
 
-    def __init__(self, *columns: ProgressColumn) -> None:
+    def __init__(self, *columns: progress.ProgressColumn) -> None:
         super().__init__(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
             *columns,
             console=notes,
             transient=True,
@@ -58,7 +52,7 @@ class ExtractionProgress:
     """Two bars: finished videos, and the progress of the current one."""
 
     def __init__(self, total: int) -> None:
-        self._bars = _Bars(MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bars = _Bars(progress.TimeRemainingColumn())
         self._all = self._bars.add_task("videos", total=total)
         self._one = self._bars.add_task("", total=100)
 
@@ -85,7 +79,7 @@ class StepDisplay(_Bars):
     """A bar that restarts with each step; called with (step, done, total)."""
 
     def __init__(self) -> None:
-        super().__init__(MofNCompleteColumn(), TimeElapsedColumn())
+        super().__init__()
         self._step = self.add_task("loading")
         self._said = ""
 
@@ -108,8 +102,8 @@ PATH = click.Path(path_type=Path)
 
 def pulled(name: Path) -> Path:
     """The folder of a model that is given by name. Raises MmdistError as `model_folder`."""
-    with StepDisplay() as progress:
-        return model_folder(str(name), progress)
+    with StepDisplay() as display:
+        return model_folder(str(name), display)
 
 
 PLACES = {  # what the options of a workspace are, and where they are looked for

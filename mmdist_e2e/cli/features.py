@@ -7,17 +7,14 @@ from typing import Any
 
 import click
 
-from mmdist_e2e.cli.common import PATH, StepDisplay
+from mmdist_e2e.cli.common import PATH, StepDisplay, choice
 from mmdist_e2e.cli.data import show_report
 from mmdist_e2e.structures import MODALITIES, MmdistError
 
 ABOVE_0 = click.FloatRange(0, min_open=True)
 
-modality = click.option(
-    "--modality",
-    default="rgb",
-    type=click.Choice(MODALITIES),
-    help="Which features of a store; what imported arrays are.",
+modality = choice(
+    "--modality", *MODALITIES, help="Which features of a store; what imported arrays are."
 )
 
 
@@ -52,11 +49,11 @@ def info_command(path: Path, as_json: bool) -> None:
     help="One HDF5 file; a folder of .npy files; the same with the fields that OpenTAD needs.",
 )
 @modality
-@click.option(
+@choice(
     "--layout",
-    default="charades",
-    type=click.Choice(["charades", "activitynet"]),
-    help="Of hdf5: a dataset VIDEO, or VIDEO/c3d_features.  [default: charades]",
+    "charades",
+    "activitynet",
+    help="Of hdf5: a dataset VIDEO, or VIDEO/c3d_features.",
 )
 def export_command(store: Path, target: Path, **options: Any) -> None:
     """Write the features of STORE in a format of other programs.

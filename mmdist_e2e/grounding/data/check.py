@@ -107,12 +107,9 @@ def check_data(
     for modality, place in features.items() if splits else ():
         with report.collecting():
             recorded |= _check_features(report, splits, place, modality, progress)
-    for name, path in files.items():
-        if name not in splits:
-            continue
+    for name in splits:
         queries = splits[name] = with_durations(splits[name], recorded | said[name] | seconds)
-        facts: dict[str, Any] = {"file": path.name}
-        report.splits[name] = facts
+        facts = report.splits.setdefault(name, {"file": files[name].name})
         counts = suspicions(queries, left_out[name])
         if counts:
             report.warnings.append(f"{name}: {describe_suspicions(counts)}.")
@@ -125,7 +122,7 @@ def check_data(
         if not unknown:
             with report.collecting():
                 splits[name] = in_protocol(queries, protocol)
-        facts["protocol"] = protocol_of(path, splits[name])
+        facts["protocol"] = protocol_of(files[name], splits[name])
         facts["queries"] = len(splits[name])
         facts["queries_dropped_by_protocol"] = len(queries) - len(splits[name])
         facts["videos"] = len({a.video for a in splits[name]})

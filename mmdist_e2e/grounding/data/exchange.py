@@ -95,11 +95,10 @@ def _record(features: Features) -> dict[str, Any]:
     record = {"modality": features.modality, "duration": seconds, "provenance": made.to_json()}
     if not np.array_equal(made.row_times(len(features.data), seconds), features.times):
         return record | {"times": features.times.tolist()}
-    known = {**made.matters, **made.info}
-    if all(known.get(key) for key in ("effective_fps", "stride", "window")):
-        record |= {"fps": known["effective_fps"], "frame": known["effective_fps"] * seconds}
-        record |= {"feature_stride": known["stride"], "num_frames": known["window"]}
-        record |= {"offset_frames": known.get("offset", 0) + known["window"] / 2}
+    if made.grid is not None:
+        fps, stride, window, offset = made.grid
+        record |= {"fps": fps, "frame": fps * seconds, "feature_stride": stride}
+        record |= {"num_frames": window, "offset_frames": offset + window / 2}
     return record
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,10 +82,8 @@ class FeatureSource:
 
         Arrays without a record have no times: rows are spread over a video of length 1.
         """
-        name, where = (
-            self.names[video],
-            f"The {self.modality} features of '{video}' in '{self.path}'",
-        )
+        name = self.names[video]
+        where = f"The {self.modality} features of '{video}' in '{self.path}'"
         try:
             found = self.load(name)
             if not isinstance(found, Features):
@@ -185,15 +184,12 @@ def _names_in(group: Any, prefix: str = "") -> Iterator[str]:
 def _folder(path: Path, modality: str) -> FeatureSource:
     store = FeatureStore(path)
     if names := _by_id(path, store.videos(modality)):
-        return FeatureSource(
-            path, modality, "store", names, lambda name: store.load(name, modality)
-        )
+        stored = partial(store.load, modality=modality)
+        return FeatureSource(path, modality, "store", names, stored)
     files = {p.relative_to(path).as_posix().removesuffix(".npy"): p for p in path.rglob("*.npy")}
     if names := _by_id(path, sorted(name for name in files if not name.startswith(TEMPORARY))):
-        fields = _fields(path / FIELDS)
-        return FeatureSource(
-            path, modality, "npy", names, lambda name: np.load(files[name]), fields.get
-        )
+        record = _fields(path / FIELDS).get
+        return FeatureSource(path, modality, "npy", names, lambda n: np.load(files[n]), record)
     others = [other for other in MODALITIES if store.videos(other)]
     raise MmdistError(
         f"The folder '{path}' holds no {modality} features"
@@ -236,8 +232,8 @@ def places_of(
     modalities: Sequence[str], features_path: Path, flow_features_path: Path | None
 ) -> dict[str, Path]:
     """Where to read each modality: from one path, or flow from its own."""
-    own = {"flow": flow_features_path or features_path}
-    return {modality: own.get(modality, features_path) for modality in modalities}
+    places = {"rgb": features_path, "flow": flow_features_path or features_path}
+    return {modality: places[modality] for modality in modalities}
 
 
 def having_features(
