@@ -20,13 +20,6 @@ from mmdist_e2e.workspace import SPLITS, fill
 if TYPE_CHECKING:
     from mmdist_e2e.grounding.data.check import Report
 
-LABELS = {  # of facts whose key does not read well
-    "not_in_seconds": "perhaps not in seconds",
-    "duplicates": "repeated lines",
-    "left_out": "left out: end before start",
-    "queries_dropped_by_protocol": "left out by the protocol",
-}
-
 
 @click.group("data")
 def data_group() -> None:
@@ -106,7 +99,7 @@ def _print_table(columns: Mapping[str, Mapping[str, Any]]) -> None:
     for key in {key: None for facts in columns.values() for key in facts}:
         cells = [_cell(facts.get(key)) for facts in columns.values()]
         if any(cells):
-            table.add_row(LABELS.get(key, key.replace("_", " ")), *map(escape, cells))
+            table.add_row(key.replace("_", " "), *map(escape, cells))
     results.print(table)
     results.print()
 

@@ -23,9 +23,8 @@ from mmdist_e2e.grounding.data.features import (
     GROUP_KEY,
     RECORD,
     open_features,
-    require_h5py,
 )
-from mmdist_e2e.store import FeatureStore, staged, write_json
+from mmdist_e2e.store import FeatureStore, require, staged, write_json
 from mmdist_e2e.structures import Features, MmdistError
 
 Write = Callable[[str, Features, Mapping[str, Any]], object]
@@ -122,7 +121,7 @@ def _hdf5(target: Path, layout: str) -> Iterator[Write]:
         if record:
             file[video].attrs[RECORD] = json.dumps(record, sort_keys=True)
 
-    h5py = require_h5py(target)
+    h5py = require("h5py", "hdf5", f"The HDF5 file '{target}'")
     with staged(target) as temporary:
         try:
             with h5py.File(temporary, "w") as file:

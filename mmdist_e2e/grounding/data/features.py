@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdist_e2e.grounding.data.annotations import Annotation, some, video_id
-from mmdist_e2e.store import DAMAGED, TEMPORARY, FeatureStore
+from mmdist_e2e.store import DAMAGED, TEMPORARY, FeatureStore, require
 from mmdist_e2e.store import read_features as read_feature_file
 from mmdist_e2e.structures import MODALITIES, Features, MmdistError, Provenance, differences
 
@@ -110,17 +110,6 @@ class FeatureSource:
         return Features(array, np.array(times), seconds, modality, provenance)
 
 
-def require_h5py(path: Path) -> Any:
-    """The module h5py. Raises MmdistError where it is not installed."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise MmdistError(
-            f"The HDF5 file '{path}' needs h5py; run pip install 'mmdist-e2e[hdf5]'."
-        ) from error
-    return h5py
-
-
 def modalities_of(path: Path) -> list[str]:
     """The modalities of a source; rgb for arrays that do not tell. Raises as `open_features`."""
     if path.suffix == ".npz" and path.is_file():
@@ -153,7 +142,7 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
         else:
             yield FeatureSource(path, modality, "npy", one, np.load)
         return
-    h5py = require_h5py(path)
+    h5py = require("h5py", "hdf5", f"The HDF5 file '{path}'")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
