@@ -76,17 +76,21 @@ class ExtractionProgress:
 
 
 class StepDisplay(_Bars):
-    """A bar that restarts with each step; called with (step, done, total)."""
+    """A bar that restarts with each step; called with (step, done, total).
 
-    def __init__(self) -> None:
+    logged: where there is no terminal for a bar, print a line for each step.
+    """
+
+    def __init__(self, *, logged: bool = True) -> None:
         super().__init__()
+        self._logged = logged and not notes.is_terminal
         self._step = self.add_task("loading")
         self._said = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         self.update(self._step, description=what, completed=done, total=total)
-        if what != self._said and not notes.is_terminal:
-            say(what)  # a log file has no bar
+        if what != self._said and self._logged:
+            say(what)
         self._said = what
 
 

@@ -70,11 +70,10 @@ def ground_command(
     if model is not None and not model.is_dir():
         model = common.pulled(model)
     run = newest_run(*RECIPES) if model is None else None
-    with StepDisplay() as display:
+    with StepDisplay(logged=False) as display:
 
         def progress(done: float) -> None:
-            if done:  # of a file that cannot be read, the error says enough
-                display(f"reading {clip.name}", int(100 * done), 100)
+            display(f"reading {clip.name}", int(100 * done), 100)
 
         grounder = load(model or run, cache=cache or True, **options)
         say("" if run is None else f"Found in this folder: --model {run}")
