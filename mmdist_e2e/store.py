@@ -22,6 +22,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,9 +39,9 @@ DIGEST_BLOCK_BYTES = 1 << 20
 NAME_MAX_BYTES = 255  # of one file name, on every file system in common use
 TEMPORARY = ".tmp-"  # short, so that a temporary name fits wherever the final one does
 
-# What numpy, zipfile and json raise for files that are damaged or something else.
-NOT_A_FEATURE_FILE = (
-    *(OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError),
+# What numpy, zipfile, h5py and json raise for files that are damaged or something else.
+DAMAGED = (
+    *(OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error),
 )
 
@@ -138,13 +139,8 @@ def row_writer(path: Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
             path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         )
     check_choice(f"The suffix of {path}", path.suffix, (".parquet", ".jsonl"))
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MmdistError(
-            f"Writing {path} needs pyarrow; run pip install 'mmdist-e2e[parquet]', or write .jsonl."
-        ) from error
+    pyarrow = require("pyarrow", "parquet", f"Writing {path}")
+    parquet = require("pyarrow.parquet", "parquet", f"Writing {path}")
 
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
@@ -152,6 +148,16 @@ def row_writer(path: Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
         write_atomically(path, lambda stream: parquet.write_table(table, stream))
 
     return write
+
+
+def require(module: str, extra: str, what: str) -> Any:
+    """Import an optional module. Raises MmdistError that says which extra `what` needs."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MmdistError(
+            f"{what} needs {module}; run pip install 'mmdist-e2e[{extra}]'."
+        ) from error
 
 
 def fast_digest(path: Path) -> dict[str, Any]:
@@ -269,7 +275,7 @@ class FeatureStore:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 video = str(json.loads(arrays["meta"].tobytes())["video"])
-        except NOT_A_FEATURE_FILE:
+        except DAMAGED:
             return None if hidden else video_key(name)
         return video if self._path(video, modality) == path else video_key(name)
 
@@ -288,7 +294,7 @@ def read_features(path: Path) -> Features:
             )
     except MmdistError as error:
         raise MmdistError(f"{path}: {error}") from error
-    except NOT_A_FEATURE_FILE as error:
+    except DAMAGED as error:
         raise MmdistError(
             f"{path} is not a whole feature file; delete it and run mmdist extract again."
         ) from error

@@ -123,6 +123,12 @@ class Answer(Sequence[Moment]):
         return f"<table><caption>{escape(title)}</caption>{rows}</table><p>{below}</p>"
 
 
+def even_times(rows: int, seconds: float) -> NDArray[np.float64]:
+    """[S, 2]: start and end in seconds of S rows that divide a video evenly."""
+    edges = np.linspace(0.0, seconds, rows + 1)
+    return np.stack([edges[:-1], edges[1:]], axis=1)
+
+
 @dataclass(frozen=True)
 class Provenance:
     """How features were made.
@@ -149,6 +155,27 @@ class Provenance:
     def from_json(cls, raw: Mapping[str, Any]) -> Provenance:
         return cls(raw["matters"], raw.get("info", {}), raw.get("source", {}))
 
+    @property
+    def grid(self) -> tuple[float, float, float, float] | None:
+        """effective_fps, stride, window and offset (frames) of the rows; None if not recorded."""
+        known = {**self.matters, **self.info}
+        fps, stride, window = (known.get(key) for key in ("effective_fps", "stride", "window"))
+        return (fps, stride, window, known.get("offset", 0)) if fps and stride and window else None
+
+    def row_times(self, rows: int, seconds: float) -> NDArray[np.float64]:
+        """[S, 2]: start and end in seconds of S rows of a video that lasts `seconds`.
+
+        Row i starts at (i · stride + offset) / fps and lasts window / fps, or to the end of the
+        video; the last row always ends there. Without a grid, rows divide the video evenly.
+        """
+        if self.grid is None:
+            return even_times(rows, seconds)
+        fps, stride, window, offset = self.grid
+        starts = (np.arange(rows, dtype=np.float64) * stride + offset) / fps
+        times_S2 = np.stack([starts, starts + window / fps], axis=1).clip(max=seconds)
+        times_S2[-1, 1] = seconds
+        return times_S2
+
 
 def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[str]:
     """How two `matters` mappings differ, one phrase per key; empty when they agree."""
@@ -164,7 +191,7 @@ def differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> list[
 class Features:
     """Per-snippet features of one video and one modality.
 
-    data: [S, D] float32, finite, S >= 1.
+    data: [S, D] float32, finite, S and D >= 1.
     times: [S, 2] float64, start and end of each snippet in seconds.
     duration_seconds: length of the video.
     Raises MmdistError when shapes disagree or a value is not finite.
@@ -184,10 +211,10 @@ class Features:
                 raise MmdistError(
                     f"{name} of Features must be a numpy array of numbers; got {kind}."
                 )
-        if self.data.ndim != 2 or self.data.shape[0] < 1:
+        if self.data.ndim != 2 or 0 in self.data.shape:
             raise MmdistError(
-                f"Features must have the shape [snippets, channels] with at least one snippet; "
-                f"these have {list(self.data.shape)}."
+                f"Features must have the shape [snippets, channels], with at least one of each; "
+                f"these have the shape {list(self.data.shape)}."
             )
         if self.times.shape != (self.data.shape[0], 2):
             raise MmdistError(
@@ -200,6 +227,11 @@ class Features:
         seconds = self.duration_seconds
         if not isinstance(seconds, int | float | np.number) or not 0 < seconds < np.inf:
             raise MmdistError(f"A duration must be a positive number of seconds; got {seconds!r}.")
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What must be the same for all videos that a network reads."""
+        return {**self.provenance.matters, "channels": self.data.shape[1]}
 
     def resample(self, length: int) -> Features:
         """Resample the S rows to `length` positions that divide the video evenly.
@@ -216,6 +248,4 @@ class Features:
         data = np.empty((length, self.data.shape[1]), dtype=np.float32)
         for i, (left, right) in enumerate(itertools.pairwise(edges)):
             data[i] = self.data[left:right].mean(axis=0) if left < right else self.data[left]
-        bounds = np.linspace(0.0, self.duration_seconds, length + 1)
-        times = np.stack([bounds[:-1], bounds[1:]], axis=1)
-        return replace(self, data=data, times=times)
+        return replace(self, data=data, times=even_times(length, self.duration_seconds))

@@ -6,15 +6,13 @@
     features/       what mmdist extract or another program wrote
     runs/           RECIPE or RECIPE-seedN: what mmdist train wrote
 
-Annotations end in .txt, .json or .jsonl, and one word of a file's name tells its split (SPLITS).
+Annotations are .txt, .json or .jsonl, and one word of a file's name tells its split (SPLITS).
 Without a test split, val_1 and val_2 are validation and test. Where no name tells training, the
-only file whose name tells no split is the training split.
+only file whose name tells no split is for training.
 
-Features of a modality are those that mmdist extract wrote into features/; or an HDF5 file with
-`rgb` or `flow` in its name; or the folder features/rgb or features/flow. Without these, the only
-HDF5 file without `flow` in its name holds RGB, or else the files VIDEO.npy in features/ do.
-
-A run is finished when its training state says so. Where several files fit, the person chooses.
+Features of a modality: what mmdist extract wrote into features/, an HDF5 file with `rgb` or `flow`
+in its name, or the folder features/rgb or features/flow. Else the only HDF5 file without `flow` in
+its name holds RGB, or else the files VIDEO.npy do. Where several files fit, the person chooses.
 """
 
 from __future__ import annotations

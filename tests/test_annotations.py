@@ -155,7 +155,7 @@ QV = '{"vid": "v", "duration": 9, "query": "x", "relevant_windows": [[1, 2]]}'
         (f'{QV}\n{QV.replace("relevant_windows", "saliency")}', "Line 2 .* test split"),
         (f'{QV}\n{QV.replace("[[1, 2]]", "[[1]]")}', "Line 2"),
         ('{"video_path": "v", "duration": 9, "events": [{"query": "x", "span": [1, 2]},'
-         ' {"query": "y", "span": [2, 1]}]}', "Event 2 of line 1 .* 0 <= start <= end"),
+         ' {"query": "y", "span": [2, 1]}]}', "Sentence 2 of line 1 .* 0 <= start <= end"),
         ('{"video_path": "v", "duration": 9, "events": 3}', "Line 1 .* events"),
         ('{"v": {"duration": 9, "spans": [[1, 2]], "queries": []}}', "The video 'v'"),
         (f'[{GOOD}, {{"vid": "v"}}]', "Row 2 .* is not JSON with vid"),
@@ -342,7 +342,7 @@ def test_ids_that_are_not_valid_unicode_are_digested(tmp_path: Path) -> None:
     path.write_text(json.dumps(rows), encoding="ascii")
     annotations = load_annotations(path)
     assert protocol_of(path, annotations).startswith("a.json")
-    assert len(carve_validation(annotations).train) == 2
+    assert len(carve_validation(annotations)[0]) == 2
 
 
 def test_the_protocol_of_other_files_is_told_by_late_ends(tmp_path: Path) -> None:
@@ -378,28 +378,28 @@ def many_annotations(videos: int = 200) -> list[Annotation]:
 
 def test_validation_is_carved_by_video_whatever_the_order() -> None:
     annotations = many_annotations()
-    carved = carve_validation(annotations, 0.1, seed=3)
-    train, val = ({a.video for a in part} for part in carved[:2])
+    *carved, report = carve_validation(annotations, 0.1, seed=3)
+    train, val = ({a.video for a in part} for part in carved)
     assert len(val) == 20
     assert not train & val
     assert train | val == {a.video for a in annotations}
-    assert [a for a in annotations if a.video in val] == carved.val  # the file's order
-    assert len(carved.train) + len(carved.val) == len(annotations)
-    assert f"20 of 200 videos, {len(carved.val)} of 600 queries (seed 3)" in carved.report
+    assert [a for a in annotations if a.video in val] == carved[1]  # the file's order
+    assert sum(map(len, carved)) == len(annotations)
+    assert f"20 of 200 videos, {len(carved[1])} of 600 queries (seed 3)" in report
 
     shuffled = random.Random(0).sample(annotations, len(annotations))
-    again = carve_validation(shuffled, 0.1, seed=3)
-    assert {a.video for a in again.val} == val
-    assert {a.video for a in carve_validation(annotations, 0.1, seed=4).val} != val
+    again = carve_validation(shuffled, 0.1, seed=3)[1]
+    assert {a.video for a in again} == val
+    assert {a.video for a in carve_validation(annotations, 0.1, seed=4)[1]} != val
     # A larger share holds the smaller one, and one video more moves one video at most.
-    assert val < {a.video for a in carve_validation(annotations, 0.2, seed=3).val}
+    assert val < {a.video for a in carve_validation(annotations, 0.2, seed=3)[1]}
     more = [*annotations, Annotation("new", 9.0, 0, 1, "x")]
-    assert len(val - {a.video for a in carve_validation(more, 0.1, seed=3).val}) <= 1
+    assert len(val - {a.video for a in carve_validation(more, 0.1, seed=3)[1]}) <= 1
 
 
 def test_the_carved_share_is_a_draw_without_favour() -> None:
     annotations = many_annotations()
-    drawn = [carve_validation(annotations, 0.25, seed=s).val for s in range(40)]
+    drawn = [carve_validation(annotations, 0.25, seed=s)[1] for s in range(40)]
     counts = [sum(any(a.video == f"v{i}" for a in val) for val in drawn) for i in range(200)]
     # Binomial(40, 1/4): mean 10, deviation 2.7.
     assert np.mean(counts) == 10
@@ -409,9 +409,7 @@ def test_the_carved_share_is_a_draw_without_favour() -> None:
 def test_small_and_impossible_splits() -> None:
     pair = many_annotations(2)
     for fraction in (0.01, 0.99):
-        carved = carve_validation(pair, fraction)
-        assert carved.train
-        assert carved.val
+        assert all(carve_validation(pair, fraction))
     with pytest.raises(MmdistError, match="One video"):
         carve_validation(many_annotations(1))
     for fraction in (0.0, 1.0, -1, float("nan")):

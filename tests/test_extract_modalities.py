@@ -245,7 +245,7 @@ def test_each_modality_has_its_default(
     [
         (["--extractor", "RGB", "--layer", "fc6"], "an I3D network and has no layer"),
         (["--extractor", "RGB", "--flow", "opencv"], "add --modality flow"),
-        (["--extractor", "RGB", "--extractor", "RGB"], "both give rgb"),
+        (["--extractor", "RGB", "--extractor", "RGB"], "all give rgb"),
         (["--extractor", "FLOW", "--modality", "rgb"], "gives flow, not rgb"),
         (["--extractor", "RGB", "--extractor", "FLOW", "--pca", "PCA"], "one by one"),
         (["--extractor", "RGB", "--pca", "CLIP"], "cannot be read as a PCA file"),

@@ -75,8 +75,8 @@ def test_dimensions_of_one_are_dropped(tmp_path: Path) -> None:
     for video, rows in (("a", 7), ("b", 1)):
         np.save(tmp_path / f"{video}.npy", np.arange(rows * 4.0).reshape(rows, 1, 1, 4))
     with open_features(tmp_path) as source:
-        assert np.array_equal(source.array("a"), np.arange(28.0).reshape(7, 4))
-        assert source.array("b").shape == (1, 4)
+        assert np.array_equal(source.features("a").data, np.arange(28.0).reshape(7, 4))
+        assert source.features("b").data.shape == (1, 4)
 
 
 def test_videos_without_features_are_counted_and_named(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_names_may_carry_the_suffix_of_the_video(tmp_path: Path) -> None:
         (np.zeros((2, 1, 2, 3)), r"'v' .*shape \[2, 1, 2, 3\]"),
         (np.zeros((0, 3)), r"'v' .*shape \[0, 3\]"),
         (np.array([["x"]]), "'v' .*<U1"),
-        (np.array([{}]), "'v' .*cannot be read"),  # would need a pickle
+        (np.array([{}]), "'v' .*cannot be used"),  # would need a pickle
     ],
 )
 def test_unusable_arrays_name_their_video(tmp_path: Path, array: np.ndarray, reason: str) -> None:
@@ -127,7 +127,7 @@ def test_unusable_arrays_name_their_video(tmp_path: Path, array: np.ndarray, rea
 def test_damaged_npy(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.zeros((20, 3)))
     (tmp_path / "v.npy").write_bytes((tmp_path / "v.npy").read_bytes()[:200])
-    with pytest.raises(MmdistError, match=r"'v' .*cannot be read"):
+    with pytest.raises(MmdistError, match=r"'v' .*cannot be used"):
         load_features({"rgb": tmp_path}, ["v"], length=2)
 
 
@@ -195,7 +195,7 @@ def test_one_store_holds_both_modalities(tmp_path: Path) -> None:
     assert load_features(places, ["a"], length=5).data_VLF.shape == (1, 5, 8)
     # A file that was renamed, or copied, to the other modality.
     (tmp_path / "a.flow.npz").write_bytes((tmp_path / "a.rgb.npz").read_bytes())
-    with pytest.raises(MmdistError, match=r"flow file of 'a' .* holds rgb features"):
+    with pytest.raises(MmdistError, match=r"of 'a' .* are those of rgb"):
         load_features(places, ["a"], length=5)
     FeatureStore(tmp_path).save("a", Features(rgb.data, rgb.times, 20.0, "flow", rgb.provenance))
     with pytest.raises(MmdistError, match="same features, once as RGB"):
@@ -233,6 +233,6 @@ def test_real_features() -> None:
     path = Path(os.environ["MMDIST_DATA"]) / "charades_clip" / "features.hdf5"
     with open_features(path) as source:
         assert len(source.names) == 897
-        raw = source.array("3MSZA")
+        raw = source.features("3MSZA").data
     table = load_features({"rgb": path}, ["3MSZA"], length=50)
     np.testing.assert_allclose(table.data_VLF[0], resampled(raw, 50), rtol=1e-3, atol=1e-5)

@@ -18,7 +18,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.extractors.runner import row_times
 from mmdist_e2e.grounding.data.features import load_features, open_features
 from mmdist_e2e.store import FeatureStore, row_writer
 from mmdist_e2e.structures import Features, MmdistError, Provenance
@@ -51,11 +50,10 @@ def extracted(
     """As mmdist extract makes them of a video at `fps`, whose last windows run past its end."""
     data = np.random.default_rng(rows).normal(size=(rows, 6)).astype(np.float32)
     seconds = ((rows - 1) * 8 + 5) / fps
-    times = row_times(rows, window=window, stride=8, fps=fps, duration_seconds=seconds)
     matters = {"extractor": "toy", "fps": 25.0, "stride": 8, "window": window, **matters}
     source = {"bytes": rows, "digest": "é"}
     made = Provenance(matters, {"effective_fps": fps, "trained_on": "toys"}, source)
-    return Features(data, times, seconds, modality, made)
+    return Features(data, made.row_times(rows, seconds), seconds, modality, made)
 
 
 def irregular(rows: int) -> Features:
@@ -116,7 +114,7 @@ def test_an_export_is_read_as_the_store_is(store: Path, tmp_path: Path) -> None:
         table = load_features({"rgb": path}, videos[:2], length=8)
         assert table.durations_seconds == expected.durations_seconds
         assert (table.matters, table.digests) == (expected.matters, expected.digests)
-        with pytest.raises(MmdistError, match="holds rgb features; give those of flow"):
+        with pytest.raises(MmdistError, match="are those of rgb; give the ones of flow"):
             load_features({"flow": path}, videos[:2], length=8)
 
 
@@ -232,7 +230,7 @@ def test_two_modalities_share_a_store(tmp_path: Path) -> None:
         done("features", "import", path, "--out", tmp_path / "back", "--modality", modality)
     assert contents(tmp_path / "back") == contents(tmp_path / "both")
     told = sentence("features", "import", tmp_path / "flow.hdf5", "--out", tmp_path / "x")
-    assert "holds flow features; give those of rgb" in told
+    assert "are those of flow; give the ones of rgb" in told
 
 
 @pytest.mark.parametrize("fault", ["value", "flush", "size"])
@@ -308,8 +306,9 @@ def test_what_a_source_holds(store: Path, tmp_path: Path) -> None:
 
     def info(path: Path) -> dict[str, Any]:
         """Of the one modality that is there."""
-        (report,) = json.loads(done("features", "info", path, "--json").stdout).values()
-        return report["features"] | {"said": report["errors"] + report["warnings"]}
+        report = json.loads(done("features", "info", path, "--json").stdout)
+        (facts,) = report["features"].values()
+        return facts | {"said": report["errors"] + report["warnings"]}
 
     found = [info(path) for path in (store, tmp_path / "f.hdf5", tmp_path / "npy")]
     assert [one.pop("kind") for one in found] == ["store", "hdf5", "npy"]
@@ -324,15 +323,19 @@ def test_what_a_source_holds(store: Path, tmp_path: Path) -> None:
     text = done("features", "info", store).stdout
     assert "extractor: toy, fps: 25.0, stride: 8, window: 16" in text
     assert info(store / "3MSZA.rgb.npz")["rows"] == 40
-    plain = foreign(tmp_path / "plain", a=np.ones((3, 2)), b=np.full((3, 2), np.nan))
+    arrays = {"a": np.ones((3, 2)), "b": np.full((3, 2), np.nan), "c": np.full((3, 2), 1e300)}
+    plain = foreign(tmp_path / "plain", d=np.ones((3, 2)), **arrays)
     facts = info(plain)
     assert (facts["videos_with_duration"], facts["rows_in_every_video"]) == (0, 3)
     assert facts["made_by"] == {"extractor": "external:npy"}
-    assert "1 videos have features that are not finite (b)." in facts["said"]
+    # "c" overflows as float32.
+    for video, told in zip("bc", facts["said"], strict=False):
+        assert f"rgb features of '{video}' in" in told
+        assert "must be finite; 3 of 3 rows are not" in told
     assert info(plain / "a.npy")["rows"] == 3
     FeatureStore(store).save("other", extracted(5, modality="flow"))
     both = json.loads(done("features", "info", store, "--json").stdout)
-    assert [(name, each["features"]["rows"]) for name, each in both.items()] == [
+    assert [(name, each["rows"]) for name, each in both["features"].items()] == [
         ("rgb", 117), ("flow", 5),
     ]  # fmt: skip
     assert "no features at" in sentence("features", "info", tmp_path / "none")
@@ -346,7 +349,7 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "n" / "features.json").read_text())
     del record["database"]["v"]["duration"]
     (tmp_path / "n" / "features.json").write_text(json.dumps(record))
-    told = json.loads(done("features", "info", tmp_path / "n", "--json").stdout)["rgb"]["errors"]
+    told = json.loads(done("features", "info", tmp_path / "n", "--json").stdout)["errors"]
     assert "'v' in" in told[0]
     for text in ("{", '{"database": 3}'):
         (tmp_path / "n" / "features.json").write_text(text)

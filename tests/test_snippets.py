@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmdist_e2e.extractors.runner import Windows, row_times
+from mmdist_e2e.extractors.runner import Windows
+from mmdist_e2e.structures import Provenance
 
 
 def brute_force(frames: int, window: int, stride: int) -> list[list[int]]:
@@ -37,12 +38,13 @@ def test_memory_does_not_grow_with_length():
 
 
 def test_times_start_at_zero_and_end_at_the_duration():
-    times = row_times(5, window=16, stride=8, fps=12.0, duration_seconds=3.3)
+    made = Provenance({"window": 16, "stride": 8}, {"effective_fps": 12.0})
+    times = made.row_times(5, 3.3)
     assert times[0, 0] == 0.0
     assert times[-1, 1] == 3.3
     assert (times[:, 1] > times[:, 0]).all()
     np.testing.assert_allclose(np.diff(times[:, 0]), 8 / 12)
-    assert row_times(1, window=16, stride=8, fps=12, duration_seconds=0.2).tolist() == [[0.0, 0.2]]
+    assert made.row_times(1, 0.2).tolist() == [[0.0, 0.2]]
 
 
 def test_no_frame_gives_no_row():

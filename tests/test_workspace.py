@@ -354,17 +354,18 @@ def test_data_check_reads_all_that_is_there(material):
         FeatureStore(Path("features")).path(video, modality).unlink()
     run = mmdist("data", "check")
     assert run.exit_code == 1
-    lines = [line for line in run.stdout.splitlines() if "have no features" in line]
-    assert [line.split(" videos")[0] for line in lines] == [
-        "error: rgb: 1 of 4", "error: flow: 2 of 4"
-    ]  # fmt: skip
+    lines = [line for line in run.stdout.splitlines() if "extract them" in line]
+    assert [line.split(" (")[0] for line in lines] == [
+        "error: 1 of 4 videos of train have no rgb features",
+        "error: 2 of 4 videos of train have no flow features",
+    ]
     table = run.stdout
     assert "x-rgb" in table
     assert "x-flow" in table
     one = json.loads(mmdist("data", "check", "--json", "--modality", "flow").stdout)
-    assert one["features"]["channels"] == [4]
+    assert one["features"]["flow"]["channels"] == [4]
     one = json.loads(mmdist("data", "check", "--json", "--features", "features").stdout)
-    assert one["features"]["channels"] == [6]
+    assert one["features"]["rgb"]["channels"] == [6]
     shutil.rmtree("features")
     assert "No features are given or in features/" in mmdist("data", "check").stderr
 
@@ -495,7 +496,7 @@ def test_without_a_finished_run_the_shipped_model_answers(folder):
         ("evaluate", "newest finished run in runs/|features/]|test file in annotations/"),
         ("data check", "training file in annotations/|test file in annotations/|all of features/"),
         ("reproduce", "features/]|annotations/]|runs/paper]"),
-        ("ground", "newest finished run in runs/|features/"),
+        ("ground", "newest finished run in runs/|default: features]"),
         ("extract", "by default of videos/|default: features]"),
     ],
 )

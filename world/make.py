@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from mmdist_e2e.cli.common import bar
+from mmdist_e2e.cli.common import StepDisplay
 from mmdist_e2e.extractors.video.reader import Decoder, VideoError
 from mmdist_e2e.extractors.video.writer import write_video
 from mmdist_e2e.store import write_atomically, write_json
@@ -161,13 +161,13 @@ def main() -> None:
         "--workers", type=int, default=os.cpu_count() or 1, help="processes; default: all cores"
     )
     args = parser.parse_args()
-    with bar("rendering", total=max(1, args.videos)) as progress:
+    with StepDisplay() as display:
         summary = make_world(
             args.out,
             videos=args.videos,
             seed=args.seed,
             workers=args.workers,
-            progress=progress,
+            progress=lambda done: display("rendering", int(done), args.videos),
         )
     for key, value in summary.items():
         sys.stdout.write(f"{key}: {value}\n")

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich import progress
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
 from mmdist_e2e.grounding.config import PRESETS
 from mmdist_e2e.grounding.data.annotations import PROTOCOLS
@@ -28,7 +17,7 @@ from mmdist_e2e.weights.pull import model_folder
 from mmdist_e2e.workspace import OPTIONS
 
 if TYPE_CHECKING:
-    from mmdist_e2e.extractors.batch import Outcome, Report, Video
+    from mmdist_e2e.extractors.batch import Outcome, Video
 
 
 # A file or a pipe has no width: lines of tables are not wrapped there.
@@ -43,13 +32,15 @@ def say(line: str) -> None:
         notes.print(line, markup=False, soft_wrap=True)
 
 
-class _Bars(Progress):
-    """Bars with a description, then `columns`; drawn only in a terminal."""
+class _Bars(progress.Progress):
+    """Bars with a description, a count, the time and `columns`; drawn only in a terminal."""
 
-    def __init__(self, *columns: ProgressColumn) -> None:
+    def __init__(self, *columns: progress.ProgressColumn) -> None:
         super().__init__(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
             *columns,
             console=notes,
             transient=True,
@@ -57,53 +48,49 @@ class _Bars(Progress):
         )
 
 
-@contextmanager
-def bar(description: str, total: float = 1.0) -> Iterator[Callable[[float], None]]:
-    """A progress bar from 0 to `total`; yields a function that sets it."""
-    with _Bars(TimeElapsedColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda done: progress.update(task, completed=done)
-
-
 class ExtractionProgress:
     """Two bars: finished videos, and the progress of the current one."""
 
     def __init__(self, total: int) -> None:
-        self._progress = _Bars(MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._all = self._progress.add_task("videos", total=total)
-        self._one = self._progress.add_task("", total=100)
+        self._bars = _Bars(progress.TimeRemainingColumn())
+        self._all = self._bars.add_task("videos", total=total)
+        self._one = self._bars.add_task("", total=100)
 
     def __enter__(self) -> ExtractionProgress:
-        self._progress.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bars.stop()
 
     def started(self, video: Video, index: int, total: int) -> None:
-        self._progress.update(self._one, description=video.label[-40:], completed=0)
+        self._bars.update(self._one, description=video.label[-40:], completed=0)
 
     def advanced(self, fraction: float) -> None:
-        self._progress.update(self._one, completed=int(fraction * 100))
+        self._bars.update(self._one, completed=int(fraction * 100))
 
     def finished(self, outcome: Outcome) -> None:
-        self._progress.advance(self._all)
+        self._bars.advance(self._all)
         if outcome.status == "failed":
             say(f"failed: {outcome.cause}")
 
 
 class StepDisplay(_Bars):
-    """A bar that restarts with each step; called with (step, done, total)."""
+    """A bar that restarts with each step; called with (step, done, total).
 
-    def __init__(self) -> None:
-        super().__init__(MofNCompleteColumn(), TimeElapsedColumn())
+    logged: where there is no terminal for a bar, print a line for each step.
+    """
+
+    def __init__(self, *, logged: bool = True) -> None:
+        super().__init__()
+        self._logged = logged and not notes.is_terminal
         self._step = self.add_task("loading")
         self._said = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
         self.update(self._step, description=what, completed=done, total=total)
-        if what != self._said and not notes.is_terminal:
-            say(what)  # a log file has no bar
+        if what != self._said and self._logged:
+            say(what)
         self._said = what
 
 
@@ -114,34 +101,13 @@ def skipped(name: str, left_out: Mapping[str, int]) -> str:
     )
 
 
-def extraction_summary(report: Report, modalities: Sequence[str]) -> Table:
-    """The final table: videos done, skipped and failed with causes; rows per modality."""
-    table = Table(title="Extraction", title_justify="left", show_edge=False)
-    table.add_column("result")
-    table.add_column("videos", justify="right")
-    for modality in modalities:
-        table.add_column(f"{modality} rows", justify="right")
-    table.add_column("cause", overflow="fold")
-    no_rows = [""] * len(modalities)
-    for status, cause in (("done", ""), ("skipped", "up to date"), ("failed", "")):
-        rows = [
-            sum(o.rows.get(modality, 0) for o in report.outcomes if o.status == status)
-            for modality in modalities
-        ]
-        counts = [str(n) if n or status == "done" else "" for n in rows]
-        table.add_row(status, str(report.count(status)), *counts, cause)
-    for outcome in report.failed:
-        table.add_row("", "", *no_rows, escape(outcome.cause))
-    return table
-
-
 PATH = click.Path(path_type=Path)
 
 
 def pulled(name: Path) -> Path:
     """The folder of a model that is given by name. Raises MmdistError as `model_folder`."""
-    with StepDisplay() as progress:
-        return model_folder(str(name), progress)
+    with StepDisplay() as display:
+        return model_folder(str(name), display)
 
 
 PLACES = {  # what the options of a workspace are, and where they are looked for
@@ -174,25 +140,26 @@ def places(*names: str, **more: Any) -> Callable[[Any], Any]:
     return add
 
 
+def choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa: A002 - click's
+    """An option with a fixed set of values, the default first."""
+    return click.option(flag, default=valid[0], type=click.Choice(valid), help=help)
+
+
 skip_missing = click.option(
     "--skip-missing",
     is_flag=True,
     help="Leave out queries of videos without features, and count them.",
 )
 
-protocol = click.option(
+protocol = choice(
     "--protocol",
-    default="official",
-    show_default=True,
-    type=click.Choice(PROTOCOLS),
+    *PROTOCOLS,
     help="official keeps all queries; cpl drops those that end after their video.",
 )
 
-preset = click.option(
+preset = choice(
     "--preset",
-    default="paper",
-    show_default=True,
-    type=click.Choice(list(PRESETS)),
+    *PRESETS,
     help="Where settings come from: the paper, its values on ActivityNet Captions, or a smaller "
     "network for few queries. --length and --set replace single ones.",
 )
@@ -204,8 +171,5 @@ length = click.option(
 )
 
 device = click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="Where networks run: auto, cpu, cuda or cuda:N.",
+    "--device", default="auto", help="Where networks run: auto, cpu, cuda or cuda:N."
 )

@@ -20,13 +20,6 @@ from mmdist_e2e.workspace import SPLITS, fill
 if TYPE_CHECKING:
     from mmdist_e2e.grounding.data.check import Report
 
-LABELS = {  # of facts whose key does not read well
-    "not_in_seconds": "perhaps not in seconds",
-    "duplicates": "repeated lines",
-    "left_out": "left out: end before start",
-    "queries_dropped_by_protocol": "left out by the protocol",
-}
-
 
 @click.group("data")
 def data_group() -> None:
@@ -35,7 +28,7 @@ def data_group() -> None:
 
 @data_group.command("pull")
 @click.argument("name")
-@click.option("--out", default="annotations", show_default=True, type=common.PATH, help="Folder.")
+@click.option("--out", default="annotations", type=common.PATH, help="Folder.")
 def pull_command(name: str, out: Path) -> None:
     """Fetch the annotations NAME and verify their digests.
 
@@ -73,46 +66,29 @@ def check_command(modality: str | None, as_json: bool, **given: Any) -> None:
     given["flow"] = None
     say(fill("data check", given, tuple(SPLITS)))
     if not any(places.values()):  # those of the workspace
-        found = {m: given[m] for m in MODALITIES if given[m] and modality in (None, m)}
-        places = found or places
-    say("" if any(places.values()) else "No features are given or in features/: none are checked.")
-    files = {split: given[split] for split in SPLITS if given[split]}
+        places = {m: given[m] for m in MODALITIES if modality in (None, m)}
+    features = {name: place for name, place in places.items() if place}
+    say("" if features else "No features are given or in features/: none are checked.")
     with StepDisplay() as progress:
-        options = {name: given[name] for name in ("durations", "protocol")}
-        options |= {"word_vectors": load_word_vectors(given["glove"]), "progress": progress}
-        reports = {
-            name: check_data(files, features=place, modality=name, **options)
-            for name, place in places.items()
-        }
-    report = _merged(reports)
-    if as_json:
-        click.echo(json.dumps(vars(report), indent=2, ensure_ascii=False))
-    else:
-        show_report(report)
+        report = check_data(
+            {split: given[split] for split in SPLITS if given[split]},
+            features=features,
+            word_vectors=load_word_vectors(given["glove"]),
+            durations=given["durations"],
+            protocol=given["protocol"],
+            progress=progress,
+        )
+    show_report(report, as_json)
     sys.exit(1 if report.errors else 0)
 
 
-def _merged(reports: Mapping[str, Report]) -> Report:
-    """One report of all modalities; a sentence that not all have names its modality."""
-    first, *others = reports.values()
-    for kind in ("errors", "warnings"):
-        said = {modality: getattr(report, kind) for modality, report in reports.items()}
-        lines = [
-            line if all(line in each for each in said.values()) else f"{modality}: {line}"
-            for modality, each in said.items()
-            for line in each
-        ]
-        setattr(first, kind, list(dict.fromkeys(lines)))
-    if others:
-        first.features = {modality: report.features for modality, report in reports.items()}
-    return first
-
-
-def show_report(report: Report) -> None:
-    several = set(report.features) <= set(MODALITIES)
-    for columns in (report.splits, report.features if several else {"features": report.features}):
-        if any(columns.values()):
-            _print_table(columns)
+def show_report(report: Report, as_json: bool) -> None:
+    """Print JSON, or tables of facts and lines of what is wrong."""
+    if as_json:
+        click.echo(json.dumps(vars(report), indent=2, ensure_ascii=False))
+        return
+    for columns in filter(None, (report.splits, report.features)):
+        _print_table(columns)
     for kind, sentences in (("warning", report.warnings), ("error", report.errors)):
         for sentence in sentences:
             results.print(f"{kind}: {sentence}", markup=False, soft_wrap=True)
@@ -120,12 +96,12 @@ def show_report(report: Report) -> None:
 
 
 def _print_table(columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """One column for each split, one row for each fact."""
+    """One column for each split or modality, one row for each fact."""
     table = Table("", *columns, show_edge=False)
     for key in {key: None for facts in columns.values() for key in facts}:
         cells = [_cell(facts.get(key)) for facts in columns.values()]
         if any(cells):
-            table.add_row(LABELS.get(key, key.replace("_", " ")), *map(escape, cells))
+            table.add_row(key.replace("_", " "), *map(escape, cells))
     results.print(table)
     results.print()
 

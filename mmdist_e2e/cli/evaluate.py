@@ -67,9 +67,8 @@ def evaluate_command(
         click.echo(json.dumps(evaluated[0] if len(runs) == 1 else evaluated, indent=2))
         return
     lines = spread_over_runs(evaluated)
-    table = Table(show_edge=False)
-    table.add_column("percent")
     columns = list(lines[0][1])
+    table = Table("percent", show_edge=False)
     for column in columns:
         table.add_column(column, justify="right")
     for name, metrics in lines:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.markup import escape
+from rich.table import Table
 
 from mmdist_e2e.cli import common
-from mmdist_e2e.cli.common import ExtractionProgress, extraction_summary, results, say
+from mmdist_e2e.cli.common import ExtractionProgress, results, say
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
 from mmdist_e2e.workspace import FEATURES, fill
 
 if TYPE_CHECKING:
+    from mmdist_e2e.extractors.batch import Report
     from mmdist_e2e.extractors.profiles import ExtractorSpec
-
-
-def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa: A002 - click's
-    """An option with a fixed set of values, the default first."""
-    return click.option(
-        flag, default=valid[0], show_default=True, type=click.Choice(valid), help=help
-    )
 
 
 @click.command("extract")
@@ -31,11 +27,7 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
     "--modality", help="Comma-separated: rgb, flow. Default: those of --extractor, else rgb."
 )
 @click.option(
-    "--out",
-    type=common.PATH,
-    default=FEATURES,
-    show_default=True,
-    help="Folder for the feature files; made if missing.",
+    "--out", type=common.PATH, default=FEATURES, help="Folder for feature files; made if missing."
 )
 @click.option(
     "--extractor",
@@ -62,15 +54,14 @@ def _choice(flag: str, *valid: str, help: str) -> Callable[[Any], Any]:  # noqa:
     "repeat frames; own: every frame of any video. Default: as the extractor's profile says, else "
     "ceiling.",
 )
-@_choice("--flow", "auto", "native", "opencv", "opencv-cuda", help="Optical flow solver.")
+@common.choice("--flow", "auto", "native", "opencv", "opencv-cuda", help="Optical flow solver.")
 @click.option("--overwrite", is_flag=True, help="Extract again even if features are up to date.")
 @common.device
-@_choice("--precision", "auto", "fp32", "bf16", help="Number format of the networks.")
+@common.choice("--precision", "auto", "fp32", "bf16", help="Number format of the networks.")
 @click.option(
     "--deadline",
     "stall_seconds",
     default=60.0,
-    show_default=True,
     type=click.FloatRange(min=0.1),
     help="Seconds without a new frame after which a video fails.",
 )
@@ -118,12 +109,28 @@ def extract_command(
             found.videos, specs, FeatureStore(out), flow_backend=flow, progress=progress, **settings
         )
     report = Report([*found.problems, *report.outcomes])
-    results.print(extraction_summary(report, modalities))
+    results.print(_summary(report, modalities))
     if found.hidden:
         results.print(f"Ignored {found.hidden} hidden files (names that start with a dot).")
     if found.repeated:
         results.print(f"Ignored {found.repeated} further names of the same files.")
     sys.exit(1 if report.failed else 0)
+
+
+def _summary(report: Report, modalities: Sequence[str]) -> Table:
+    """Videos, and rows of each modality, that are done, skipped and failed; causes of failures."""
+    table = Table("result", title="Extraction", title_justify="left", show_edge=False)
+    for name in ("videos", *(f"{modality} rows" for modality in modalities)):
+        table.add_column(name, justify="right")
+    table.add_column("cause", overflow="fold")
+    for status, cause in (("done", ""), ("skipped", "up to date"), ("failed", "")):
+        of_these = [outcome for outcome in report.outcomes if outcome.status == status]
+        rows = [sum(outcome.rows.get(m, 0) for outcome in of_these) for m in modalities]
+        counts = [str(n) if n or status == "done" else "" for n in rows]
+        table.add_row(status, str(len(of_these)), *counts, cause)
+    for outcome in report.failed:
+        table.add_row(*[""] * (len(modalities) + 2), escape(outcome.cause))
+    return table
 
 
 def parse_modalities(text: str) -> list[str]:
@@ -145,25 +152,24 @@ def choose_extractors(
     from mmdist_e2e.extractors.profiles import describe
     from mmdist_e2e.weights.registry import DEFAULT_EXTRACTORS
 
-    specs: dict[str, ExtractorSpec] = {}
-    for name in extractors:
-        spec = describe(name, **sampling)
-        if modalities is not None and spec.modality not in modalities:
+    chosen = [describe(name, **sampling) for name in extractors]
+    given = [spec.modality for spec in chosen]
+    wanted = list(modalities or dict.fromkeys(given) or ["rgb"])
+    for spec in chosen:
+        if spec.modality not in wanted:
             raise MmdistError(
-                f"The extractor {spec.name!r} gives {spec.modality}, not {', '.join(modalities)}; "
+                f"The extractor {spec.name!r} gives {spec.modality}, not {', '.join(wanted)}; "
                 f"choose one of that modality or change --modality."
             )
-        other = specs.setdefault(spec.modality, spec)
-        if other is not spec:
+        if given.count(spec.modality) > 1:
+            names = " and ".join(repr(s.name) for s in chosen if s.modality == spec.modality)
             raise MmdistError(
-                f"The extractors {other.name!r} and {spec.name!r} both give {spec.modality}; "
-                f"choose one per modality, or extract them into different folders."
+                f"The extractors {names} all give {spec.modality}; choose one per modality, or "
+                f"extract them into different folders."
             )
-    wanted = modalities or list(specs) or ["rgb"]
-    for modality in wanted:
-        specs[modality] = specs.get(modality) or describe(DEFAULT_EXTRACTORS[modality], **sampling)
-    if sampling.get("pca") is not None and len(specs) > 1:
+    chosen += [describe(DEFAULT_EXTRACTORS[m], **sampling) for m in wanted if m not in given]
+    if sampling.get("pca") is not None and len(chosen) > 1:
         raise MmdistError(
             "--pca fits the rows of one extractor; extract the modalities one by one."
         )
-    return [specs[modality] for modality in wanted]
+    return sorted(chosen, key=lambda spec: wanted.index(spec.modality))

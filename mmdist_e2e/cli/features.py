@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mmdist_e2e.cli.common import PATH, StepDisplay
+from mmdist_e2e.cli.common import PATH, StepDisplay, choice
 from mmdist_e2e.cli.data import show_report
 from mmdist_e2e.structures import MODALITIES, MmdistError
 
 ABOVE_0 = click.FloatRange(0, min_open=True)
 
-modality = click.option(
-    "--modality",
-    default="rgb",
-    show_default=True,
-    type=click.Choice(MODALITIES),
-    help="Which features of a store; what imported arrays are.",
+modality = choice(
+    "--modality", *MODALITIES, help="Which features of a store; what imported arrays are."
 )
 
 
@@ -39,13 +34,8 @@ def info_command(path: Path, as_json: bool) -> None:
     from mmdist_e2e.grounding.data.check import check_source
 
     with StepDisplay() as progress:
-        reports = check_source(path, progress=progress)
-    if as_json:
-        facts = {modality: vars(report) for modality, report in reports.items()}
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
-    for report in reports.values():
-        show_report(report)
+        report = check_source(path, progress=progress)
+    show_report(report, as_json)
 
 
 @features_group.command("export")
@@ -59,11 +49,11 @@ def info_command(path: Path, as_json: bool) -> None:
     help="One HDF5 file; a folder of .npy files; the same with the fields that OpenTAD needs.",
 )
 @modality
-@click.option(
+@choice(
     "--layout",
-    default="charades",
-    type=click.Choice(["charades", "activitynet"]),
-    help="Of hdf5: a dataset VIDEO, or VIDEO/c3d_features.  [default: charades]",
+    "charades",
+    "activitynet",
+    help="Of hdf5: a dataset VIDEO, or VIDEO/c3d_features.",
 )
 def export_command(store: Path, target: Path, **options: Any) -> None:
     """Write the features of STORE in a format of other programs.

@@ -3,67 +3,57 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mmdist_e2e.cli import common as options
+from mmdist_e2e.cli import common
+from mmdist_e2e.cli.common import PATH, StepDisplay, say
 from mmdist_e2e.store import row_writer
 from mmdist_e2e.structures import Answer, MmdistError
-from mmdist_e2e.workspace import RECIPES, VIDEOS, newest_run
+from mmdist_e2e.workspace import FEATURES, RECIPES, VIDEOS, newest_run
 
 
 @click.command("ground")
-@click.argument("clip", type=options.PATH)
+@click.argument("clip", type=PATH)
 @click.argument("query", nargs=-1)
 @click.option(
     "--queries",
     "file",
-    type=click.Path(path_type=Path, allow_dash=True),
+    metavar="FILE",
     help="File of more queries, one per line, in UTF-8; - reads them from standard input.",
 )
 @click.option(
     "--model",
-    type=options.PATH,
+    type=PATH,
     help="Name (see: mmdist weights list) or folder of a model.  [default: the newest finished run "
     "in runs/, a student before a teacher before a baseline; without any, the model that ships]",
 )
 @click.option(
     "--extractor",
-    "extractors",
     multiple=True,
     help="Folder of an extractor that is not in the registry; once per modality.",
 )
-@click.option("--top-k", default=5, show_default=True, help="Maximum number of moments.")
+@click.option("--top-k", default=5, help="Maximum number of moments.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: an object, or a list for several queries."
 )
-@click.option(
-    "--out", type=options.PATH, help="File of the moments, a row each: .parquet or .jsonl."
-)
-@options.device
-@click.option(
-    "--features", type=options.PATH, default="features", help="Store to reuse; default: features/."
-)
-@click.option(
-    "--cache", type=options.PATH, help="Folder of cached features; default: the user's cache."
-)
+@click.option("--out", type=PATH, help="File of the moments, a row each: .parquet or .jsonl.")
+@common.device
+@click.option("--features", type=PATH, default=FEATURES, help="Store of features to reuse.")
+@click.option("--cache", type=PATH, help="Folder of cached features.  [default: the user's cache]")
 def ground_command(
     clip: Path,
     query: tuple[str, ...],
-    file: Path | None,
+    file: str | None,
     model: Path | None,
-    extractors: tuple[str, ...],
     top_k: int,
     as_json: bool,
     out: Path | None,
-    device: str,
-    features: Path,
     cache: Path | None,
+    **options: Any,
 ) -> None:
     """Find the moments of CLIP, a file here or in videos/, that each QUERY describes.
 
@@ -78,22 +68,15 @@ def ground_command(
     if not clip.exists() and (VIDEOS / clip).is_file():
         clip = VIDEOS / clip
     if model is not None and not model.is_dir():
-        model = options.pulled(model)
+        model = common.pulled(model)
     run = newest_run(*RECIPES) if model is None else None
-    grounder = load(
-        model or run, device=device, cache=cache or True, extractor=extractors, features=features
-    )
-    if run is not None:
-        click.echo(f"Found in this folder: --model {run}", err=True)
-    with ExitStack() as bars:
-        show: Callable[[float], None] | None = None
+    with StepDisplay(logged=False) as display:
 
         def progress(done: float) -> None:
-            nonlocal show
-            if show is None:  # only extraction takes long enough for a bar
-                show = bars.enter_context(options.bar(f"reading {clip.name}"))
-            show(done)
+            display(f"reading {clip.name}", int(100 * done), 100)
 
+        grounder = load(model or run, cache=cache or True, **options)
+        say("" if run is None else f"Found in this folder: --model {run}")
         answers = grounder.ground(clip, queries, top_k=top_k, progress=progress)
     if run is not None:
         answers = [replace(answer, model=f"{answer.model}, {run}") for answer in answers]
@@ -120,13 +103,12 @@ def _rounded(answer: Answer) -> dict[str, Any]:
     return raw
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(file: str) -> list[str]:
     """The queries of a file; blank lines are skipped."""
     try:
-        with click.open_file(str(file), "rb") as stream:  # - is standard input
-            lines = stream.read().decode("utf-8-sig").split("\n")
+        with click.open_file(file, encoding="utf-8-sig") as stream:  # - is standard input
+            return [line.strip() for line in stream.read().split("\n") if line.strip()]
     except OSError as error:
         raise MmdistError(f"--queries {file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise MmdistError(f"--queries {file} is not UTF-8 text ({error}); convert it.") from error
-    return [line.strip() for line in lines if line.strip()]

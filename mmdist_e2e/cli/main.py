@@ -50,7 +50,10 @@ class PoliteGroup(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@click.group(cls=PoliteGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=PoliteGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(__version__, prog_name="mmdist")
 def main() -> None:
     """From MP4 files and text to timestamps."""

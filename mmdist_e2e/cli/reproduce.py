@@ -16,33 +16,15 @@ from mmdist_e2e.store import check_out
 from mmdist_e2e.structures import MODALITIES, MmdistError
 from mmdist_e2e.workspace import RUNS, fill
 
+ABOVE_0 = click.IntRange(min=1)
+
 
 @click.command("reproduce")
-@click.option(
-    "--tables", default="1,3,4,5", show_default=True, help="Numbers of the paper's tables."
-)
+@click.option("--tables", default="1,3,4,5", help="Numbers of the paper's tables.")
 @options.places("rgb", "flow", "train", "val", "annotations", "glove", "durations")
-@click.option(
-    "--out",
-    default=RUNS / "paper",
-    show_default=True,
-    type=PATH,
-    help="Folder of all runs and of table.md.",
-)
-@click.option(
-    "--seeds",
-    default=5,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Number of seeds of the rows of Table 1.",
-)
-@click.option(
-    "--ablation-seeds",
-    default=3,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Number of seeds of the other rows.",
-)
+@click.option("--out", default=RUNS / "paper", type=PATH, help="Folder of all runs and table.md.")
+@click.option("--seeds", default=5, type=ABOVE_0, help="Number of seeds of the rows of Table 1.")
+@click.option("--ablation-seeds", default=3, type=ABOVE_0, help="Number of seeds of other rows.")
 @options.protocol
 @options.preset
 @options.length

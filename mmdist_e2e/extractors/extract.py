@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmdist_e2e.extractors.flow.fields import FlowFrames
 from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS
-from mmdist_e2e.extractors.runner import Chunk, DenseChunks, SnippetNetwork, Windows, row_times
+from mmdist_e2e.extractors.runner import Chunk, DenseChunks, SnippetNetwork, Windows
 from mmdist_e2e.extractors.video.reader import VideoError
 from mmdist_e2e.store import fast_digest
 from mmdist_e2e.structures import Features, MmdistError, Provenance
@@ -194,9 +194,6 @@ class _Track:
             "trained_on": spec.trained_on,
         }
         seconds = stream.info.duration_seconds
-        times_S2 = row_times(
-            len(data_SD), window=spec.window, stride=spec.stride, fps=stream.fps,
-            duration_seconds=seconds,
-        )  # fmt: skip
         provenance = Provenance(spec.matters, info, source)
+        times_S2 = provenance.row_times(len(data_SD), seconds)
         return Features(data_SD, times_S2, seconds, spec.modality, provenance)

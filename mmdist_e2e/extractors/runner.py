@@ -281,20 +281,6 @@ def load_network(spec: ExtractorSpec) -> Any:
     return network.eval()
 
 
-def row_times(
-    rows: int, *, window: int, stride: int, fps: float, duration_seconds: float
-) -> NDArray[np.float64]:
-    """Start and end of each row in seconds, [rows, 2]: from 0 to the duration.
-
-    A row ends with its window or with the video, whichever comes first; the last row always ends
-    with the video.
-    """
-    starts = np.arange(rows, dtype=np.float64) * stride / fps
-    times = np.minimum(np.stack([starts, starts + window / fps], axis=1), duration_seconds)
-    times[-1, 1] = duration_seconds
-    return times
-
-
 class _Cutter:
     """Holds the frames [N, ...] of a stream that are still needed. They are pushed in order.
 

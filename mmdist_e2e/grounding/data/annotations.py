@@ -8,8 +8,8 @@ Formats, recognised by their content:
     QVHighlights         JSON lines with vid, duration, query, relevant_windows
     TimeLens-100K        JSON lines with video_path, duration, events: [{query, span}]; its
                          filtered form has query and span in place of events
-A format is a function that reads one entry (a line, a row, a video) and gives its `Fields`; what
-must be true of them is checked in one place. All times are seconds. A line ends at a line feed.
+A function for each kind of entry (a line, a row, a record, a video) gives its `Fields`; what must
+be true of them is checked in one place. All times are seconds. A line ends at a line feed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mmdist_e2e.store import VIDEO_SUFFIXES, FeatureStore, video_key
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
@@ -91,25 +91,13 @@ class _BadEntryError(Exception):
     """What is wrong with an entry, worded to follow the name of its place."""
 
 
-class _BadPlaces:
-    """Collects what is wrong in a file, so that it is raised together."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: list[str] = []
-
-    @contextmanager
-    def at(self, place: str) -> Iterator[None]:
-        """Note a bad entry that is met inside."""
-        try:
-            yield
-        except _BadEntryError as error:
-            self.lines.append(f"{place} of '{self.path}' {error}")
-
-    def raise_any(self) -> None:
-        """Raises BadLinesError if there was a bad entry."""
-        if self.lines:
-            raise BadLinesError(self.path, self.lines)
+@contextmanager
+def _noting(bad: list[str], place: str) -> Iterator[None]:
+    """Add a bad entry that is met inside to `bad`, so that all are raised together."""
+    try:
+        yield
+    except _BadEntryError as error:
+        bad.append(f"{place} {error}")
 
 
 def _read_text(path: Path, what: str) -> str:
@@ -138,7 +126,7 @@ def _read_json(path: Path, text: str) -> Any:
 
 # Of one annotation, unchecked: video, seconds, moments (or one moment), sentence. The text before
 # them names the part of an entry that holds several.
-Fields = tuple[str, tuple[Any, Any, Any, Any]]
+Fields = tuple[str, Any, Any, Any, Any]
 
 
 def read_annotations(path: Path) -> tuple[list[Annotation], int]:
@@ -148,18 +136,20 @@ def read_annotations(path: Path) -> tuple[list[Annotation], int]:
     Raises BadLinesError naming every bad line or row, MmdistError for an unreadable file.
     """
     text = _read_text(path, "an annotation file")
-    bad, annotations, left_out = _BadPlaces(path), list[Annotation](), 0
+    bad, annotations, left_out = list[str](), list[Annotation](), 0
     read, entries = _entries(path, text)
     for place, entry in entries:
-        with bad.at(place):
-            for part, (video, seconds, raw, sentence) in read(entry):
-                with bad.at(f"{part} of {place[0].lower()}{place[1:]}" if part else place):
+        with _noting(bad, f"{place} of '{path}'"):
+            for part, video, seconds, raw, sentence in read(entry):
+                whole = f"{part} of {place[0].lower()}{place[1:]}" if part else place
+                with _noting(bad, f"{whole} of '{path}'"):
                     moments = _moments(raw)
                     if read is _from_video and _backward(moments):
                         left_out += 1
                     else:
                         annotations.append(_annotation(video, seconds, moments, sentence))
-    bad.raise_any()
+    if bad:
+        raise BadLinesError(path, bad)
     if not annotations:
         raise MmdistError(f"'{path}' holds no annotations; give at least one line.")
     return annotations, left_out
@@ -167,7 +157,7 @@ def read_annotations(path: Path) -> tuple[list[Annotation], int]:
 
 def _entries(
     path: Path, text: str
-) -> tuple[Callable[[Any], Iterator[Fields]], Iterable[tuple[str, Any]]]:
+) -> tuple[Callable[[Any], list[Fields]], Iterable[tuple[str, Any]]]:
     """How the file's format reads an entry, and its entries by their places."""
     lines = [(f"Line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     opening = text.lstrip()[:1]
@@ -189,60 +179,55 @@ def _is_record(line: str) -> bool:
     return isinstance(record, dict) and bool({"query", "vid", "video_path"} & record.keys())
 
 
-def _from_charades(line: str) -> Iterator[Fields]:
+def _from_charades(line: str) -> list[Fields]:
     head, separator, sentence = line.partition("##")
     fields = head.rsplit(maxsplit=2)  # a video's id may hold spaces
     if not separator or len(fields) != 3:
         raise _BadEntryError("is not 'VIDEO start end##sentence'.")
-    yield "", (fields[0], None, fields[1:], sentence)
+    return [("", fields[0], None, fields[1:], sentence)]
 
 
-def _from_row(row: Any) -> Iterator[Fields]:
+def _from_row(row: Any) -> list[Fields]:
     """A row of CPL, or a record in a JSON list."""
     if isinstance(row, dict):
-        yield from _from_record(row)
-        return
+        return _from_record(row)
     try:
         video, seconds, span, sentence = row
     except (TypeError, ValueError) as error:
         raise _BadEntryError("is not [video, duration, [start, end], sentence].") from error
-    yield "", (video, seconds, span, sentence)
+    return [("", video, seconds, span, sentence)]
 
 
-def _from_record(record: Any) -> Iterator[Fields]:
-    """A query of QVHighlights, or the events of a video in TimeLens-100K."""
+def _from_video(item: tuple[str, Any]) -> list[Fields]:
+    video, entry = item
+    return _from_record({"vid": video, **entry} if isinstance(entry, dict) else entry)
+
+
+def _from_record(record: Any) -> list[Fields]:
+    """A sentence of a video, or several: as events, or in two lists."""
+
+    def first(names: str, part: Mapping[str, Any]) -> Any:
+        return part[next((name for name in names.split() if name in part), names)]
+
+    moments = "timestamps spans relevant_windows span"
     try:
         record = json.loads(record) if isinstance(record, str) else record
-        video, seconds = record["vid" if "vid" in record else "video_path"], record["duration"]
-        found = []
-        for event in record.get("events", [record]):
-            moments = event["relevant_windows" if "relevant_windows" in event else "span"]
-            found.append((video, seconds, moments, event["query"]))
-    except (TypeError, AttributeError, KeyError, ValueError, RecursionError) as error:
+        about = first("vid video_path", record), record["duration"]
+        if "query" in record:
+            return [("", *about, first(moments, record), record["query"])]
+        if "events" in record:
+            pairs = [(first(moments, event), event["query"]) for event in record["events"]]
+        else:
+            lists = first(moments, record), first("sentences queries", record)
+            pairs = list(zip(*lists, strict=True))
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
         raise _BadEntryError(
-            "is not JSON with vid, duration, query and relevant_windows, nor with video_path, "
-            "duration and events of query and span (a test split that is published without its "
-            "moments cannot be used)."
+            "is not JSON with vid, duration, query and relevant_windows; nor with video_path, "
+            "duration and events of query and span; nor {duration, timestamps, sentences} or "
+            "{duration, spans, queries} of a video, with one sentence for each moment (a test "
+            "split that is published without its moments cannot be used)."
         ) from error
-    yield from ((f"Event {n}" if "events" in record else "", one) for n, one in enumerate(found, 1))
-
-
-def _from_video(item: tuple[str, Any]) -> Iterator[Fields]:
-    """A video and its moments and sentences."""
-    video, entry = item
-    try:
-        moments, sentences = (
-            ("timestamps", "sentences") if "timestamps" in entry else ("spans", "queries")
-        )
-        pairs = list(zip(entry[moments], entry[sentences], strict=True))
-        seconds = entry["duration"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise _BadEntryError(
-            "is not {duration, timestamps, sentences}, or {duration, spans, queries}, with one "
-            "sentence for each moment."
-        ) from error
-    for number, (moment, sentence) in enumerate(pairs, 1):
-        yield f"Sentence {number}", (video, seconds, moment, sentence)
+    return [(f"Sentence {n}", *about, *pair) for n, pair in enumerate(pairs, 1)]
 
 
 def _video(name: Any) -> str:
@@ -253,8 +238,7 @@ def _video(name: Any) -> str:
 
 def _number(what: str, value: Any) -> float:
     with suppress(TypeError, ValueError, OverflowError):
-        number = float(value)
-        if math.isfinite(number) and not isinstance(value, bool):
+        if not isinstance(value, bool) and math.isfinite(number := float(value)):
             return number
     raise _BadEntryError(f"has {what} that is not a number: {value!r:.100}.")
 
@@ -319,19 +303,12 @@ def in_protocol(annotations: Sequence[Annotation], protocol: str) -> list[Annota
     )
 
 
-class Carved(NamedTuple):
-    """Two lists that share no video, in the order of the file, and a sentence about them."""
-
-    train: list[Annotation]
-    val: list[Annotation]
-    report: str
-
-
 def carve_validation(
     annotations: Sequence[Annotation], fraction: float = 0.1, seed: int = 0
-) -> Carved:
+) -> tuple[list[Annotation], list[Annotation], str]:
     """Set aside the queries of a share of the training videos for validation.
 
+    Returns training and validation, in the order of the file, and a sentence about them.
     Videos are ranked by a digest of (seed, video), so the choice depends neither on the order of
     lines nor on how many queries a video has, and hardly changes when videos are added.
     Raises MmdistError unless 0 < fraction < 1 and there are two videos or more.
@@ -348,12 +325,11 @@ def carve_validation(
     )
     chosen = set(ranked[: min(max(1, round(fraction * len(videos))), len(videos) - 1)])
     val = [a for a in annotations if a.video in chosen]
-    return Carved(
-        [a for a in annotations if a.video not in chosen],
-        val,
+    report = (
         f"validation carved from the training videos: {len(chosen)} of {len(videos)} videos, "
-        f"{len(val)} of {len(annotations)} queries (seed {seed})",
+        f"{len(val)} of {len(annotations)} queries (seed {seed})"
     )
+    return [a for a in annotations if a.video not in chosen], val, report
 
 
 LONGEST_SECONDS = 10_000.0  # without a duration, a moment that ends later is not in seconds
@@ -425,11 +401,12 @@ def load_durations(path: Path) -> dict[str, float]:
         if not names:
             raise MmdistError(f"The folder '{path}' holds no features made by mmdist extract.")
         return {video_id(v): store.load(v, m).duration_seconds for v, m in names}
-    bad, seconds = _BadPlaces(path), dict[str, float]()
+    bad, seconds = list[str](), dict[str, float]()
     for place, video, value in _duration_pairs(path, _read_text(path, "a file of durations")):
-        with bad.at(place):
+        with _noting(bad, f"{place} of '{path}'"):
             seconds[_video(video)] = _duration(value)
-    bad.raise_any()
+    if bad:
+        raise BadLinesError(path, bad)
     return seconds
 
 

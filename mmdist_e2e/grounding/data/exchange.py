@@ -23,10 +23,8 @@ from mmdist_e2e.grounding.data.features import (
     GROUP_KEY,
     RECORD,
     open_features,
-    require_h5py,
-    row_times,
 )
-from mmdist_e2e.store import FeatureStore, staged, write_json
+from mmdist_e2e.store import FeatureStore, require, staged, write_json
 from mmdist_e2e.structures import Features, MmdistError
 
 Write = Callable[[str, Features, Mapping[str, Any]], object]
@@ -49,8 +47,8 @@ def convert_features(
     "npy" (a folder of VIDEO.npy and features.json), or "opentad" (the same, but every video must
     have the fields that OpenTAD and ActionFormer compute times from).
     durations: seconds by video; a store needs those that the source does not record. grid:
-    effective_fps, stride, window and offset of the rows, see `row_times`; by default as recorded,
-    else rows divide the video evenly.
+    effective_fps, stride, window and offset as `Provenance.row_times` takes them; by default as
+    recorded.
     Raises MmdistError, and writes nothing, when durations are missing, for features that cannot be
     read, and where `target` holds something else.
     """
@@ -70,7 +68,7 @@ def convert_features(
             if grid or seconds != features.duration_seconds:
                 made = features.provenance
                 made = replace(made, info={**made.info, **grid})
-                times_S2 = row_times(made, len(features.data), seconds)
+                times_S2 = made.row_times(len(features.data), seconds)
                 features = replace(
                     features, times=times_S2, duration_seconds=seconds, provenance=made
                 )
@@ -94,13 +92,12 @@ def _record(features: Features) -> dict[str, Any]:
     """
     seconds, made = features.duration_seconds, features.provenance
     record = {"modality": features.modality, "duration": seconds, "provenance": made.to_json()}
-    if not np.array_equal(row_times(made, len(features.data), seconds), features.times):
+    if not np.array_equal(made.row_times(len(features.data), seconds), features.times):
         return record | {"times": features.times.tolist()}
-    known = {**made.matters, **made.info}
-    if all(known.get(key) for key in ("effective_fps", "stride", "window")):
-        record |= {"fps": known["effective_fps"], "frame": known["effective_fps"] * seconds}
-        record |= {"feature_stride": known["stride"], "num_frames": known["window"]}
-        record |= {"offset_frames": known.get("offset", 0) + known["window"] / 2}
+    if made.grid is not None:
+        fps, stride, window, offset = made.grid
+        record |= {"fps": fps, "frame": fps * seconds, "feature_stride": stride}
+        record |= {"num_frames": window, "offset_frames": offset + window / 2}
     return record
 
 
@@ -124,7 +121,7 @@ def _hdf5(target: Path, layout: str) -> Iterator[Write]:
         if record:
             file[video].attrs[RECORD] = json.dumps(record, sort_keys=True)
 
-    h5py = require_h5py(target)
+    h5py = require("h5py", "hdf5", f"The HDF5 file '{target}'")
     with staged(target) as temporary:
         try:
             with h5py.File(temporary, "w") as file:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdist_e2e.grounding.data.annotations import Annotation, some, video_id
-from mmdist_e2e.store import TEMPORARY, FeatureStore
+from mmdist_e2e.store import DAMAGED, TEMPORARY, FeatureStore, require
 from mmdist_e2e.store import read_features as read_feature_file
 from mmdist_e2e.structures import MODALITIES, Features, MmdistError, Provenance, differences
 
@@ -61,96 +62,52 @@ class FeatureTable:
 class FeatureSource:
     """An open source of features of one modality.
 
-    names: by video id, the name that the source uses. load: reads the features of a name; None
-    for arrays of other programs. raw: reads such an array, and record what mmdist exported with it.
+    names: by video id, the name that the source uses. load: reads what is there of a name: features
+    of a store, or an array of another program. record: reads what mmdist exported with an array.
     """
 
     path: Path
     modality: str
     kind: Literal["store", "hdf5", "npy"]
     names: Mapping[str, str]
-    load: Callable[[str], Features] | None = None
-    raw: Callable[[str], NDArray[Any]] = np.load
+    load: Callable[[str], Features | NDArray[Any]]
     record: Callable[[str], Record | None] = lambda _: None
 
     def timed(self, video: str) -> bool:
         """Whether the source records the duration and the provenance of a video."""
-        return self.load is not None or self.record(self.names[video]) is not None
-
-    def array(self, video: str) -> NDArray[Any]:
-        """[S, F] of any number type, finite or not. Raises MmdistError for anything else."""
-        try:
-            name = self.names[video]
-            array = self.load(name).data if self.load else self.raw(name)
-        except MmdistError:
-            raise
-        except (OSError, EOFError, KeyError, ValueError, RuntimeError) as error:
-            raise MmdistError(
-                f"The features of '{video}' in '{self.path}' cannot be read ({error}); "
-                f"extract them again."
-            ) from error
-        if array.ndim > 2 and array.size == len(array) * array.shape[-1]:
-            array = array.reshape(len(array), -1)  # [S, 1, 1, F], as some files have it
-        if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
-            raise MmdistError(
-                f"The features of '{video}' in '{self.path}' are {array.dtype} of the shape "
-                f"{list(array.shape)}; they must be numbers of the shape [snippets, channels]."
-            )
-        return array
+        return self.kind == "store" or self.record(self.names[video]) is not None
 
     def features(self, video: str) -> Features:
-        """Checked features of a video. Raises MmdistError as `array`, and for infinite values."""
-        features = self.load(self.names[video]) if self.load else self._imported(video)
-        if features.modality != self.modality:
-            raise MmdistError(
-                f"The {self.modality} file of '{video}' in '{self.path}' holds "
-                f"{features.modality} features; give those of {self.modality}."
-            )
-        return features
+        """Checked features of a video. Raises MmdistError when they cannot be used.
 
-    def _imported(self, video: str) -> Features:
-        """Arrays without a record have no times: rows are spread over a video of length 1."""
-        data_SF = self.array(video).astype(np.float32)
+        Arrays without a record have no times: rows are spread over a video of length 1.
+        """
+        name = self.names[video]
+        where = f"The {self.modality} features of '{video}' in '{self.path}'"
         try:
-            record = self.record(self.names[video]) or {"duration": 1.0}
-            own = Provenance.external(self.kind).to_json()
-            provenance = Provenance.from_json(record.get("provenance", own))
-            seconds = float(record["duration"])
-            times_S2 = np.array(record.get("times", row_times(provenance, len(data_SF), seconds)))
-            modality = record.get("modality", self.modality)
-            return Features(data_SF, times_S2, seconds, modality, provenance)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise MmdistError(f"The features of '{video}' in '{self.path}': {error}") from error
+            found = self.load(name)
+            if not isinstance(found, Features):
+                found = self._imported(np.atleast_1d(found), self.record(name) or {"duration": 1.0})
+        except DAMAGED as error:
+            raise MmdistError(f"{where} cannot be used: {error}") from error
+        if found.modality != self.modality:
+            raise MmdistError(
+                f"{where} are those of {found.modality}; give the ones of {self.modality}."
+            )
+        return found
 
-
-def row_times(provenance: Provenance, rows: int, seconds: float) -> NDArray[np.float64]:
-    """[S, 2]: start and end of rows in seconds, as the provenance has their grid.
-
-    Row i starts at (i · stride + offset) / fps and lasts window / fps, or to the end of the video;
-    the last row always ends there. Without a grid, rows divide the video evenly.
-    """
-    known = {**provenance.matters, **provenance.info}
-    fps, stride, window = (known.get(key) for key in ("effective_fps", "stride", "window"))
-    if not (fps and stride and window):
-        edges = np.linspace(0.0, seconds, rows + 1)
-        return np.stack([edges[:-1], edges[1:]], axis=1)
-    starts = (np.arange(rows, dtype=np.float64) * stride + known.get("offset", 0)) / fps
-    times_S2: NDArray[np.float64] = np.minimum(
-        np.stack([starts, starts + window / fps], axis=1), seconds
-    )
-    times_S2[-1, 1] = seconds
-    return times_S2
-
-
-def require_h5py(path: Path) -> Any:
-    """The module h5py. Raises MmdistError where it is not installed."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise MmdistError(
-            f"The HDF5 file '{path}' needs h5py; run pip install 'mmdist-e2e[hdf5]'."
-        ) from error
-    return h5py
+    def _imported(self, array: NDArray[Any], record: Record) -> Features:
+        if array.ndim > 2 and array.size == len(array) * array.shape[-1]:
+            array = array.reshape(len(array), -1)  # [S, 1, 1, F], as some files have it
+        if array.dtype.kind in "fiu":
+            with np.errstate(over="ignore"):  # Features refuses what is not finite then
+                array = array.astype(np.float32)
+        own = Provenance.external(self.kind).to_json()
+        provenance = Provenance.from_json(record.get("provenance", own))
+        seconds = float(record["duration"])
+        times = record["times"] if "times" in record else provenance.row_times(len(array), seconds)
+        modality = record.get("modality", self.modality)
+        return Features(array, np.array(times), seconds, modality, provenance)
 
 
 def modalities_of(path: Path) -> list[str]:
@@ -180,16 +137,18 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
         raise MmdistError(f"There are no features at '{path}'; give a feature folder or HDF5 file.")
     if path.suffix in (".npz", ".npy"):
         one = {video_id(path.stem.removesuffix(f".{modality}")): str(path)}
-        load = (lambda _: read_feature_file(path)) if path.suffix == ".npz" else None
-        yield FeatureSource(path, modality, "store" if load else "npy", one, load)
+        if path.suffix == ".npz":
+            yield FeatureSource(path, modality, "store", one, lambda _: read_feature_file(path))
+        else:
+            yield FeatureSource(path, modality, "npy", one, np.load)
         return
-    h5py = require_h5py(path)
+    h5py = require("h5py", "hdf5", f"The HDF5 file '{path}'")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         raise MmdistError(f"'{path}' is not a readable HDF5 file of features: {error}.") from error
 
-    def raw(name: str) -> NDArray[Any]:
+    def load(name: str) -> NDArray[Any]:
         node = file[name]
         return np.asarray((node[GROUP_KEY] if isinstance(node, h5py.Group) else node)[()])
 
@@ -198,9 +157,7 @@ def open_features(path: Path, modality: str = "rgb") -> Iterator[FeatureSource]:
         return None if text is None else dict(json.loads(text))
 
     with file:
-        yield FeatureSource(
-            path, modality, "hdf5", _by_id(path, _names_in(file)), None, raw, record
-        )
+        yield FeatureSource(path, modality, "hdf5", _by_id(path, _names_in(file)), load, record)
 
 
 def _names_in(group: Any, prefix: str = "") -> Iterator[str]:
@@ -216,15 +173,12 @@ def _names_in(group: Any, prefix: str = "") -> Iterator[str]:
 def _folder(path: Path, modality: str) -> FeatureSource:
     store = FeatureStore(path)
     if names := _by_id(path, store.videos(modality)):
-        return FeatureSource(
-            path, modality, "store", names, lambda name: store.load(name, modality)
-        )
+        stored = partial(store.load, modality=modality)
+        return FeatureSource(path, modality, "store", names, stored)
     files = {p.relative_to(path).as_posix().removesuffix(".npy"): p for p in path.rglob("*.npy")}
     if names := _by_id(path, sorted(name for name in files if not name.startswith(TEMPORARY))):
-        fields = _fields(path / FIELDS)
-        return FeatureSource(
-            path, modality, "npy", names, None, lambda name: np.load(files[name]), fields.get
-        )
+        record = _fields(path / FIELDS).get
+        return FeatureSource(path, modality, "npy", names, lambda n: np.load(files[n]), record)
     others = [other for other in MODALITIES if store.videos(other)]
     raise MmdistError(
         f"The folder '{path}' holds no {modality} features"
@@ -267,8 +221,8 @@ def places_of(
     modalities: Sequence[str], features_path: Path, flow_features_path: Path | None
 ) -> dict[str, Path]:
     """Where to read each modality: from one path, or flow from its own."""
-    own = {"flow": flow_features_path or features_path}
-    return {modality: own.get(modality, features_path) for modality in modalities}
+    places = {"rgb": features_path, "flow": flow_features_path or features_path}
+    return {modality: places[modality] for modality in modalities}
 
 
 def having_features(
@@ -321,7 +275,11 @@ def load_features(
             data_VLF = np.empty((len(wanted), length, first.data.shape[1]), np.float32)
             for row, video in enumerate(wanted):
                 features = source.features(video) if row else first
-                _refuse_unlike(first, features, f"Features in '{path}'", (wanted[0], video))
+                if unlike := differences(first.made, features.made):
+                    raise MmdistError(
+                        f"Features in '{path}' were not all made in one way: '{video}' differs "
+                        f"from '{wanted[0]}' ({'; '.join(unlike)}); extract them all alike."
+                    )
                 data_VLF[row] = features.resample(length).data
                 seconds = features.duration_seconds if source.timed(video) else None
                 durations[video] = durations[video] or seconds
@@ -343,18 +301,6 @@ def load_features(
         channels={modality: array.shape[2] for modality, array in arrays.items()},
         digests=digests,
     )
-
-
-def _refuse_unlike(first: Features, other: Features, where: str, videos: tuple[str, str]) -> None:
-    """Raises MmdistError when the features of two videos were not made in one way."""
-    unlike = differences(first.provenance.matters, other.provenance.matters)
-    channels, wanted = other.data.shape[1], first.data.shape[1]
-    if unlike or channels != wanted:
-        unlike = unlike or [f"{channels} channels, not {wanted}"]
-        raise MmdistError(
-            f"{where} were not all made in one way: '{videos[1]}' differs from '{videos[0]}' "
-            f"({'; '.join(unlike)}); extract them all alike."
-        )
 
 
 def read_features(places: Mapping[str, Path], videos: Sequence[str]) -> dict[str, list[Features]]:
