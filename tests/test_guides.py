@@ -122,6 +122,8 @@ def test_charades_sta(project, monkeypatch):
     assert len(rows) == -(-int(frames) // 8) - 1
     for run in ("runs/baseline", "runs/student", "cpl-charades"):
         assert "model" in printed[f"evaluate {run}"]
+    # Results of a model from the cache are in the project.
+    assert len(list(Path("runs/cpl-charades/evaluations").glob("*/metrics.json"))) == 1
     config = json.loads(Path("runs/student/config.json").read_text())
     assert (config["model"]["length"], config["model"]["hidden"]) == (200, 256)
     table = printed["reproduce --tables 1 --seeds 3"]

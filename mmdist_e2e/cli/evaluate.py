@@ -12,7 +12,7 @@ from rich.table import Table
 from mmdist_e2e.cli import common as options
 from mmdist_e2e.cli.common import StepDisplay, results, say
 from mmdist_e2e.structures import MODALITIES, MmdistError
-from mmdist_e2e.workspace import fill
+from mmdist_e2e.workspace import RUNS, fill
 
 
 @click.command("evaluate")
@@ -24,7 +24,8 @@ from mmdist_e2e.workspace import fill
 @click.option(
     "--out",
     type=options.PATH,
-    help="Folder of metrics.json and predictions.jsonl.  [default: RUN/evaluations/NAME-DIGEST]",
+    help="Folder of metrics.json and predictions.jsonl.  [default: RUN/evaluations/NAME-DIGEST, "
+    "in runs/ for a model of a name]",
 )
 @click.option(
     "--predictions",
@@ -55,14 +56,19 @@ def evaluate_command(
 
     if len(runs) > 1 and (out or given["predictions_path"]):
         raise MmdistError("--out and --predictions are for one run; omit them for several.")
-    runs = tuple(run if run.is_dir() else options.pulled(run) for run in runs)
-    given |= {"runs": runs, "device": resolve_device(device)}
+    folders = tuple(run if run.is_dir() else options.pulled(run) for run in runs)
+    # Results of a model from the cache belong here.
+    homes = {to: RUNS / name for to, name in zip(folders, runs, strict=True) if to != name}
+    given |= {"runs": folders, "device": resolve_device(device)}
     say(fill("evaluate", given, "runs", MODALITIES, "annotations"))
     runs, given["features_path"] = given.pop("runs"), given.pop("rgb") or given["flow"]
     for option, name in (("flow", "flow_features_path"), ("annotations", "annotations_path")):
         given[name] = given.pop(option)
     with StepDisplay() as progress:
-        evaluated = [evaluate_run(run, out=out, progress=progress, **given) for run in runs]
+        evaluated = [
+            evaluate_run(run, home=homes.get(run), out=out, progress=progress, **given)
+            for run in runs
+        ]
     if as_json:
         click.echo(json.dumps(evaluated[0] if len(runs) == 1 else evaluated, indent=2))
         return

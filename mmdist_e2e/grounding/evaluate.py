@@ -310,6 +310,7 @@ def evaluate_run(
     durations: Path | None = None,
     protocol: str = "official",
     out: Path | None = None,
+    home: Path | None = None,
     skip_missing: bool = False,
     predictions_path: Path | None = None,
     device: str = "cpu",
@@ -318,15 +319,17 @@ def evaluate_run(
     """Evaluate a checkpoint folder on annotations; returns metrics, controls and their inputs.
 
     Writes `out`/predictions.jsonl and metrics.json. By default `out` is
-    `RUN/evaluations/NAME-DIGEST`, of the annotation file's name and of all inputs, so that two
-    evaluations never share a folder. flow_features_path: of flow, if not stored with RGB.
+    `HOME/evaluations/NAME-DIGEST`, of the annotation file's name and of all inputs, so that two
+    evaluations never share a folder; home: by default `run`. flow_features_path: of flow, if not
+    stored with RGB.
     skip_missing: leave out queries of videos without features, and count them in the results.
     predictions_path: a .parquet or .jsonl file for the predictions too.
     Raises MmdistError for files that do not fit together, and when `out` holds an evaluation of
     other inputs.
     """
     trained = load_checkpoint(run)
-    check_out(out or run / "evaluations")
+    home = (home or run) / "evaluations"
+    check_out(out or home)
     annotations = load_annotations(annotations_path, durations=durations, protocol=protocol)
     if predictions_path:
         row_writer(predictions_path)  # so that what is wrong with it is said before the work
@@ -346,7 +349,7 @@ def evaluate_run(
             **{f"features ({modality})": digest for modality, digest in table.digests.items()},
         },
     }
-    out = out or run / "evaluations" / f"{annotations_path.stem}-{digest_of(inputs)[:8]}"
+    out = out or home / f"{annotations_path.stem}-{digest_of(inputs)[:8]}"
     if (out / METRICS).is_file():
         known = json.loads((out / METRICS).read_text(encoding="utf-8")).get("inputs", {})
         refuse_other(f"'{out}' holds an evaluation", known, inputs)

@@ -29,6 +29,7 @@ from mmdist_e2e.weights.words import read_cpl_pickle
 # recipe's default.
 SETTINGS = {
     "length": "dataset.max_num_frames",
+    "vocabulary_limit": "dataset.vocab_size",
     "heads": "model.config.DualTransformer.num_heads",
     "sharpness": "model.config.sigma",
     "dropout": "model.config.dropout",

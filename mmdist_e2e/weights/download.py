@@ -104,7 +104,7 @@ def fetch(entry: Entry, folder: Path, progress: Progress = None) -> Path:
     for is_last in (False, False, True):  # each attempt continues the one before
         before = _size(part)
         try:
-            _download(url, part, f"downloading {entry.name}, MB", progress)
+            _download(url, part, f"downloading {entry.name} (MB)", progress)
             break
         except requests.RequestException as error:
             size = _size(part)
