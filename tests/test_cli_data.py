@@ -71,7 +71,7 @@ def test_sound_files(tmp_path: Path) -> None:
     split = report["splits"]["val"]
     assert (split["queries"], split["videos"]) == (4, 2)
     assert split["protocol"] == "val.json (4 queries, cpl: no late ends)"
-    facts = report["features"]
+    facts = report["features"]["rgb"]
     assert (facts["videos"], facts["videos_unused"], facts["channels"]) == (4, 2, [4])
     assert facts["made_by"] == {"extractor": "external:npy"}
     assert report["splits"]["train"]["share_of_words_without_vector"] == 0
@@ -106,12 +106,12 @@ def test_every_error_is_told_at_once(tmp_path: Path) -> None:
     for part in (
         "Line 2 of", "val.txt' has a time that is not a number: 'two'", "Line 3 of", "Line 4 of",
         "none.json' cannot be read",
-        "1 videos have features that are not finite (b)",
-        "number of channels: 3 videos of 4, 1 videos of 5",
+        "'b' in", "1 of 6 rows are not",
+        "1 videos have rgb features that were made in another way (c), different in channels",
         "'d' in", "shape [3]",
-        "2 of 7 videos of train have no features (f, g)",
+        "2 of 7 videos of train have no rgb features (f, g)",
         "1 sentences of train have no word with a vector",
-        "1 moments of train start after their video has ended, the first in 'a' (12 s of 10 s)",
+        "1 moments of train start after their video has ended ('a': 12 s of 10 s)",
         "2 videos are in both train and test (a, b); split by video",
     ):  # fmt: skip
         assert part in told, part
@@ -129,8 +129,7 @@ def test_what_is_taken_but_odd_is_warned_of(tmp_path: Path) -> None:
         "--test", write_rows(tmp_path / "t.json", test),
     )  # fmt: skip
     for part in (
-        "1 videos have only zeros as features (a)",
-        "2 videos have the same features in every row, so no moment can be found (b, c)",
+        "3 videos have the same rgb features in every row, so no moment can be found (a, b, c)",
         "test: 4 lines repeat another line.",
         "6 queries of test end past their video, by 0.50 s at most",
         "of the words of test have no vector in 'glove-6b-50d-20k' and are not read (qqzx",
@@ -169,7 +168,7 @@ def test_durations_come_from_the_store_where_the_file_has_none(tmp_path: Path) -
     assert "(b)" in told
     save_features(tmp_path / "store", "b", 20.0, "another")
     assert (
-        "1 videos have features that were made in another way (b), different in extractor"
+        "1 videos have rgb features that were made in another way (b), different in extractor"
         in errors_of(*both)
     )
 
@@ -180,7 +179,7 @@ def test_many_unreadable_videos_are_counted(tmp_path: Path) -> None:
     _, report = check("--val", write_rows(tmp_path / "v.json", rows_of("abcdefgh")),
                       "--features", features)  # fmt: skip
     assert len(report["errors"]) == 6
-    assert report["errors"][-1] == "3 more videos have features that cannot be used."
+    assert report["errors"][-1] == "3 more videos have rgb features that cannot be used."
 
 
 def test_every_bad_line_is_an_error_of_its_own(tmp_path: Path) -> None:
@@ -219,7 +218,7 @@ def test_one_video_in_two_unicode_forms(tmp_path: Path) -> None:
         "--val", tmp_path / "v.txt", "--features", features, "--durations", tmp_path / "d.json"
     )
     assert code == 0, report["errors"]
-    assert report["features"]["videos"] == report["splits"]["val"]["videos"] == 1
+    assert report["features"]["rgb"]["videos"] == report["splits"]["val"]["videos"] == 1
 
 
 def test_a_late_end_of_any_moment_counts(tmp_path: Path) -> None:
@@ -244,7 +243,7 @@ def test_what_a_person_reads(tmp_path: Path) -> None:
     for part in (
         "t[1].json", "external:npy", "videos missing", "videos: 0, sentences: 1",
         "shared with train",
-        "error: 1 of 1 videos of val have no features (c)", "1 errors, 0 warnings.",
+        "error: 1 of 1 videos of val have no rgb features (c)", "1 errors, 0 warnings.",
     ):  # fmt: skip
         assert part in result.stdout, (part, result.stdout)
 
@@ -271,12 +270,13 @@ def test_rows_per_second_of_foreign_features(tmp_path: Path) -> None:
     files = ("--features", features, "--val", write_rows(tmp_path / "v.json", rows))
     code, report = check(*files)
     assert code == 0
-    assert report["features"]["rows_per_second"]["median"] == pytest.approx(25 / 8, rel=0.02)
-    assert report["features"]["implied_fps"]["at stride 8"] == pytest.approx(25, rel=0.02)
-    assert report["features"]["implied_fps"]["at stride 16"] == pytest.approx(50, rel=0.02)
+    facts = report["features"]["rgb"]
+    assert facts["rows_per_second"]["median"] == pytest.approx(25 / 8, rel=0.02)
+    assert facts["implied_fps"]["at stride 8"] == pytest.approx(25, rel=0.02)
+    assert facts["implied_fps"]["at stride 16"] == pytest.approx(50, rel=0.02)
     told = "\n".join(report["warnings"])
-    median = f"{report['features']['rows_per_second']['median']:.3g}"
-    off = f"videos have rows per second more than 10% off the median of {median}"
+    median = f"{facts['rows_per_second']['median']:.3g}"
+    off = f"videos have rgb rows per second more than 10% off the median of {median}"
     assert f"2 {off}, by about 30/25 (i, j); check at which fps" in told
     assert f"1 {off}, by about 60/30 (k); check" in told
     assert len(report["warnings"]) == 2
@@ -293,8 +293,8 @@ def test_rows_that_were_resampled_imply_no_fps(tmp_path: Path) -> None:
     rows = [["a", 10.0, [2.0, 6.0], "person runs."], ["b", 30.0, [2.0, 6.0], "person falls."]]
     files = ("--features", save_arrays(tmp_path / "f", "ab"))
     _, report = check(*files, "--val", write_rows(tmp_path / "v.json", rows))
-    assert report["features"]["rows_in_every_video"] == 6
-    assert "implied_fps" not in report["features"]
+    assert report["features"]["rgb"]["rows_in_every_video"] == 6
+    assert "implied_fps" not in report["features"]["rgb"]
     assert report["warnings"] == []
 
 
@@ -419,7 +419,7 @@ def test_real_files() -> None:
     )  # fmt: skip
     assert (code, report["errors"], report["warnings"]) == (0, [], [])
     assert [report["splits"][s]["queries"] for s in ("train", "val")] == [1910, 433]
-    assert report["features"]["channels"] == [768]
+    assert report["features"]["rgb"]["channels"] == [768]
     told = errors_of(
         "--train", sta / "charades_sta_train.txt", "--test", sta / "charades_sta_test.txt",
         "--durations", sta / "durations_test.json",

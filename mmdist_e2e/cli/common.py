@@ -151,15 +151,17 @@ skip_missing = click.option(
     help="Leave out queries of videos without features, and count them.",
 )
 
-protocol = choice(
+protocol = click.option(
     "--protocol",
-    *PROTOCOLS,
+    default=PROTOCOLS[0],
+    type=click.Choice(PROTOCOLS),
     help="official keeps all queries; cpl drops those that end after their video.",
 )
 
-preset = choice(
+preset = click.option(
     "--preset",
-    *PRESETS,
+    default="paper",
+    type=click.Choice(list(PRESETS)),
     help="Where settings come from: the paper, its values on ActivityNet Captions, or a smaller "
     "network for few queries. --length and --set replace single ones.",
 )

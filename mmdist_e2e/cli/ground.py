@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from mmdist_e2e.cli import common
-from mmdist_e2e.cli.common import PATH, StepDisplay, say
+from mmdist_e2e.cli.common import PATH, StepDisplay
 from mmdist_e2e.store import row_writer
 from mmdist_e2e.structures import Answer, MmdistError
 from mmdist_e2e.workspace import FEATURES, RECIPES, VIDEOS, newest_run
@@ -70,13 +71,18 @@ def ground_command(
     if model is not None and not model.is_dir():
         model = common.pulled(model)
     run = newest_run(*RECIPES) if model is None else None
-    with StepDisplay(logged=False) as display:
+    grounder = load(model or run, cache=cache or True, **options)
+    if run is not None:
+        click.echo(f"Found in this folder: --model {run}", err=True)
+    with ExitStack() as displays:
+        display: StepDisplay | None = None
 
         def progress(done: float) -> None:
+            nonlocal display
+            if display is None:  # only extraction takes long enough for a bar
+                display = displays.enter_context(StepDisplay(logged=False))
             display(f"reading {clip.name}", int(100 * done), 100)
 
-        grounder = load(model or run, cache=cache or True, **options)
-        say("" if run is None else f"Found in this folder: --model {run}")
         answers = grounder.ground(clip, queries, top_k=top_k, progress=progress)
     if run is not None:
         answers = [replace(answer, model=f"{answer.model}, {run}") for answer in answers]
