@@ -351,7 +351,7 @@ OURS = (
 FEW_QUERIES = 5000  # Charades-STA has 12,408 to train on
 ON_FEW_QUERIES = (  # measured as docs/method.md says, under "Presets"
     "On 1,910 queries of real Charades-STA videos with CLIP features, `--preset small` had a "
-    "R@1 of 39.7 at IoU 0.5 (2 seeds) and `--preset paper` 42.5 (1 seed): no clear difference, "
+    "R@1 of 39.9 at IoU 0.5 (3 seeds) and `--preset paper` 41.1 (2 seeds): no clear difference, "
     "but `small` is a smaller network on 64 positions, which trains faster."
 )
 
