@@ -186,7 +186,7 @@ def test_an_interrupted_download_is_continued(big, served):
     assert part.read_bytes() == content
     assert served.requests[-1] == ("/big", f"bytes={kept}-")
     assert served.sent < len(content) + 4 * 16384  # less than a block is lost with a connection
-    assert seen[-1] == ("downloading big, MB", 1, 1)
+    assert seen[-1] == ("downloading big (MB)", 1, 1)
     before = len(served.requests)
     fetch(entry, part.parent)  # whole: a process was killed before it was used
     assert len(served.requests) == before
