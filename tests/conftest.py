@@ -1,4 +1,4 @@
-"""Tiny stand-ins: random extractors in checkpoint folders."""
+"""Stand-ins: random extractors, features of other programs, the server of public files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,34 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from serve import Server
+
+
+def write_source(path: Path, kind: str, arrays: dict[str, np.ndarray]) -> Path:
+    """An HDF5 file or a folder of .npy files."""
+    if kind == "hdf5":
+        h5py = pytest.importorskip("h5py", reason="needs the extra hdf5")
+        with h5py.File(path, "w") as file:
+            for video, array in arrays.items():
+                file[video] = array
+        return path
+    path.mkdir()
+    for video, array in arrays.items():
+        np.save(path / f"{video}.npy", array)
+    return path
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server on loopback in place of the public ones, and an empty cache."""
+    (tmp_path / "served").mkdir()
+    server = Server(tmp_path / "served")
+    monkeypatch.setenv("MMDIST_MIRROR", server.url)
+    monkeypatch.setenv("MMDIST_CACHE", str(tmp_path / "cache"))
+    yield server
+    server.close()
 
 
 def make_extractor(folder: Path, **changes: Any) -> Path:

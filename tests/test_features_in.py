@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_source
 
 from mmdist_e2e.grounding.data.features import load_features, open_features, places_of
 from mmdist_e2e.store import FeatureStore
@@ -150,20 +151,6 @@ def test_places_without_features(tmp_path: Path) -> None:
     save_video(tmp_path, "a")
     with pytest.raises(MmdistError, match="no flow features, only rgb"):
         load_features({"flow": tmp_path}, ["a"], length=2)
-
-
-def write_source(path: Path, kind: str, arrays: dict[str, np.ndarray]) -> Path:
-    """An HDF5 file or a folder of .npy files."""
-    if kind == "hdf5":
-        h5py = pytest.importorskip("h5py", reason="needs the extra hdf5")
-        with h5py.File(path, "w") as file:
-            for video, array in arrays.items():
-                file[video] = array
-        return path
-    path.mkdir()
-    for video, array in arrays.items():
-        np.save(path / f"{video}.npy", array)
-    return path
 
 
 @pytest.mark.parametrize("kind", ["hdf5", "npy"])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from conftest import write_source
 
 from mmdist_e2e.cli.main import main
 from mmdist_e2e.grounding.data.features import load_features, open_features
@@ -166,15 +167,7 @@ def test_opentad_needs_a_grid(store: Path, tmp_path: Path) -> None:
 
 def foreign(path: Path, **arrays: np.ndarray) -> Path:
     """HDF5 or .npy files of another program."""
-    if path.suffix == ".hdf5":
-        with h5py.File(path, "w") as file:
-            for video, array in arrays.items():
-                file[video] = array
-        return path
-    path.mkdir()
-    for video, array in arrays.items():
-        np.save(path / f"{video}.npy", array)
-    return path
+    return write_source(path, path.suffix.removeprefix(".") or "npy", arrays)
 
 
 @pytest.mark.parametrize("name", ["f.hdf5", "f"])

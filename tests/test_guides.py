@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import pickle
 import re
 import shlex
 from pathlib import Path
@@ -13,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from make_cpl import CONFIG, cpl_tensors, glove
 from make_videos import make_video
-from serve import Server
-from test_named_models import know, place
+from test_named_models import know, place, write_cpl
 
 from mmdist_e2e.cli.main import main
 from mmdist_e2e.extractors.networks.c3d import C3D
@@ -49,17 +45,12 @@ def follow(guide: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """An empty folder to work in, and a server that stands for the public ones."""
-    (tmp_path / "served").mkdir()
-    server = Server(tmp_path / "served")
-    monkeypatch.setenv("MMDIST_MIRROR", server.url)
-    monkeypatch.setenv("MMDIST_CACHE", str(tmp_path / "cache"))
+def project(server, tmp_path, monkeypatch):
+    """An empty folder to work in; gives the server that stands for the public ones."""
     folder = tmp_path / "project"
     (folder / "videos").mkdir(parents=True)
     monkeypatch.chdir(folder)
-    yield server
-    server.close()
+    return server
 
 
 def serve_i3d(server, monkeypatch, data: str) -> None:
@@ -71,13 +62,7 @@ def serve_i3d(server, monkeypatch, data: str) -> None:
 
 
 def serve_cpl(server, monkeypatch, data: str, dataset: str, features: int) -> None:
-    content = {"num_updates": 7, "config": copy.deepcopy(CONFIG)}
-    content["config"]["dataset"]["dataset"] = dataset
-    torch.save(
-        content | {"model_parameters": cpl_tensors(features)}, place(server.root, f"cpl-{data}")
-    )
-    words = place(server.root, f"cpl-vocabulary-{data}")
-    words.write_bytes(pickle.dumps(glove(), protocol=4))
+    write_cpl(server.root, data, dataset, features)
     for name in (f"cpl-{data}", f"cpl-vocabulary-{data}"):
         know(monkeypatch, name, place(server.root, name))
 

@@ -16,7 +16,6 @@ import torch
 from click.testing import CliRunner, Result
 from make_cpl import CONFIG, cpl_tensors, glove
 from make_videos import make_video
-from serve import Server
 
 import mmdist_e2e as mm
 from mmdist_e2e.cli.main import main
@@ -67,16 +66,6 @@ def know(monkeypatch, name: str, path: Path | None, **config: object) -> None:
     changes = {"git_sha1": git_blob_sha1(path)} if path else {}
     changes |= {"config": {**entry.config, **config}} if config else {}
     monkeypatch.setitem(ENTRIES, name, replace(entry, **changes))
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    (tmp_path / "served").mkdir()
-    server = Server(tmp_path / "served")
-    monkeypatch.setenv("MMDIST_MIRROR", server.url)
-    monkeypatch.setenv("MMDIST_CACHE", str(tmp_path / "cache"))
-    yield server
-    server.close()
 
 
 @pytest.fixture

@@ -80,7 +80,6 @@ def test_public_names_have_the_profile_of_the_table(name, tiny_extractor, monkey
     folder.mkdir(parents=True)
     stale = {**ENTRIES[name].config, **KINETICS, "trained_on": "x", "preprocessing": {"size": 9}}
     (folder / "config.json").write_text(json.dumps(stale))
-    monkeypatch.setattr(profiles, "checkpoint_folder", lambda _: folder)
     sampling, reading = TABLE[name]
     spec = describe(name)
     for key, value in sampling.items():

@@ -20,7 +20,7 @@ from mmdist_e2e.extractors.flow.settings import TVL1Settings
 from mmdist_e2e.extractors.networks.pca import Pca
 from mmdist_e2e.extractors.video.reader import FpsPolicy
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
-from mmdist_e2e.weights.registry import ENTRIES, checkpoint_folder, read_config, weights_digest
+from mmdist_e2e.weights.registry import checkpoint_folder, read_config, weights_digest
 
 RESIZED_AT_ONCE = 8  # frames; bounds the memory of resizing
 HALF_RANGE = (127.5, 127.5, 127.5)  # as mean and std: [0, 255] to [−1, 1]
@@ -225,9 +225,7 @@ def describe(
     checkpoint that is out of range, or an option that is unknown or does not fit the network.
     """
     folder = checkpoint_folder(name_or_folder)
-    config, entry = read_config(folder), ENTRIES.get(name_or_folder)
-    if entry is not None and entry.config is not None:
-        config |= entry.config  # an older version may have filled the cache
+    config = read_config(folder)
     path = folder / "config.json"
     try:
         network, modality, _ = config["network"], config["modality"], config["trained_on"]

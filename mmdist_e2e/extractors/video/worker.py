@@ -210,15 +210,11 @@ def decode_av(path: Path, index: Index, longer_side: int | None) -> Iterator[Pic
 
 
 def pictures(
-    path: Path,
-    index: Index,
-    shown_M: NDArray[np.float64],
-    longer_side: int | None,
-    channel: Channel,
+    path: Path, index: Index, by_decord: bool, longer_side: int | None, channel: Channel
 ) -> Iterator[Picture]:
     """The pictures to be sampled at least, in order; PyAV continues where decord stops early."""
     last = -math.inf
-    if uses_decord(index, path, shown_M, longer_side):
+    if by_decord:
         try:
             for picture in decode_decord(path, index):
                 last = picture[0]
@@ -240,6 +236,7 @@ def serve(request: dict[str, Any], channel: Channel) -> None:
     fps, shown_M, times_M = plan(index, request.get("fps"), request.get("policy", "ceiling"))
     longer_side = request.get("longer_side")
     shape = scaled(index.shape, longer_side)
+    by_decord = uses_decord(index, path, shown_M, longer_side)
     info = {
         "width": index.shape[1],
         "height": index.shape[0],
@@ -247,7 +244,7 @@ def serve(request: dict[str, Any], channel: Channel) -> None:
         "duration_seconds": index.duration_seconds,
         "frame_count": len(index.times_N),
         "codec": index.codec,
-        "decoder": "decord" if uses_decord(index, path, shown_M, longer_side) else "pyav",
+        "decoder": "decord" if by_decord else "pyav",
     }
     channel.send(info=info, fps=fps, samples=len(times_M), shape=shape)
     if request["do"] == "frames":
@@ -259,7 +256,7 @@ def serve(request: dict[str, Any], channel: Channel) -> None:
             slot_B[: capacity * size].reshape(capacity, *shape)
             for slot_B in np.frombuffer(ring, np.uint8).reshape(SLOTS, -1)
         ]
-        shown = pictures(path, index, shown_M, longer_side, channel)
+        shown = pictures(path, index, by_decord, longer_side, channel)
         frames = sample(shown, shown_M, channel)
         fill(slots_MHWC, frames, times_M, channel)
 
