@@ -66,8 +66,9 @@ def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary path; what is written there appears in `target` at the end.
 
     It lies beside `target`, or in it if that is a folder: on the same file system in any case.
-    Write a file, or a folder of files, which are added to those of an existing folder. After an
-    exception, a kill or on a full disk nothing has changed.
+    Write a file, or a folder of files, which are added to those of an existing folder. An
+    exception or a full disk while it is written changes nothing. A kill while the files are put in
+    their places leaves whole files, but perhaps not all of them.
     Raises MmdistError when a file exists with another content (unless `overwrite`), when the disk
     is full or the place cannot be written.
     """
