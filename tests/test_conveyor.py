@@ -306,7 +306,7 @@ def test_a_decoder_that_dies_or_stalls_costs_one_video(tmp_path, videos, network
 
             def strike(job: Job, fraction: float, number=number, struck=struck, c=conveyor) -> None:
                 if job.key == "long" and not struck:
-                    struck.append(c._decoders[0]._child.pid)
+                    struck.append(c._line.decoders[0]._child.pid)
                     os.kill(struck[0], number)
 
             results = results_of(conveyor, jobs_of([long, *videos], ("rgb",)), progress=strike)
@@ -327,7 +327,7 @@ def test_an_end_in_the_middle_is_prompt_and_leaves_nothing(tmp_path, networks, w
         blocked.wait()
 
     def interrupt(job: Job, fraction: float) -> None:
-        pids.extend(d._child.pid for d in conveyor._decoders if d._child is not None)
+        pids.extend(d._child.pid for d in conveyor._line.decoders if d._child is not None)
         begin.append(time.monotonic())
         if way == "interrupt":
             raise KeyboardInterrupt

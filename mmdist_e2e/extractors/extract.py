@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdist_e2e.extractors.flow.fields import FlowFrames, Repeats
+from mmdist_e2e.extractors.flow.fields import Repeats
 from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS
 from mmdist_e2e.extractors.runner import Chunk, DenseChunks, Device, SnippetNetwork, Windows
 from mmdist_e2e.extractors.video.reader import Decoder, VideoError
@@ -129,16 +129,17 @@ def extract_video(
 
 
 class _Run:
-    """One job on its way."""
+    """One job on its way. fed: its feeder has finished with it, and the writer has not yet got it.
+
+    A failure, whatever the cause, ends one track, or with the decoding all that have not ended.
+    """
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job, self.fed = job, False
         self.tracks: list[_Track] = []
         self.features: dict[str, Features] = {}
         self.failures: list[Exception] = []
         self.seconds = dict.fromkeys(("decode", "prepare", "flow", "network", "write"), 0.0)
-        self.video_seconds = 0.0
-        self.fed = False  # whether the feeder has finished with it
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
@@ -154,12 +155,20 @@ class _Run:
         self.failures.append(error)
 
     def result(self) -> Result:
+        streams, seconds = {track.stream for track in self.tracks}, self.seconds
+        seconds["decode"] = sum(stream.seconds for stream in streams)
+        seconds["flow"] = sum(track.inputs.seconds for track in self.tracks)
+        seconds["prepare"] -= seconds["flow"]
         features = {m: self.features[m] for m in self.job.modalities if m in self.features}
-        return Result(self.job, features, self.failures, self.seconds, self.video_seconds)
+        length = max((stream.info.duration_seconds for stream in streams), default=0.0)
+        return Result(self.job, features, self.failures, seconds, length)
 
 
 class _Track:
-    """One network's run over one video. A failure, whatever the cause, ends this track alone."""
+    """One network's run over one video.
+
+    ended: it has had all of its frames. left: it has failed, or gone to the writer.
+    """
 
     def __init__(
         self, run: _Run, network: SnippetNetwork, stream: FrameStream, source: Mapping[str, Any]
@@ -168,13 +177,10 @@ class _Track:
         self.inputs, spec = network.input_stream(), network.spec
         self.cutter: Windows | DenseChunks = Windows(window=spec.window, stride=spec.stride)
         if spec.mode == "dense":
-            still = isinstance(self.inputs, FlowFrames) and self.inputs.still
-            frames = stream.sample_count - still if spec.tail == "none" else 0
-            self.cutter = DenseChunks(frames=frames)
+            fields = stream.sample_count - self.inputs.still
+            self.cutter = DenseChunks(frames=fields if spec.tail == "none" else 0)
         self.rows: list[Tensor] = []
-        self.waiting = 0  # windows in a batch
-        self.ended = False  # whether it has had all of its frames
-        self.left = False  # whether it has failed, or gone to the writer
+        self.ended = self.left = False
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -188,7 +194,22 @@ class _Track:
             self.left = True
             self.rows.clear()
 
-    def features(self, rows_SD: NDArray[np.float32]) -> Features:
+    def parts(self, frames_NHWC: Tensor | None, repeats_N: Sequence[bool]) -> Iterator[Any]:
+        """The windows [T, ...] or chunks that more frames complete; None: no more will come."""
+        if frames_NHWC is None:
+            pieces = self.inputs.finish()
+        else:
+            pieces = self.inputs.push(frames_NHWC, repeats_N)
+        while True:
+            with self.run.clock("prepare"):
+                piece_NHWC = next(pieces, None)
+            if piece_NHWC is None:
+                break
+            yield from self.cutter.push(piece_NHWC)
+        if frames_NHWC is None:
+            yield from self.cutter.finish()
+
+    def result(self, rows_SD: NDArray[np.float32]) -> Features:
         spec, stream = self.network.spec, self.stream
         info = {
             **self.network.info,
@@ -198,14 +219,14 @@ class _Track:
         }
         seconds = stream.info.duration_seconds
         provenance = Provenance(spec.matters, info, self.source)
-        data_SD = self.network.reduced(rows_SD)
+        data_SD = rows_SD if spec.pca is None else spec.pca.apply(rows_SD)
         times_S2 = provenance.row_times(len(data_SD), seconds)
         return Features(data_SD, times_S2, seconds, spec.modality, provenance)
 
 
 @dataclass
 class _Arrival:
-    """Frames for some tracks of a video, on the device; the last arrival of a pass has none.
+    """Frames for some tracks of a video, on the device; None after the last ones.
 
     taken: set when the networks' thread has done its part; then `wait` waits for the device's.
     """
@@ -215,14 +236,14 @@ class _Arrival:
     frames_NHWC: Tensor | None = None
     repeats_N: Sequence[bool] = ()
     taken: threading.Event = field(default_factory=threading.Event)
-    wait: Callable[[], object] = bool
+    wait: Callable[[], object] = lambda: None
 
 
 class Conveyor:
     """Several videos at once through networks on one device. Use as a context manager.
 
-    networks: by modality. decoders: how many videos are decoded at once, or the decoders to use,
-    which stay open. stall_seconds: of `Decoder`.
+    networks: by modality. decoders: how many videos are decoded at once, or the decoders to use.
+    stall_seconds: of `Decoder`.
     """
 
     def __init__(
@@ -233,14 +254,11 @@ class Conveyor:
         stall_seconds: float = 60.0,
     ) -> None:
         (device,) = {network.device for network in networks.values()}
-        self._networks, self._device = networks, Device(device)
-        self._owned = isinstance(decoders, int)
-        if isinstance(decoders, int):
-            pin = self._device.pin
-            decoders = [Decoder(stall_seconds=stall_seconds, pin=pin) for _ in range(decoders)]
-        self._decoders = decoders
-        self._threads: list[threading.Thread] = []
-        self._stop = threading.Event()
+        self.networks, self.device = networks, Device(device)
+        self._new = partial(Decoder, stall_seconds=stall_seconds, pin=self.device.pin)
+        self.idle = [] if isinstance(decoders, int) else [*decoders]
+        self._count = decoders if isinstance(decoders, int) else len(decoders)
+        self._line: _Line | None = None
 
     def __enter__(self) -> Conveyor:
         return self
@@ -249,11 +267,12 @@ class Conveyor:
         self.close()
 
     def close(self) -> None:
-        """End the run, dropping what is unfinished, and the conveyor's own decoders."""
-        self._end()
-        if self._owned:
-            for decoder in self._decoders:
-                decoder.close()
+        """End the run, dropping what is unfinished, and close the decoders. May be used again."""
+        if self._line is not None:
+            self._line.end()
+            self._line = None
+        for decoder in self.idle:
+            decoder.close()
 
     def run(
         self,
@@ -271,97 +290,115 @@ class Conveyor:
             progress: called with the fraction of a job's frames that were taken, 0 to 1.
 
         Raises what `jobs` or `progress` raise. Closing the generator, or the conveyor, ends the
-        run within seconds. Another run ends this one.
+        run within seconds; a thread that is still in `jobs` or `save` then is left behind, and
+        what it brings is dropped. Another run ends this one.
         """
-        self._end()
-        self._stop = threading.Event()
+        if self._line is not None:
+            self._line.end()
+        decoders = [self.idle.pop() if self.idle else self._new() for _ in range(self._count)]
+        self._line = line = _Line(self, decoders, jobs, save)
+        try:
+            yield from line.results(progress)
+        finally:
+            line.end()
+
+
+class _Line:
+    """One run of a conveyor: its threads, and what passes between them.
+
+    Another run shares nothing of it, as a thread may be left behind: idle decoders come back to
+    the conveyor from the threads that used them.
+    """
+
+    def __init__(
+        self,
+        conveyor: Conveyor,
+        decoders: Sequence[Decoder],
+        jobs: Iterable[Job],
+        save: Callable[[Job, Features], None] | None,
+    ) -> None:
+        self.networks, self.device = conveyor.networks, conveyor.device
+        self.jobs, self.jobs_lock, self.save = iter(jobs), threading.Lock(), save
+        self.stop = threading.Event()
         # From the feeders: arrivals, runs that were fed whole, what `jobs` raised, and None when
         # a feeder has ended. From the writer: results.
-        self._inbox: queue.SimpleQueue[_Arrival | _Run | Result | BaseException | None]
-        self._inbox = queue.SimpleQueue()
-        self._unsaved: queue.Queue[tuple[_Track, Tensor, Callable[[], object]] | _Run | None]
-        self._unsaved = queue.Queue(UNSAVED)
-        self._fed: set[_Track] = set()  # tracks that get more frames
-        self._batches: dict[str, list[tuple[_Track, Tensor]]]
-        self._batches = {name: [] for name in self._networks}
-        self._jobs, self._jobs_lock = iter(jobs), threading.Lock()
-        calls = [partial(self._write, save), *(partial(self._feed, d) for d in self._decoders)]
-        self._threads = [threading.Thread(target=call, daemon=True) for call in calls]
-        feeders, unfinished = len(self._decoders), 0
-        try:
-            for thread in self._threads:
-                thread.start()
-            while (feeders or unfinished) and not self._stop.is_set():
-                item = self._next_item()
-                if isinstance(item, Result):
-                    unfinished -= 1
-                    yield item
-                elif isinstance(item, _Arrival):
-                    self._take(item)
-                    if progress is not None:
-                        progress(item.tracks[0].run.job, item.fraction)
-                elif isinstance(item, _Run):
-                    unfinished += 1
-                    item.fed = True
-                    for track in item.tracks:
-                        track.left |= not track.ended  # decoding failed
-                    self._fed.difference_update(item.tracks)
-                    self._settle(item)
-                elif item is None:
-                    feeders -= 1
-                else:
-                    raise item
-        finally:
-            self._end()
+        self.inbox: queue.SimpleQueue[_Arrival | _Run | Result | BaseException | None]
+        self.inbox = queue.SimpleQueue()
+        self.unsaved: queue.SimpleQueue[tuple[_Track, Tensor, Callable[[], object]] | _Run | None]
+        self.unsaved = queue.SimpleQueue()
+        self.fed: set[_Track] = set()  # tracks that get more frames
+        self.batches: dict[str, dict[_Track, list[Tensor]]] = {name: {} for name in self.networks}
+        self.decoders, self.idle = decoders, conveyor.idle
+        calls = [(self._feed, (decoder,)) for decoder in decoders] + [(self._write, ())]
+        self.threads = [threading.Thread(target=t, args=a, daemon=True) for t, a in calls]
 
-    def _end(self) -> None:
-        """End the threads; a feeder may wait for its decoder."""
-        self._stop.set()
-        if self._threads:
-            with suppress(queue.Full):
-                self._unsaved.put_nowait(None)
-        deadline = time.monotonic() + END_SECONDS
-        while alive := [thread for thread in self._threads if thread.is_alive()]:
-            alive[-1].join(POLL_SECONDS)
-            if alive[-1].is_alive():
-                for decoder in self._decoders:
+    def results(self, progress: Callable[[Job, float], None] | None) -> Iterator[Result]:
+        for thread in self.threads:
+            thread.start()
+        feeders, unfinished = len(self.decoders), 0
+        while (feeders or unfinished) and not self.stop.is_set():
+            self._flush_waiting()
+            item = self.inbox.get()
+            if isinstance(item, Result):
+                unfinished -= 1
+                yield item
+            elif isinstance(item, _Arrival):
+                self._take(item)
+                if progress is not None:
+                    progress(item.tracks[0].run.job, item.fraction)
+            elif isinstance(item, _Run):
+                unfinished += 1
+                item.fed = True
+                for track in item.tracks:
+                    track.left |= not track.ended  # decoding failed
+                self.fed.difference_update(item.tracks)
+                self._settle(item)
+            elif item is None:
+                feeders -= 1
+            else:
+                raise item
+
+    def end(self) -> None:
+        """End the threads, in any thread and state; a feeder may wait for its decoder."""
+        self.stop.set()
+        self.inbox.put(None)
+        self.unsaved.put(None)
+        (threads, self.threads), deadline = (self.threads, []), time.monotonic() + END_SECONDS
+        here, writer = threading.current_thread(), threads[-1:]
+        while alive := [t for t in threads if t.is_alive() and t is not here]:
+            alive[0].join(POLL_SECONDS)
+            if alive[0].is_alive() and alive[:1] != writer:
+                for decoder in self.decoders:
                     decoder.close()
             if time.monotonic() > deadline:
                 break
-        self._threads = []
-
-    def _next_item(self) -> _Arrival | _Run | Result | BaseException | None:
-        """What comes next, after running incomplete batches that are waited for in vain."""
-        idle = self._inbox.empty()
-        for name, batch in self._batches.items():
-            fed = any(track.network is self._networks[name] for track in self._fed)
-            if batch and (not fed or (idle and any(track.ended for track, _ in batch))):
-                self._flush(name)
-        return self._inbox.get()
 
     # The feeders' threads
 
     def _feed(self, decoder: Decoder) -> None:
         """Decode one job after another."""
-        stop, inbox, jobs, lock = self._stop, self._inbox, self._jobs, self._jobs_lock
         try:
-            while True:
-                with lock:
-                    job = None if stop.is_set() else next(jobs, None)
-                if job is None or stop.is_set():
-                    break
+            while (job := self._next_job()) is not None:
                 run = _Run(job)
                 try:
                     self._decode(run, decoder)
                 except Exception as error:
                     run.fail(error)
-                inbox.put(run)
+                self.inbox.put(run)
         except BaseException as error:  # the caller's thread raises it
-            inbox.put(error)
+            self.inbox.put(error)
         finally:
-            if stop.is_set():
+            if self.stop.is_set():
                 decoder.close()
-            inbox.put(None)
+            self.idle.append(decoder)
+            self.inbox.put(None)
+
+    def _next_job(self) -> Job | None:
+        while self.unsaved.qsize() > UNSAVED and not self.stop.is_set():
+            time.sleep(POLL_SECONDS)
+        with self.jobs_lock:
+            job = None if self.stop.is_set() else next(self.jobs, None)
+        return None if self.stop.is_set() else job
 
     def _decode(self, run: _Run, decoder: Decoder) -> None:
         """Hand over every frame of a video. Networks that see the same frames share a pass."""
@@ -372,50 +409,49 @@ class Conveyor:
             with suppress(OSError):  # the decoder says what is wrong
                 source = fast_digest(job.path) if job.path.is_file() else {}
         passes: dict[tuple[Any, ...], list[SnippetNetwork]] = {}
-        for network in (self._networks[modality] for modality in job.modalities):
+        for network in (self.networks[modality] for modality in job.modalities):
             key = network.spec.fps, network.spec.fps_policy, network.spec.longer_side
             passes.setdefault(key, []).append(network)
         for index, ((fps, policy, longer_side), networks) in enumerate(passes.items()):
             stream = decoder.frames(
                 job.path, fps=fps, fps_policy=policy, longer_side=longer_side, copy=False
             )
-            info, before = stream.info, run.seconds["decode"]
-            run.video_seconds = info.duration_seconds
+            tracks = [_Track(run, network, stream, source) for network in networks]
+            run.tracks += tracks
+            info = stream.info
             if min(info.width, info.height) < MINIMUM_SIDE_PIXELS:
                 raise VideoError(
                     job.path,
                     f"{job.path} is {info.width}×{info.height} pixels; videos need at least "
                     f"{MINIMUM_SIDE_PIXELS} pixels on each side.",
                 )
-            tracks = [_Track(run, network, stream, source) for network in networks]
-            run.tracks += tracks
             repeats = Repeats() if any(n.needs_repeats for n in networks) else None
-            arrival = _Arrival(tracks, 0.0)
-            arrival.taken.set()
+            before: _Arrival | None = None
             for chunk in stream:
-                run.seconds["decode"] = before + stream.seconds
                 repeats_N = repeats.find(chunk.frames_NHWC) if repeats else ()
-                frames_NHWC = self._device.upload(chunk.frames_NHWC)
-                if self._device.copies:
-                    self._wait(arrival)
+                frames_NHWC = self.device.upload(chunk.frames_NHWC)
                 done = min(float(chunk.times_N[-1]) / info.duration_seconds, 1.0)
                 fraction = (index + done) / len(passes)
                 arrival = _Arrival(tracks, fraction, frames_NHWC, repeats_N)
-                self._inbox.put(arrival)
-                if not self._device.copies:  # the frames are still in the decoder's slot
+                if self.device.copies:
+                    self._wait(before)
+                self.inbox.put(arrival)
+                if not self.device.copies:  # the frames are still in the decoder's slot
                     self._wait(arrival)
                 if all(track.left for track in tracks):
                     stream.close()
                     break
-            self._wait(arrival)
-            self._inbox.put(_Arrival(tracks, (index + 1) / len(passes)))
+                before = arrival
+            self._wait(before)
+            self.inbox.put(_Arrival(tracks, (index + 1) / len(passes)))
 
-    def _wait(self, arrival: _Arrival) -> None:
+    def _wait(self, arrival: _Arrival | None) -> None:
         """Until frames have been used."""
-        while not arrival.taken.wait(POLL_SECONDS):
-            if self._stop.is_set():
+        while arrival is not None and not arrival.taken.wait(POLL_SECONDS):
+            if self.stop.is_set():
                 raise MmdistError("The run has ended.")
-        arrival.wait()
+        if arrival is not None:
+            arrival.wait()
 
     # The networks' thread
 
@@ -424,119 +460,108 @@ class Conveyor:
         for track in arrival.tracks:
             if track.left:
                 continue
-            if arrival.frames_NHWC is not None:
-                self._fed.add(track)
-                with track.attempt():
-                    self._cut(track, track.inputs.push(arrival.frames_NHWC, arrival.repeats_N))
-            else:
-                with track.attempt():
-                    self._cut(track, track.inputs.finish())
-                    for part in track.cutter.finish():
-                        self._submit(track, part)
-                track.ended = True
-                if isinstance(track.inputs, FlowFrames):
-                    track.run.seconds["flow"] += track.inputs.seconds
-                    track.run.seconds["prepare"] -= track.inputs.seconds
+            self.fed.add(track)
+            with track.attempt():
+                for part in track.parts(arrival.frames_NHWC, arrival.repeats_N):
+                    self._submit(track, part)
+                    if track.left:  # a batch has failed
+                        break
+            track.ended = arrival.frames_NHWC is None
             if track.ended or track.left:
-                self._fed.discard(track)
+                self.fed.discard(track)
                 self._settle(track.run)
-        arrival.frames_NHWC, arrival.wait = None, self._device.mark()
+        arrival.frames_NHWC, arrival.wait = None, self.device.mark()
         arrival.taken.set()
-
-    def _cut(self, track: _Track, inputs: Iterator[Tensor]) -> None:
-        while True:
-            with track.run.clock("prepare"):
-                piece_NHWC = next(inputs, None)
-            if piece_NHWC is None or track.left:
-                return
-            for part in track.cutter.push(piece_NHWC):
-                self._submit(track, part)
 
     def _submit(self, track: _Track, part: Tensor | Chunk) -> None:
         """Run a dense chunk, or put a window into its network's batch."""
+        network = track.network
         if isinstance(part, Chunk):
             with track.run.clock("network"):
-                track.rows.append(track.network.dense_rows(part))
+                track.rows.append(network.dense_rows(part))
             return
-        name = track.network.spec.modality
-        track.waiting += 1
-        self._batches[name].append((track, part))
-        if len(self._batches[name]) == track.network.windows_per_call:
-            self._flush(name)
+        batch = self.batches[network.spec.modality]
+        batch.setdefault(track, []).append(part)
+        if sum(map(len, batch.values())) == network.windows_per_call:
+            self._flush(network.spec.modality)
+
+    def _flush_waiting(self) -> None:
+        """Run the incomplete batches that nothing will fill soon."""
+        idle = self.inbox.empty()
+        for name, batch in self.batches.items():
+            fed = any(track.network is self.networks[name] for track in self.fed)
+            if batch and (not fed or (idle and any(track.ended for track in batch))):
+                self._flush(name)
 
     def _flush(self, name: str) -> None:
         """Run a batch. If it fails, each video's windows on their own."""
-        batch = [pair for pair in self._batches[name] if not pair[0].left]
-        self._batches[name].clear()
-        tracks = list(dict.fromkeys(track for track, _ in batch))
+        batch = {track: part for track, part in self.batches[name].items() if not track.left}
+        self.batches[name].clear()
         try:
-            if batch:
-                self._run_batch(batch)
-        except Exception:
-            for track in tracks:
+            self._run_batch(batch)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # its memory is needed again
+            for track, windows in batch.items():
                 with track.attempt():
-                    if len(tracks) == 1:
+                    if len(batch) == 1:
                         raise
-                    self._run_batch([pair for pair in batch if pair[0] is track])
-        for track in tracks:
-            track.waiting -= sum(owner is track for owner, _ in batch)
+                    self._run_batch({track: windows})
+        for track in batch:
             self._settle(track.run)
 
-    def _run_batch(self, batch: Sequence[tuple[_Track, Tensor]]) -> None:
+    def _run_batch(self, batch: Mapping[_Track, Sequence[Tensor]]) -> None:
         import torch
 
-        network, windows = batch[0][0].network, [window for _, window in batch]
-        if self._device.copies:  # to one shape, which is compiled once
-            windows += windows[-1:] * (network.windows_per_call - len(windows))
+        windows = [window for part in batch.values() for window in part]
+        if not windows:
+            return
+        network, count = next(iter(batch)).network, len(windows)
+        if self.device.copies:  # to one shape, which is compiled once
+            windows += windows[-1:] * (network.windows_per_call - count)
         begin = time.perf_counter()
         rows_BD = network.rows(torch.stack(windows))
-        seconds = (time.perf_counter() - begin) / len(batch)
-        for index, (track, _) in enumerate(batch):
-            track.rows.append(rows_BD[index : index + 1])
-            track.run.seconds["network"] += seconds
+        seconds = (time.perf_counter() - begin) / count
+        first = 0
+        for track, part in batch.items():
+            track.rows.append(rows_BD[first : first + len(part)])
+            track.run.seconds["network"] += seconds * len(part)
+            first += len(part)
 
     def _settle(self, run: _Run) -> None:
         """Give complete tracks to the writer, then the complete run."""
-        for track in run.tracks:
-            if track.ended and not track.waiting and not track.left:
-                with track.attempt():
-                    import torch
+        import torch
 
-                    rows_SD = torch.cat(track.rows)
-                    self._unsaved.put((track, rows_SD, self._device.mark()))
+        for track in run.tracks:
+            waiting = track in self.batches[track.network.spec.modality]
+            if track.ended and not waiting and not track.left:
+                with track.attempt():
+                    self.unsaved.put((track, torch.cat(track.rows), self.device.mark()))
                     track.left = True
                     track.rows.clear()
         if run.fed and all(track.left for track in run.tracks):
-            self._unsaved.put(run)
+            self.unsaved.put(run)
             run.fed = False
 
     # The writer's thread
 
-    def _write(self, save: Callable[[Job, Features], None] | None) -> None:
-        inbox = self._inbox
+    def _write(self) -> None:
         try:
-            while (item := self._unsaved.get()) is not None and not self._stop.is_set():
+            while (item := self.unsaved.get()) is not None and not self.stop.is_set():
                 if isinstance(item, _Run):
-                    inbox.put(item.result())
+                    self.inbox.put(item.result())
                 else:
-                    self._finish(*item, save)
+                    self._finish(*item)
         except BaseException as error:  # the caller's thread raises it
-            inbox.put(error)
+            self.inbox.put(error)
 
-    def _finish(
-        self,
-        track: _Track,
-        rows_SD: Tensor,
-        wait: Callable[[], object],
-        save: Callable[[Job, Features], None] | None,
-    ) -> None:
+    def _finish(self, track: _Track, rows_SD: Tensor, wait: Callable[[], object]) -> None:
         run = track.run
         with run.clock("write"), track.attempt():
             wait()
-            features = track.features(self._device.download(rows_SD))
+            features = track.result(self.device.download(rows_SD))
             try:
-                if save is not None:
-                    save(run.job, features)
+                if self.save is not None:
+                    self.save(run.job, features)
                 run.features[features.modality] = features
             except Exception as error:
                 run.fail(error)

@@ -58,6 +58,7 @@ class RgbFrames:
     """What `FlowFrames` is for flow: here every frame is an input of its own."""
 
     preprocessing: Preprocessing
+    still, seconds = False, 0.0
 
     def push(self, frames_NHWC: Tensor, repeats_N: Sequence[bool] = ()) -> Iterator[Tensor]:
         yield self.preprocessing(frames_NHWC)
@@ -117,10 +118,6 @@ class SnippetNetwork:
         """Features of one chunk of preprocessed frames, without the rows of its context."""
         rows = slice(chunk.first_row, chunk.last_row)
         return self._run(chunk.frames[None], lambda rows_BTD: rows_BTD[0, rows])
-
-    def reduced(self, rows_SD: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Rows [S, D], after the PCA where there is one."""
-        return rows_SD if self.spec.pca is None else self.spec.pca.apply(rows_SD)
 
     def input_stream(self) -> RgbFrames | FlowFrames:
         """The object that turns one video's frames into this network's inputs."""
