@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import make_extractor
 from make_videos import make_video
 
 from mmdist_e2e.extractors import extract as extract_module
-from mmdist_e2e.extractors.extract import Conveyor, Job, Result, extract_video
+from mmdist_e2e.extractors.extract import Conveyor, Job, Result, _Line, extract_video
 from mmdist_e2e.extractors.flow import fields as flow_frames
 from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.extractors.runner import Device, SnippetNetwork
-from mmdist_e2e.extractors.video.reader import Decoder, VideoError, VideoInfo
+from mmdist_e2e.extractors.video.reader import (
+    Decoder,
+    FrameChunk,
+    FrameStream,
+    VideoError,
+    VideoInfo,
+)
 from mmdist_e2e.extractors.video.writer import write_video
 from mmdist_e2e.structures import Features, MmdistError
 
@@ -80,19 +88,33 @@ def test_a_videos_bytes_depend_on_no_other_one(
 
 
 def test_a_batch_has_windows_of_several_videos_and_fills_up(videos, networks, monkeypatch):
-    rows, sizes = SnippetNetwork.rows, []
+    run_batch, batches = _Line._run_batch, []
 
-    def counting(self, windows_BTHWC):
-        sizes.append(len(windows_BTHWC))
-        return rows(self, windows_BTHWC)
+    def counting(self, batch):
+        batches.append({track.run.job.key: len(windows) for track, windows in batch.items()})
+        return run_batch(self, batch)
 
-    monkeypatch.setattr(SnippetNetwork, "rows", counting)
+    def patient(job: Job, fraction: float) -> None:
+        """At first: until every other decoder has brought frames."""
+        deadline = time.monotonic() + 30
+        while not seen and time.monotonic() < deadline and line().inbox.qsize() < 3:
+            time.sleep(0.01)
+        seen.append(fraction)
+
+    monkeypatch.setattr(_Line, "_run_batch", counting)
     networks["rgb"].windows_per_call = 64
+    seen: list[float] = []
     with Conveyor(networks, decoders=4) as conveyor:
-        results = results_of(conveyor, jobs_of(videos, ("rgb",)))
-    counts = [len(result.features["rgb"].data) for result in results.values()]
-    assert sum(sizes) == sum(counts) == 5 + 1 + 19 + 3
-    assert len(sizes) < len(videos) or max(sizes) > max(counts)
+
+        def line() -> _Line:
+            assert conveyor._line is not None
+            return conveyor._line
+
+        results = results_of(conveyor, jobs_of(videos, ("rgb",)), progress=patient)
+    counts = {name: len(result.features["rgb"].data) for name, result in results.items()}
+    assert counts == {"a": 5, "b": 1, "c": 19, "d": 3}
+    assert {name: sum(b.get(name, 0) for b in batches) for name in counts} == counts
+    assert max(map(len, batches)) > 1
 
 
 class Simulated(Device):
@@ -155,6 +177,39 @@ def test_frames_go_up_once_rows_come_down_once_and_networks_never_wait(
     for name, result in results.items():
         for modality, features in result.features.items():
             np.testing.assert_array_equal(features.data, alone[name][modality].data)
+
+
+UNSCALED = {"size": 32, "crop": 32, "minimum_side": 32}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_nothing_on_a_cpu_keeps_the_decoders_memory(tmp_path, monkeypatch, dense):
+    """The ring is overwritten as soon as a chunk is given back; nothing here is resized."""
+    changes = {"mode": "dense", "tail": "none"} if dense else {"window": 40}
+    flow = {"in_channels": 2, "modality": "flow", "fps_policy": "exact", **changes}
+    own = {**UNSCALED, "shorter_side": None, "quantise": True, "repeats": "still"}
+    networks = networks_of(
+        make_extractor(tmp_path / "rgb", preprocessing=UNSCALED, fps_policy="exact", **changes),
+        make_extractor(tmp_path / "flow", preprocessing=own, **flow),
+    )
+    clip = make_video(tmp_path / "a.mp4", 70, rate=RATE // 2, width=32, height=32)
+
+    def rows() -> dict[str, np.ndarray]:
+        with Decoder(chunk_bytes=9 * 32 * 32 * 3) as decoder:
+            made = extract_video(clip, list(networks.values()), decoder)
+        return {modality: features.data for modality, features in made.items()}
+
+    def overwritten(self: FrameStream) -> Iterator[FrameChunk]:
+        for chunk in self._chunks:
+            yield chunk
+            chunk.frames_NHWC[:] = 77
+            overwrites.append(len(chunk.frames_NHWC))
+
+    expected, overwrites = rows(), []  # type: ignore[var-annotated]
+    monkeypatch.setattr(FrameStream, "__iter__", overwritten)
+    for modality, data in rows().items():
+        np.testing.assert_array_equal(data, expected[modality])
+    assert sum(overwrites) == 140
 
 
 class SlowNetwork(SnippetNetwork):
@@ -238,10 +293,13 @@ def test_the_stages_run_at_the_same_time(
 
 
 def failing_rows(monkeypatch, error: Exception) -> None:
-    """The network fails where a window's first frame is of 150."""
-    rows = SnippetNetwork.rows
+    """The network fails where a window's first frame is of 150, and frees what it used."""
+    rows, used = SnippetNetwork.rows, []
 
     def failing(self, windows_BTHWC):
+        assert all(tensor() is None for tensor in used)
+        inner = windows_BTHWC.float()
+        used.append(weakref.ref(inner))
         if (windows_BTHWC[:, 0].flatten(1) == 150).all(1).any():
             raise error
         return rows(self, windows_BTHWC)
@@ -354,6 +412,96 @@ def test_an_end_in_the_middle_is_prompt_and_leaves_nothing(tmp_path, networks, w
     for pid in set(pids):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("stuck", ["save", "jobs"])
+def test_a_thread_that_is_left_behind_disturbs_no_later_run(videos, networks, stuck):
+    """It is stuck in the caller's own code when its run ends, and comes back during the next."""
+    waiting, release, back = threading.Event(), threading.Event(), threading.Event()
+
+    def stick() -> None:
+        waiting.set()
+        release.wait(60)
+        back.set()
+
+    def jobs() -> Iterator[Job]:
+        yield from jobs_of(videos[:2], ("rgb",))
+        if stuck == "jobs":
+            stick()
+            yield Job("late", videos[2], ("rgb",))
+
+    def save(job: Job, features: Features) -> None:
+        assert job.key != "late"
+        if stuck == "save":
+            stick()
+
+    def progress(job: Job, fraction: float) -> None:
+        release.set()
+        assert back.wait(30)
+
+    with Conveyor(networks, decoders=2) as conveyor:
+        first = conveyor.run(jobs(), save=save)
+        runner = threading.Thread(target=lambda: list(first), daemon=True)
+        runner.start()
+        assert waiting.wait(30)
+        again = conveyor.run(jobs_of(videos), progress=progress)
+        assert [sorted(result.features) for result in again] == [["flow", "rgb"]] * len(videos)
+        runner.join(5)
+        assert not runner.is_alive()
+        assert len(list(conveyor.run(jobs_of(videos)))) == len(videos)
+
+
+@pytest.mark.parametrize("stuck", ["save", "jobs"])
+def test_another_thread_may_close_a_run_that_waits(videos, networks, stuck):
+    release, waiting = threading.Event(), threading.Event()
+
+    def jobs() -> Iterator[Job]:
+        yield from jobs_of(videos * 3)
+        if stuck == "jobs":
+            waiting.set()
+            release.wait(60)
+
+    def save(job: Job, features: Features) -> None:
+        if stuck == "save":
+            waiting.set()
+            release.wait(60)
+
+    conveyor = Conveyor(networks, decoders=2)
+    runner = threading.Thread(target=lambda: list(conveyor.run(jobs(), save=save)), daemon=True)
+    runner.start()
+    assert waiting.wait(60)
+    time.sleep(1.0)  # all has come to a halt
+    conveyor.close()
+    runner.join(4)
+    assert not runner.is_alive()
+    release.set()
+
+
+def test_features_that_wait_to_be_saved_hold_up_the_decoders(tmp_path, tiny_extractor):
+    """Not the networks; memory does not grow while a disk is slow."""
+    spec = describe(str(tiny_extractor))
+    networks = {"rgb": SlowNetwork(spec, 0.0)}
+    release, taken = threading.Event(), []
+
+    def jobs() -> Iterator[Job]:
+        for index in range(40):
+            taken.append(index)
+            yield Job(index, tmp_path / f"{index}.mp4", ("rgb",))
+
+    def save(job: Job, features: Features) -> None:
+        release.wait(60)
+
+    def hold() -> None:
+        time.sleep(3.0)
+        seen.append(len(taken))
+        release.set()
+
+    seen: list[int] = []
+    threading.Thread(target=hold).start()
+    decoders = [SlowDecoder(0.001), SlowDecoder(0.001)]
+    with Conveyor(networks, decoders=decoders) as conveyor:  # type: ignore[arg-type]
+        assert len(list(conveyor.run(jobs(), save=save))) == 40
+    assert seen[0] < 12
 
 
 def test_errors_of_the_callers_own_reach_him(videos, networks):
