@@ -107,8 +107,7 @@ class FlowPreprocessing:
         """
         import torch
 
-        flow = flow_N2HW
-        height, width = flow.shape[-2:]
+        flow, (height, width) = flow_N2HW, flow_N2HW.shape[-2:]
         if self.minimum_side is not None:
             height, width = target = enlarged(height, width, self.minimum_side)
             flow = self._buckets(flow)
@@ -160,14 +159,11 @@ class Repeats:
 
     def find(self, frames_NHWC: NDArray[np.uint8]) -> list[bool]:
         """Whether each of the next frames repeats the one before."""
-        found = []
-        last_HWC = self._last_HWC
-        for frame_HWC in frames_NHWC:
-            found.append(last_HWC is not None and np.array_equal(frame_HWC, last_HWC))
-            last_HWC = frame_HWC
-        if found:
+        befores = [self._last_HWC, *frames_NHWC]
+        if len(frames_NHWC):
             self._last_HWC = frames_NHWC[-1].copy()  # a view would keep the whole chunk
-        return found
+        pairs = zip(befores, frames_NHWC, strict=False)
+        return [last is not None and np.array_equal(last, frame) for last, frame in pairs]
 
 
 class FlowFrames:
@@ -194,8 +190,8 @@ class FlowFrames:
     def push(self, frames_NHWC: Tensor, repeats_N: Sequence[bool] = ()) -> Iterator[Tensor]:
         """Take frames and give the fields of those whose next frame is known."""
         distinct = []
-        for index in range(len(frames_NHWC)):
-            if repeats_N and repeats_N[index]:
+        for index, repeated in enumerate(repeats_N or [False] * len(frames_NHWC)):
+            if repeated:
                 self._shown[-1] += 1
             else:
                 distinct.append(index)

@@ -174,9 +174,9 @@ class Decoder:
 
     def close(self) -> None:
         """End the child and give its memory back; the decoder can be used again."""
-        if self._child is not None:
-            self._child.end()
-            self._child = None
+        child, self._child = self._child, None  # another thread may close it, too
+        if child is not None:
+            child.end()
 
     def probe(self, path: str | Path) -> VideoInfo:
         """The facts of a video whose first frame decodes.
@@ -249,23 +249,20 @@ class Decoder:
                 last = message["last"]
                 if copy:  # 4 ms for 16 MiB, and the slot is free before the caller works on it
                     frames_NHWC = frames_NHWC.copy()
-                    self._free(path, last)
+                if copy and not last:
+                    self._send(path, do="free")
                 yield FrameChunk(frames_NHWC, times_N)
-                self._check_current(job, path, over=last)
-                if not copy:
-                    self._free(path, last)
+                if not last:
+                    self._check_current(job, path)
+                if not copy and not last:
+                    self._send(path, do="free")
         finally:
             if not last and self._child is not None and job == self._job:
                 with contextlib.suppress(VideoError):
                     self._send(path, do="stop")
 
-    def _free(self, path: Path, last: bool) -> None:
-        """Give the slot back, if the child will need it."""
-        if not last:
-            self._send(path, do="free")
-
-    def _check_current(self, job: int, path: Path, *, over: bool = False) -> None:
-        if not over and (job != self._job or self._child is None):
+    def _check_current(self, job: int, path: Path) -> None:
+        if job != self._job or self._child is None:
             raise failure(
                 path,
                 "is no longer being read, as its decoder was closed or given another video; use "
