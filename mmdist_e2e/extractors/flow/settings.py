@@ -9,15 +9,17 @@ from mmdist_e2e.structures import MmdistError
 MINIMUM_SIDE_PIXELS = 16
 
 # OpenCV stops early when its updates become small. The native solver runs this many iterations per
-# warp instead: on real videos the result is closer to the converged flow (docs/flow.md).
-NATIVE_ITERATIONS = 36
+# warp instead, with this primal step: on real videos the result is closer to the converged flow
+# (docs/flow.md). Other numbers give other features.
+NATIVE_ITERATIONS = 40
+PRIMAL_STEP = 0.6
 
 
 @dataclass(frozen=True)
 class TVL1Settings:
     """Parameters of the solver, for intensities 0–255; the defaults of OpenCV's CUDA class.
 
-    tau: time step. lambda_: weight of the data term. theta: coupling. scales, scale_step: the
+    tau: OpenCV's time step (the native solver has its own). lambda_: weight of the data term. theta: coupling. scales, scale_step: the
     pyramid. warps, iterations: per scale and per warp. epsilon: OpenCV stops when the mean squared
     update of the flow is below ε², the native solver after `NATIVE_ITERATIONS`; 0 disables both.
     """
