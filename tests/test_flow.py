@@ -254,9 +254,10 @@ import torch
 from mmdist_e2e.extractors.flow import gpu, tvl1
 from mmdist_e2e.extractors.flow.settings import TVL1Settings, pyramid
 
+gpu.MINIMUM_ROWS = 32
 device = sys.argv[1]
 rng = np.random.default_rng(0)
-coarse = rng.uniform(0, 255, (2, 8, 13))
+coarse = rng.uniform(0, 255, (1, 8, 13))
 first = np.kron(coarse, np.ones((4, 6))).astype(np.uint8)[..., :77]
 second = np.roll(first, (1, -1), (1, 2))
 tensors = [torch.from_numpy(images).to(device) for images in (first, second)]
@@ -271,12 +272,12 @@ def difference(scales):
 
 got, one_scale = difference(1)
 assert one_scale.max() < 1e-3, one_scale.max()  # dual variables and gradients are halves
-gpu.MINIMUM_ROWS, gpu.PROGRAMS = 10, 10**6  # the segments do not show in the result
-again, _ = difference(1)
-assert (again == got).all()
 _, two_scales = difference(2)
 # The solution jumps where a pixel leaves the image, so rounding is amplified there.
 assert two_scales.mean() < 5e-4 and np.quantile(two_scales, 0.98) < 3e-3, two_scales.mean()
+gpu.MINIMUM_ROWS = 18  # segments of a strip do not show in the result
+again, _ = difference(1)
+assert (again == got).all()
 print("agrees")
 """
 
@@ -372,7 +373,7 @@ def test_the_triton_kernels_are_compiled_once_for_all_resolutions(monkeypatch):
     for name in variants:
         monkeypatch.setattr(gpu, name, recorded(getattr(gpu, name)))
     settings = TVL1Settings(iterations=10, epsilon=0.0)
-    for count, height, width in ((1, 16, 17), (2, 64, 96), (1, 128, 171), (3, 50, 256), (1, 99, 71)):
+    for count, height, width in ((1, 16, 17), (2, 64, 96), (1, 128, 171), (3, 50, 256)):
         images = torch.zeros((count, height, width), dtype=torch.uint8)
         gpu.solve(images, images, pyramid(height, width, settings), settings)
     # Launches of four iterations, and of the last two.

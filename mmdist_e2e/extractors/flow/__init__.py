@@ -5,7 +5,7 @@ Shapes: N pairs, H height, W width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,38 +17,18 @@ from mmdist_e2e.structures import MmdistError, check_choice
 if TYPE_CHECKING:
     from torch import Tensor
 
+Images = TypeVar("Images", "NDArray[Any]", "Tensor")
 BACKENDS = ("auto", "native", "opencv", "opencv-cuda")
 
 
-@overload
 def tvl1(
-    first_NHW: NDArray[np.uint8],
-    second_NHW: NDArray[np.uint8],
+    first_NHW: Images,
+    second_NHW: Images,
     *,
     backend: str = "auto",
     settings: TVL1Settings | None = None,
     device: str = "cpu",
-) -> NDArray[np.float32]: ...
-
-
-@overload
-def tvl1(
-    first_NHW: Tensor,
-    second_NHW: Tensor,
-    *,
-    backend: str = "auto",
-    settings: TVL1Settings | None = None,
-) -> Tensor: ...
-
-
-def tvl1(
-    first_NHW: Any,
-    second_NHW: Any,
-    *,
-    backend: str = "auto",
-    settings: TVL1Settings | None = None,
-    device: str = "cpu",
-) -> Any:
+) -> Images:
     """Flow from each first image to its second.
 
     Args:

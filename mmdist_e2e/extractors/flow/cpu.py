@@ -1,14 +1,11 @@
 """TV-L1 on the CPU, compiled by Numba: users need no compiler.
 
 The energy, pyramid and warps are those of OpenCV's CUDA class (Zach, Pock & Bischof 2007; Sánchez
-et al. 2013). Within a warp the problem is convex, and we solve it by the primal-dual iteration of
-Chambolle & Pock (2011), which needs fewer iterations:
+et al. 2013). Within a warp we iterate as Chambolle & Pock (2011), and the dual variables p of a
+level start from those of the coarser one: both save iterations.
 
     u ← prox(u + σ div p)            prox of the data term: one clipped step along ∇I
-    ū ← 2 u − u before               extrapolation
-    p ← p + ∇ū / (8 σ), then p / max(1, |p|)
-
-The dual variables p of a level start from those of the coarser level, which saves more iterations.
+    p ← p + ∇(2 u − u before)/(8 σ), then p / max(1, |p|)
 
 Two things make it fast. Every loop runs over a row without branches, so that it becomes vector
 instructions. And all iterations of a warp pass over the image as one wavefront: iteration k is
@@ -19,11 +16,11 @@ one row behind iteration k − 1, so the rows in use stay in the core's cache.
     iteration 2 works on rows  … s − 2                in this order each step is in place.
 
 Layout: `fields` is [12, H + 1, S], S > W: u, v; the warped image's gradient, 1/|∇I|² (times a
-factor of the prox) and ρ's constant; p11, p12, p21, p22; ū, v̄. Row r of a dual variable is stored in row r + 1 and column x in
-column x + 1; their first row and column stay zero, which is the boundary of the divergence. Rows
-are processed in whole blocks of BLOCK columns, since the rest of a vector loop runs one by one.
-Columns from W on hold unused numbers, except ū[W], which repeats ū[W − 1] so that the gradient is
-zero there.
+factor of the prox) and ρ's constant; p11, p12, p21, p22; ū, v̄. Row r of a dual variable is stored
+in row r + 1 and column x in column x + 1; their first row and column stay zero, which is the
+boundary of the divergence. Rows are processed in whole blocks of BLOCK columns, since the rest of a
+vector loop runs one by one. Columns from W on hold unused numbers, except ū[W], which repeats
+ū[W − 1] so that the gradient is zero there.
 """
 
 from __future__ import annotations
@@ -287,9 +284,9 @@ def solve(
     flow_N2HW = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
     heights, widths = (np.array(side, dtype=np.int64) for side in zip(*sizes, strict=True))
     numbers: list[Any] = [settings.warps, settings.native_iterations]
-    step = PRIMAL_STEP
-    factors = step * settings.lambda_, step / (step + settings.theta)
-    numbers += [np.float32(x) for x in (1 / settings.scale_step, step, *factors)]
+    numbers += [np.float32(x) for x in (1 / settings.scale_step, PRIMAL_STEP)]
+    prox = PRIMAL_STEP / (PRIMAL_STEP + settings.theta)
+    numbers += [np.float32(x) for x in (PRIMAL_STEP * settings.lambda_, prox)]
 
     def one(index: int) -> None:
         first, second = (x[index].astype(np.float32) for x in (first_NHW, second_NHW))

@@ -1,21 +1,19 @@
 """TV-L1 on a GPU: torch for the pyramid, two Triton kernels for the rest, many pairs at once.
 
-The arithmetic is that of cpu.py, and so is the order: the iterations of a launch pass over the
-rows as a wavefront. A program is one warp of 32 lanes, and marches down a strip of 64 columns, two
-per lane. What a row needs of the row above stays in registers; what it needs of the columns beside
-it comes from the next lane by a shuffle. There is no shared memory and no barrier.
+The arithmetic and the wavefront over the rows are those of cpu.py. A program is one warp of 32
+lanes. It marches down a strip of 64 columns, two per lane, and does several iterations:
 
     row s      read;  iteration 0: u of row s,     then p of row s − 1
     row s − 1         iteration 1: u of row s − 1, then p of row s − 2
     row s − 2         …                                        the last of them is written
 
-Strips overlap, and so do the segments of rows into which a strip is divided to fill the GPU: an
-iteration carries values by one pixel, so a margin of one pixel per iteration is not written. A
-pixel's arithmetic is the same in any strip, segment and batch.
+The row above stays in registers, the columns beside come from the next lane by a shuffle: there is
+no shared memory and no barrier. Strips, and the segments of rows that they are divided into,
+overlap by a margin that is not written, since an iteration carries values by one pixel.
 
 Shapes: N pairs, H height, W width, S row length in memory (W and zeros up to a multiple of 8).
-flow is [N, 2, H, S]; dual [N, 2, H, S] holds (p11, p12) and (p21, p22), and gradient [N, H, S] the
-two parts of the warped gradient, each as two halves of an int32; constant is [N, H, S], of ρ.
+flow is [N, 2, H, S], constant (ρ's) [N, H, S]; as two halves in an int32, dual [N, 2, H, S] holds
+(p11, p12) and (p21, p22), and gradient [N, H, S] that of the warped image.
 """
 
 from __future__ import annotations
@@ -54,26 +52,16 @@ def _cubic(t):
 
 
 @triton.jit
-def _taps(base, y, x0, wx0, wx1, wx2, wx3, height, width):
-    """One row's four taps of a plane that is zero outside."""
-    row = base + y * width + x0
-    inside = (y >= 0) & (y < height)
-    return (
-        wx0 * tl.load(row - 1, inside & (x0 >= 1) & (x0 <= width), other=0.0)
-        + wx1 * tl.load(row, inside & (x0 >= 0) & (x0 < width), other=0.0)
-        + wx2 * tl.load(row + 1, inside & (x0 >= -1) & (x0 < width - 1), other=0.0)
-        + wx3 * tl.load(row + 2, inside & (x0 >= -2) & (x0 < width - 2), other=0.0)
-    )
-
-
-@triton.jit
-def _plane(base, y0, x0, wx0, wx1, wx2, wx3, wy0, wy1, wy2, wy3, height, width):
-    return (
-        wy0 * _taps(base, y0 - 1, x0, wx0, wx1, wx2, wx3, height, width)
-        + wy1 * _taps(base, y0, x0, wx0, wx1, wx2, wx3, height, width)
-        + wy2 * _taps(base, y0 + 1, x0, wx0, wx1, wx2, wx3, height, width)
-        + wy3 * _taps(base, y0 + 2, x0, wx0, wx1, wx2, wx3, height, width)
-    )
+def _sample(plane, x0, y0, wx, wy, height, width):
+    """Bicubic of a plane that is zero outside."""
+    total = tl.zeros(x0.shape, tl.float32)
+    for j in tl.static_range(4):
+        y = y0 + j - 1
+        for i in tl.static_range(4):
+            x = x0 + i - 1
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            total += wy[j] * wx[i] * tl.load(plane + y * width + x, inside, other=0.0)
+    return total
 
 
 @triton.jit
@@ -110,15 +98,12 @@ def _warp_kernel(
     py = tl.minimum(tl.maximum(y.to(tl.float32) + v, -2.0), height + 1.0)
     fx, fy = tl.floor(px), tl.floor(py)
     x0, y0 = fx.to(tl.int32), fy.to(tl.int32)
-    wx0, wx1, wx2, wx3 = _cubic(px - fx)
-    wy0, wy1, wy2, wy3 = _cubic(py - fy)
+    wx, wy = _cubic(px - fx), _cubic(py - fy)
     size = height * width
-    base = planes + pair * 3 * size
-    i = _plane(base, y0, x0, wx0, wx1, wx2, wx3, wy0, wy1, wy2, wy3, height, width)
-    base += size
-    ix = _plane(base, y0, x0, wx0, wx1, wx2, wx3, wy0, wy1, wy2, wy3, height, width)
-    base += size
-    iy = _plane(base, y0, x0, wx0, wx1, wx2, wx3, wy0, wy1, wy2, wy3, height, width)
+    planes += pair * 3 * size
+    i = _sample(planes, x0, y0, wx, wy, height, width)
+    ix = _sample(planes + size, x0, y0, wx, wy, height, width)
+    iy = _sample(planes + 2 * size, x0, y0, wx, wy, height, width)
     both = tl.where(inside, _both(ix, iy), 0)
     ix, iy = _halves(both)  # ρ is exact at u with the gradient as it is stored
     rest = i - ix * u - iy * v - tl.load(first + pair * size + y * width + x, inside, other=0.0)
@@ -128,50 +113,42 @@ def _warp_kernel(
 
 
 @triton.jit
-def _read(flow, dual, gradient, constant, offset, size, inside):
-    """One row of everything: what even and what odd columns hold."""
-    u = tl.split(tl.load(flow + offset, inside, other=0.0))
-    v = tl.split(tl.load(flow + size + offset, inside, other=0.0))
-    p = tl.split(tl.load(dual + offset, inside, other=0))
-    q = tl.split(tl.load(dual + size + offset, inside, other=0))
-    g = tl.split(tl.load(gradient + offset, inside, other=0))
-    c = tl.split(tl.load(constant + offset, inside, other=0.0))
-    return (u[0], v[0], p[0], q[0], g[0], c[0]), (u[1], v[1], p[1], q[1], g[1], c[1])
-
-
-@triton.jit
-def _unpacked(read, prox):
-    """(u, v, p11, p12, p21, p22) and the terms of ρ; 1/|∇I|² times prox."""
-    u, v, p, q, g, c = read
+def _column(u, v, p, q, g, c, prox):
+    """What is loaded of a column: u, v, p11, p12, p21, p22; ρ's terms, 1/|∇I|² times prox."""
     p11, p12 = _halves(p)
     p21, p22 = _halves(q)
     gx, gy = _halves(g)
     square = gx * gx + gy * gy
     root = tl.rsqrt(tl.maximum(square, FLAT))
-    inverse = tl.where(square > FLAT, prox * root * root, 0.0)
-    return (u, v, p11, p12, p21, p22), (g, inverse, c)
+    return (u, v, p11, p12, p21, p22), (g, tl.where(square > FLAT, prox * root * root, 0.0), c)
 
 
 @triton.jit
-def _primal(now, terms, div1, div2, step, bound):
-    """New u and v, and both extrapolated."""
-    u, v = now[0], now[1]
+def _primal(now, terms, left, above, step, bound):
+    """Of a column: new u and v, both extrapolated, and the dual variables as they were."""
+    u, v, p11, p12, p21, p22 = now
     both, inverse, constant = terms
     gx, gy = _halves(both)
-    new_u, new_v = u + step * div1, v + step * div2
+    new_u = u + step * ((p11 - left[2]) + (p12 - above[5]))
+    new_v = v + step * ((p21 - left[4]) + (p22 - above[7]))
     data = (constant + gx * new_u + gy * new_v) * inverse
     data = tl.minimum(tl.maximum(data, -bound), bound)
     new_u -= data * gx
     new_v -= data * gy
-    return new_u, new_v, 2.0 * new_u - u, 2.0 * new_v - v
+    return new_u, new_v, 2.0 * new_u - u, 2.0 * new_v - v, p11, p12, p21, p22
 
 
 @triton.jit
-def _dual(p, q, dx, dy, step_x, step_y):
-    p += step_x * dx
-    q += step_y * dy
-    shrink = tl.rsqrt(tl.maximum(p * p + q * q, 1.0))
-    return p * shrink, q * shrink
+def _dual(row, right_u, right_v, below, step_x, step_y):
+    """Of a column: u, v and the new dual variables."""
+    u, v, bar_u, bar_v, p11, p12, p21, p22 = row
+    p11 += step_x * (right_u - bar_u)
+    p12 += step_y * (below[2] - bar_u)
+    p21 += step_x * (right_v - bar_v)
+    p22 += step_y * (below[3] - bar_v)
+    p = tl.rsqrt(tl.maximum(p11 * p11 + p12 * p12, 1.0))
+    q = tl.rsqrt(tl.maximum(p21 * p21 + p22 * p22, 1.0))
+    return u, v, p11 * p, p12 * p, p21 * q, p22 * q
 
 
 @triton.jit(do_not_specialize=["height", "width", "stride8", "strips", "rows"])
@@ -186,20 +163,17 @@ def _iterate_kernel(
     last = tl.minimum(first + rows, height)
     stride = stride8 * 8
     size = height * stride
-    flow += pair * 2 * size
-    dual += pair * 2 * size
-    gradient += pair * size
-    constant += pair * size
-    flow_out += pair * 2 * size
-    dual_out += pair * 2 * size
+    gradient, constant = gradient + pair * size, constant + pair * size
+    pair *= 2 * size
+    flow, dual, flow_out, dual_out = flow + pair, dual + pair, flow_out + pair, dual_out + pair
     lane = tl.arange(0, COLUMNS // 2)
     even = strip * (COLUMNS - 2 * MARGIN) - 2 + 2 * lane  # the first strip begins with zeros
     odd = even + 1
     x = even[:, None] + tl.arange(0, 2)[None, :]
     inside = (x >= 0) & (x < stride)
-    column = 2 * lane[:, None]
-    written = inside & ((column >= MARGIN) | (strip == 0))
-    written = written & ((column < COLUMNS - MARGIN) | (strip == strips - 1))
+    begin = tl.where(strip == 0, 0, MARGIN)
+    end = tl.where(strip == strips - 1, COLUMNS, COLUMNS - MARGIN)
+    written = inside & (2 * lane[:, None] >= begin) & (2 * lane[:, None] < end)
     # Dual variables are zero outside the image, and the gradient of u is zero at its end.
     even_x = tl.where((even >= 0) & (even < width - 1), dual_step, 0.0)
     odd_x = tl.where((odd >= 0) & (odd < width - 1), dual_step, 0.0)
@@ -208,58 +182,43 @@ def _iterate_kernel(
     left = tl.maximum(lane - 1, 0)
     right = tl.minimum(lane + 1, COLUMNS // 2 - 1)
     zero = tl.zeros((COLUMNS // 2,), tl.float32)
-    # By iteration, of even and of odd columns, the row above: u, v, both extrapolated, the dual
-    # variables before their step, and the terms.
+    # By iteration, the row above: what _primal returned for even and odd columns, and the terms.
     row = (zero, zero, zero, zero, zero, zero, zero, zero)
     terms = (tl.zeros((COLUMNS // 2,), tl.int32), zero, zero)
     rows_above = ((row, row, terms, terms),) * ITERATIONS
-    begin = tl.maximum(first - MARGIN, 0)
-    following = _read(flow, dual, gradient, constant, x + begin * stride, size, inside)
-    for s in range(begin, last + ITERATIONS):
-        e, terms_e = _unpacked(following[0], prox)
-        o, terms_o = _unpacked(following[1], prox)
-        following = _read(
-            flow, dual, gradient, constant, x + (s + 1) * stride, size, inside & (s + 1 < height)
-        )
-        here = ()
+    for s in range(tl.maximum(first - MARGIN, 0), last + ITERATIONS):
+        here = x + s * stride
+        new = inside & (s < height)
+        u = tl.split(tl.load(flow + here, new, other=0.0))
+        v = tl.split(tl.load(flow + size + here, new, other=0.0))
+        p = tl.split(tl.load(dual + here, new, other=0))
+        q = tl.split(tl.load(dual + size + here, new, other=0))
+        g = tl.split(tl.load(gradient + here, new, other=0))
+        c = tl.split(tl.load(constant + here, new, other=0.0))
+        e, terms_e = _column(u[0], v[0], p[0], q[0], g[0], c[0], prox)
+        o, terms_o = _column(u[1], v[1], p[1], q[1], g[1], c[1], prox)
+        rows_now = ()
         for k in tl.static_range(ITERATIONS):
             above_e, above_o, above_terms_e, above_terms_o = rows_above[k]
-            ue, ve, eu, ev, e11, e12, e21, e22 = above_e
-            uo, vo, ou, ov, o11, o12, o21, o22 = above_o
-            div1_e = (e[2] - tl.gather(o[2], left, 0)) + (e[3] - e12)
-            div2_e = (e[4] - tl.gather(o[4], left, 0)) + (e[5] - e22)
-            div1_o = (o[2] - e[2]) + (o[3] - o12)
-            div2_o = (o[4] - e[4]) + (o[5] - o22)
-            new_e = _primal(e, terms_e, div1_e, div2_e, step, bound)
-            new_o = _primal(o, terms_o, div1_o, div2_o, step, bound)
-            here = here + (
-                (
-                    (new_e[0], new_e[1], new_e[2], new_e[3], e[2], e[3], e[4], e[5]),
-                    (new_o[0], new_o[1], new_o[2], new_o[3], o[2], o[3], o[4], o[5]),
-                    terms_e,
-                    terms_o,
-                ),
-            )
-            r = s - k - 1
-            has_below = (r >= 0) & (r < height - 1)
-            down_e = tl.where(has_below, even_y, 0.0)
-            down_o = tl.where(has_below, odd_y, 0.0)
-            e11, e12 = _dual(e11, e12, ou - eu, new_e[2] - eu, even_x, down_e)
-            e21, e22 = _dual(e21, e22, ov - ev, new_e[3] - ev, even_x, down_e)
-            beside_u, beside_v = tl.gather(eu, right, 0), tl.gather(ev, right, 0)
-            o11, o12 = _dual(o11, o12, beside_u - ou, new_o[2] - ou, odd_x, down_o)
-            o21, o22 = _dual(o21, o22, beside_v - ov, new_o[3] - ov, odd_x, down_o)
-            e, o = (ue, ve, e11, e12, e21, e22), (uo, vo, o11, o12, o21, o22)
+            beside = o[0], o[1], tl.gather(o[2], left, 0), o[3], tl.gather(o[4], left, 0)
+            new_e = _primal(e, terms_e, beside, above_e, step, bound)
+            new_o = _primal(o, terms_o, e, above_o, step, bound)
+            ours = new_e, new_o, terms_e, terms_o
+            rows_now = rows_now + (ours,)  # type: ignore[assignment]  # noqa: RUF005
+            has_below = (s > k) & (s - k < height)
+            down_e, down_o = tl.where(has_below, even_y, 0.0), tl.where(has_below, odd_y, 0.0)
+            beside_u, beside_v = tl.gather(above_e[2], right, 0), tl.gather(above_e[3], right, 0)
+            e = _dual(above_e, above_o[2], above_o[3], new_e, even_x, down_e)
+            o = _dual(above_o, beside_u, beside_v, new_o, odd_x, down_o)
             terms_e, terms_o = above_terms_e, above_terms_o
-        rows_above = here
-        r = s - ITERATIONS
-        if r >= first:
-            offset = x + r * stride
-            tl.store(flow_out + offset, tl.join(e[0], o[0]), written)
-            tl.store(flow_out + size + offset, tl.join(e[1], o[1]), written)
-            tl.store(dual_out + offset, tl.join(_both(e[2], e[3]), _both(o[2], o[3])), written)
-            offset += size
-            tl.store(dual_out + offset, tl.join(_both(e[4], e[5]), _both(o[4], o[5])), written)
+        rows_above = rows_now
+        there = x + (s - ITERATIONS) * stride
+        if s - ITERATIONS >= first:
+            tl.store(flow_out + there, tl.join(e[0], o[0]), written)
+            tl.store(flow_out + size + there, tl.join(e[1], o[1]), written)
+            tl.store(dual_out + there, tl.join(_both(e[2], e[3]), _both(o[2], o[3])), written)
+            there += size
+            tl.store(dual_out + there, tl.join(_both(e[4], e[5]), _both(o[4], o[5])), written)
 
 
 def _resized(images_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
@@ -274,21 +233,14 @@ def _planes(image_N1HW: Tensor) -> Tensor:
     return torch.cat([image_N1HW, dx, dy], dim=1)
 
 
-def _packed(dual_N4HW: Tensor, stride: int) -> Tensor:
-    """The two pairs of dual variables as the kernels read them: [N, 2, H, S] int32."""
-    count, _, height, width = dual_N4HW.shape
-    halves = dual_N4HW.new_zeros((count, 2, height, stride, 2), dtype=torch.float16)
-    halves[..., :width, :] = dual_N4HW.unflatten(1, (2, 2)).permute(0, 1, 3, 4, 2)
-    return halves.view(torch.int32)[..., 0]
-
-
-def _refined(dual_N2HS: Tensor, width: int, size: tuple[int, int]) -> Tensor:
-    """Dual variables [N, 4, H, W] for the next finer level, zero where they must be."""
+def _refined(dual_N2HS: Tensor, width: int, size: tuple[int, int], stride: int) -> Tensor:
+    """Dual variables for the next finer level, zero beyond the right and the lower border."""
     halves = dual_N2HS[..., None].view(torch.float16)[..., :width, :]
     dual_N4HW = _resized(halves.permute(0, 1, 4, 2, 3).flatten(1, 2).float(), size)
     dual_N4HW[:, 0::2, :, -1] = 0
     dual_N4HW[:, 1::2, -1] = 0
-    return dual_N4HW
+    padded = F.pad(dual_N4HW, (0, stride - size[1])).half().view(-1, 2, 2, size[0], stride)
+    return padded.permute(0, 1, 3, 4, 2).contiguous().view(torch.int32)[..., 0]
 
 
 @torch.no_grad()
@@ -305,32 +257,35 @@ def solve(
     with torch.cuda.device_of(first_NHW):
         for start in range(0, count, PAIRS_A_CALL):
             part = slice(start, start + PAIRS_A_CALL)
-            flow_N2HW[part] = _solve(first_NHW[part], second_NHW[part], sizes, settings)
+            _solve(first_NHW[part], second_NHW[part], sizes, settings, flow_N2HW[part])
     return flow_N2HW
 
 
 def _solve(
-    first_NHW: Tensor, second_NHW: Tensor, sizes: list[tuple[int, int]], settings: TVL1Settings
-) -> Tensor:
+    first_NHW: Tensor,
+    second_NHW: Tensor,
+    sizes: list[tuple[int, int]],
+    settings: TVL1Settings,
+    out_N2HW: Tensor,
+) -> None:
     firsts, seconds = [first_NHW[:, None].float()], [second_NHW[:, None].float()]
     for size in sizes[1:]:
         firsts.append(_resized(firsts[-1], size))
         seconds.append(_resized(seconds[-1], size))
-    count, (height, width) = len(first_NHW), sizes[-1]
-    flow_N2HW = firsts[-1].new_zeros((count, 2, height, width))
-    dual_N4HW = firsts[-1].new_zeros((count, 4, height, width))
+    count, width = len(first_NHW), 1
+    flow = firsts[-1].new_zeros((count, 2, 1, 1))
+    dual = torch.zeros_like(flow, dtype=torch.int32)
     step, margin = PRIMAL_STEP, (ITERATIONS_A_LAUNCH + 1) // 2 * 2
-    useful = COLUMNS.value - 2 * margin
-    for level in range(len(sizes) - 1, -1, -1):
-        if sizes[level] != (height, width):
-            dual_N4HW = _refined(dual, width, sizes[level])
-            flow_N2HW = _resized(flow_N2HW, sizes[level]) / settings.scale_step
-        height, width = sizes[level]
-        stride = triton.cdiv(width, 8) * 8
-        flow, dual = F.pad(flow_N2HW, (0, stride - width)), _packed(dual_N4HW, stride)
+    for level in range(len(sizes) - 1, -1, -1):  # the coarsest resizes a zero
+        size, stride = sizes[level], triton.cdiv(sizes[level][1], 8) * 8
+        dual = _refined(dual, width, size, stride)
+        flow = F.pad(_resized(flow[..., :width], size), (0, stride - size[1]))
+        flow /= settings.scale_step
+        height, width = size
         other_flow, other_dual = torch.zeros_like(flow), torch.zeros_like(dual)
         constant, gradient = torch.empty_like(flow[:, 0]), torch.empty_like(dual[:, 0])
         planes, first = _planes(seconds[level]), firsts[level].contiguous()
+        useful = COLUMNS.value - 2 * margin
         strips = max(triton.cdiv(width + 2 - 2 * margin, useful), 1)
         rows = max(triton.cdiv(height * strips * count, PROGRAMS), MINIMUM_ROWS)
         programs = strips * triton.cdiv(height, rows)
@@ -348,5 +303,4 @@ def _solve(
                     MARGIN=margin, num_warps=1,
                 )  # fmt: skip
                 flow, other_flow, dual, other_dual = other_flow, flow, other_dual, dual
-        flow_N2HW = flow[..., :width]
-    return flow_N2HW
+    out_N2HW[:] = flow[..., :width]

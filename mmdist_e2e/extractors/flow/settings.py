@@ -19,9 +19,10 @@ PRIMAL_STEP = 0.6
 class TVL1Settings:
     """Parameters of the solver, for intensities 0–255; the defaults of OpenCV's CUDA class.
 
-    tau: OpenCV's time step (the native solver has its own). lambda_: weight of the data term. theta: coupling. scales, scale_step: the
-    pyramid. warps, iterations: per scale and per warp. epsilon: OpenCV stops when the mean squared
-    update of the flow is below ε², the native solver after `NATIVE_ITERATIONS`; 0 disables both.
+    tau: time step, of OpenCV only. lambda_: weight of the data term. theta: coupling. scales,
+    scale_step: the pyramid. warps, iterations: per scale and per warp. epsilon: OpenCV stops when
+    the mean squared update of the flow is below ε², the native solver after `NATIVE_ITERATIONS`; 0
+    disables both.
     """
 
     tau: float = 0.25
