@@ -73,19 +73,15 @@ def _primal_row(r, width, fields, sigma, bound):
 @_compiled
 def _dual_row(r, below, width, fields, sigma):
     """Dual step of row r; `below` is r in the last row."""
-    u, v = fields[10], fields[11]
-    p11, p12, p21, p22 = fields[6], fields[7], fields[8], fields[9]
     one = np.float32(1)
-    for x in range(width):
-        a, b = u[r, x], v[r, x]
-        ax = p11[r + 1, x + 1] + sigma * (u[r, x + 1] - a)
-        ay = p12[r + 1, x + 1] + sigma * (u[below, x] - a)
-        bx = p21[r + 1, x + 1] + sigma * (v[r, x + 1] - b)
-        by = p22[r + 1, x + 1] + sigma * (v[below, x] - b)
-        shrink1 = one / np.sqrt(max(ax * ax + ay * ay, one))
-        shrink2 = one / np.sqrt(max(bx * bx + by * by, one))
-        p11[r + 1, x + 1], p12[r + 1, x + 1] = ax * shrink1, ay * shrink1
-        p21[r + 1, x + 1], p22[r + 1, x + 1] = bx * shrink2, by * shrink2
+    for c in range(2):
+        bar, p, q = fields[10 + c], fields[6 + 2 * c], fields[7 + 2 * c]
+        for x in range(width):
+            a = bar[r, x]
+            ax = p[r + 1, x + 1] + sigma * (bar[r, x + 1] - a)
+            ay = q[r + 1, x + 1] + sigma * (bar[below, x] - a)
+            shrink = one / np.sqrt(max(ax * ax + ay * ay, one))
+            p[r + 1, x + 1], q[r + 1, x + 1] = ax * shrink, ay * shrink
 
 
 @_compiled
