@@ -322,7 +322,7 @@ def test_ids_of_a_list_are_relative_to_the_root_in_force(tmp_path, monkeypatch):
     assert "is a folder" in ids("data/s\n")[0]
     with pytest.raises(MmdistError, match=r"Line 2 .* no JSON string"):
         read_list(b'a.mp4\n"b.mp4\n')
-    for bad in ("../x", "/x", "a//b", "..", "a/../../b"):
+    for bad in ("../x", "/x", "a//b", "./b", "a/../../b", "a\0b"):
         with pytest.raises(MmdistError, match="no path inside"):
             FeatureStore(tmp_path).path(bad, "rgb")
 
