@@ -10,9 +10,10 @@ MINIMUM_SIDE_PIXELS = 16
 
 # OpenCV stops early when its updates become small. The native solver runs this many iterations per
 # warp instead, with this primal step: on real videos the result is closer to the converged flow
-# (docs/flow.md). Other numbers give other features.
+# (docs/flow.md). Other numbers give other features, so the provenance of flow holds them.
 NATIVE_ITERATIONS = 40
 PRIMAL_STEP = 0.6
+NATIVE_SOLVER = f"Chambolle-Pock, {NATIVE_ITERATIONS} iterations, primal step {PRIMAL_STEP}"
 
 
 @dataclass(frozen=True)
