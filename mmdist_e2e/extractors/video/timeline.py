@@ -62,6 +62,8 @@ CUT_OFF = (
     "it may be cut off, so copy or download it again."
 )
 
+MAXIMUM_PIXELS = 2**26  # of a picture, 8192×8192: an 8K video has half of them
+
 COVER = av.stream.Disposition.attached_pic
 
 
@@ -135,8 +137,15 @@ def video_stream(container: InputContainer) -> av.VideoStream:
     best = container.streams.best("video")
     for stream in [best, *container.streams.video]:
         if isinstance(stream, av.VideoStream) and not stream.disposition & COVER:
-            if not stream.codec_context:
+            coder = stream.codec_context
+            if not coder:
                 raise Unreadable(CUT_OFF)
+            if coder.width * coder.height > MAXIMUM_PIXELS:
+                raise Unreadable(
+                    f"has pictures of {coder.width}×{coder.height} pixels and may be damaged; at "
+                    f"most {MAXIMUM_PIXELS} pixels (8192×8192) can be read, so scale it down."
+                )
+            coder.options = {"max_pixels": str(MAXIMUM_PIXELS)}  # the pictures may differ
             return stream
     if container.streams.audio or best is not None:
         raise Unreadable("has no video stream, only sound; give a file with pictures.")

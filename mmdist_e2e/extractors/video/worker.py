@@ -177,6 +177,7 @@ def uses_decord(
 
 def decode_decord(path: Path, index: Index) -> Iterator[Picture]:
     """All pictures from decord, which must be as many as the index has times."""
+    sys.modules["nvidia"] = None  # type: ignore[assignment]  # decord2 would load CUDA: 700 MB
     import decord
 
     # One thread: as fast as more on the videos measured, and the other cores are the parent's.
