@@ -270,6 +270,14 @@ def mutate(data: bytes, kind: str, strength: int, rng: np.random.Generator) -> b
         where = rng.integers(*header(data), (1, 5, 60)[strength]).clip(0, size - 1)
         extreme = rng.choice(np.array([0, 1, 127, 128, 255], np.uint8), len(where))
         new[where] = np.where(rng.random(len(where)) < 0.5, extreme, new[where] ^ 255)
+    elif kind == "fields":
+        for _ in range((1, 2, 6)[strength]):
+            name = FIELDS[rng.integers(len(FIELDS))]
+            field = max(data.find(name), 0) + len(name) + int(rng.integers(0, 40))
+            value = rng.choice(np.array([0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1]))
+            new[field : field + 4] = np.frombuffer(int(value).to_bytes(4, "big"), np.uint8)[
+                : max(size - field, 0)
+            ]
     elif kind == "zeros":
         new[at : at + length] = 0
     elif kind == "double":
@@ -285,12 +293,19 @@ def mutate(data: bytes, kind: str, strength: int, rng: np.random.Generator) -> b
     return new.tobytes()
 
 
-MUTATIONS = ("bytes", "bits", "header", "zeros", "double", "remove", "truncate", "swap")
+# Boxes of MP4 and elements of Matroska that say sizes, times and positions.
+FIELDS = (
+    *(b"mvhd", b"tkhd", b"mdhd", b"elst", b"stts", b"ctts", b"stsd", b"avcC", b"stsc", b"stsz"),
+    *(b"\x2a\xd7\xb1", b"\x44\x89", b"\xae", b"\xe0", b"\xb0", b"\xba", b"\xe7", b"\xa3"),
+)
+MUTATIONS = ("bytes", "bits", "header", "fields", "zeros", "double", "remove", "truncate", "swap")
 FORMATS = (("mp4", {}), ("mp4", {"movflags": "faststart"}), ("mkv", {}), ("ts", {}))
 
 
-def make_mutations(data: Path, folder: Path, count: int, *, seconds: float = 2.0) -> list[Path]:
-    """Copies of the videos in `data`, cut and damaged, each by its own seed."""
+def make_mutations(
+    data: Path, folder: Path, count: int, *, first: int = 0, seconds: float = 2.0
+) -> list[Path]:
+    """Copies of the videos in `data`, cut and damaged, each by its own seed from `first` on."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = []
     for path, (suffix, options) in itertools.product(sorted(data.glob("*.mp4")), FORMATS):
@@ -300,7 +315,7 @@ def make_mutations(data: Path, folder: Path, count: int, *, seconds: float = 2.0
     for path in sources:
         path.unlink()
     made = []
-    for i in range(count):
+    for i in range(first, first + count):
         rng = np.random.default_rng(i)
         kind = MUTATIONS[i % len(MUTATIONS)]
         suffix, content = contents[rng.integers(len(contents))]

@@ -62,6 +62,7 @@ CUT_OFF = (
     "it may be cut off, so copy or download it again."
 )
 
+STILL_SECONDS = 3600.0  # a picture shown for longer is damage, or days of repeated frames
 MAXIMUM_PIXELS = 2**26  # of a picture, 8192×8192: an 8K video has half of them
 
 COVER = av.stream.Disposition.attached_pic
@@ -152,6 +153,12 @@ def video_stream(container: InputContainer) -> av.VideoStream:
     raise Unreadable(NOT_VIDEO)
 
 
+def demuxed(container: InputContainer, stream: av.VideoStream) -> Iterator[Packet]:
+    """PyAV's packets; at the end it stumbles over streams that it met late in a file."""
+    with contextlib.suppress(IndexError):
+        yield from container.demux(stream)
+
+
 def packets(
     container: InputContainer, stream: av.VideoStream
 ) -> Iterator[tuple[Packet, bool, bool]]:
@@ -165,7 +172,7 @@ def packets(
     shift, top = 0, 0
     last: int | None = None
     held: collections.deque[tuple[Packet, bool]] = collections.deque()
-    for packet in container.demux(stream):
+    for packet in demuxed(container, stream):
         shown = packet.dts if packet.pts is None else packet.pts
         restarts = False
         if packet.dts is None:  # Matroska's first packets; the order of display varies
@@ -387,21 +394,16 @@ def scan(path: Path, alive: Callable[[], None]) -> Index:
     end = max(max(ends) - zero, float(times_N[-1]) + length)
     plain = plain and exact and duration is not None
     shape = (0, 0, 3)
-    index = Index(
-        codec,
-        kind,
-        times_N,
-        end,
-        length,
-        exact,
-        plain,
-        shape,
-        len(moments),
-        claimed,
-        seconds,
-        zero,
-    )
-    return _with_pictures(path, index, gap, alive)
+    counts = len(moments), claimed, seconds
+    index = Index(codec, kind, times_N, end, length, exact, plain, shape, *counts, zero)
+    index = _with_pictures(path, index, gap, alive)
+    still = np.diff(index.times_N, prepend=0.0, append=index.duration_seconds).max()
+    if still > STILL_SECONDS:
+        raise Unreadable(
+            f"shows one picture for {still / 3600:.1f} hours, so its time stamps seem to be "
+            f"damaged; convert it with a video tool."
+        )
+    return index
 
 
 def _with_pictures(path: Path, index: Index, gap: float, alive: Callable[[], None]) -> Index:
