@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import itertools
-import json
 import os
-import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -167,9 +168,7 @@ def absurd_size(stem: Path, variant: int) -> Path:
     """Pictures of 2×2 pixels; headers that are changed to say 16384×16384 and 65500×16."""
     if variant == 0:
         return make_video(stem.with_suffix(".mp4"), 20, width=2, height=2)
-    made = make_video(
-        stem.with_suffix(".avi"), 5, codec="mjpeg", pix_fmt="yuvj420p", b_frames=0
-    )
+    made = make_video(stem.with_suffix(".avi"), 5, codec="mjpeg", pix_fmt="yuvj420p", b_frames=0)
     height, width = ((16384, 16384), (16, 65500))[variant - 1]
     data = made.read_bytes()
     # MJPEG's frame header: 8 bits, height, width; AVI's headers: width, height
@@ -181,8 +180,7 @@ def absurd_size(stem: Path, variant: int) -> Path:
 
 def no_pictures(stem: Path, variant: int) -> Path:
     """Sound alone: in MP4, in Matroska, and beside a cover picture."""
-    made = make_audio(stem.with_suffix((".mp4", ".mkv", ".m4v")[variant]))
-    return made
+    return make_audio(stem.with_suffix((".mp4", ".mkv", ".m4v")[variant]))
 
 
 def unreadable(stem: Path, variant: int) -> Path:
@@ -354,3 +352,190 @@ def decode_all(paths: list[Path], *, stall_seconds: float = 20.0) -> Iterator[De
                     lines = dict(line.split(":", 1) for line in status.splitlines())
                     result.peak_bytes = int(lines["VmHWM"].split()[0]) * 1024
             yield result
+
+
+# ---- runs of the command
+
+# On PYTHONPATH of a run: in the decoder's process a video named hang-… holds the interpreter lock
+# for ever, and in every process the wall clock may jump.
+TRAPS = """
+import os, sys, time
+
+if shift := float(os.environ.get("DRILL_CLOCK", "0")):
+    begin, now, now_ns = time.monotonic(), time.time, time.time_ns
+    passed = lambda: shift if time.monotonic() > begin + 2 else 0
+    time.time = lambda: now() + passed()
+    time.time_ns = lambda: now_ns() + int(passed() * 1e9)
+
+if "mmdist_e2e.extractors.video.worker" in sys.orig_argv:
+    sys.modules["nvidia"] = None
+    import ctypes
+    import av, decord
+
+    def stop(file, place):
+        name = os.path.basename(str(getattr(file, "name", file)))
+        if name.startswith("hang-") and place in name:
+            ctypes.PyDLL(None).sleep(3600)
+
+    opens, Reader = av.open, decord.VideoReader
+
+    def av_open(file, *rest, **options):
+        stop(file, "-open")
+        return opens(file, *rest, **options)
+
+    class VideoReader(Reader):
+        def __init__(self, file, *rest, **options):
+            stop(file, "-reader")
+            self.file, self.given = file, 0
+            super().__init__(file, *rest, **options)
+
+        def next(self):
+            self.given += 1
+            if self.given > 3:
+                stop(self.file, "-next")
+            return super().next()
+
+    av.open, decord.VideoReader = av_open, VideoReader
+"""
+
+
+def tiny_extractor(folder: Path) -> Path:
+    """`conftest.make_extractor`, but of the videos' own rate, which decord can decode."""
+    from conftest import make_extractor
+
+    return make_extractor(folder, fps=30.0)
+
+
+@dataclass
+class Ended:
+    """A run that has ended, or was killed."""
+
+    code: int
+    output: str
+    seconds: float
+    left: list[str] = field(default_factory=list)  # processes and temporary files
+
+    @property
+    def causes(self) -> list[str]:
+        """Every `failed: ` line."""
+        lines = self.output.splitlines()
+        return [line.partition("failed: ")[2] for line in lines if line.startswith("failed: ")]
+
+
+class Drill:
+    """Runs `mmdist extract` in `folder` with a tiny random network, and looks after it.
+
+    extra: arguments of every run, such as `--engine ray`.
+    """
+
+    def __init__(self, folder: Path, extra: Sequence[str] = ()) -> None:
+        self.folder, self.extra = folder, list(extra)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.network = tiny_extractor(folder / "network" / "tiny")
+        (folder / "traps").mkdir()
+        (folder / "traps" / "sitecustomize.py").write_text(TRAPS)
+        self.token = f"{os.getpid()}-{time.monotonic_ns()}"
+
+    def start(
+        self, *arguments: object, environment: Mapping[str, str] | None = None, **how: Any
+    ) -> Running:
+        command = [sys.executable, "-m", "mmdist_e2e.cli.main", "extract", *map(str, arguments)]
+        command += ["--extractor", str(self.network), "--precision", "fp32", "--device", "cpu"]
+        return Running(self, command + self.extra, environment or {}, how)
+
+    def run(self, *arguments: object, timeout: float = 300, **how: Any) -> Ended:
+        return self.start(*arguments, **how).wait(timeout)
+
+    def processes(self) -> dict[int, str]:
+        """Those that any run of this drill has started: pid and command."""
+        found = {}
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if f"DRILL_TOKEN={self.token}".encode() in environ.read_bytes():
+                    command = environ.with_name("cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(environ.parent.name)] = command.decode(errors="replace")
+        return found
+
+    def workers(self) -> list[int]:
+        """Processes that run networks."""
+        found = self.processes().items()
+        return sorted(pid for pid, command in found if "mmdist_e2e.extractors.worker" in command)
+
+    def settle(self, seconds: float = 10) -> list[str]:
+        """Processes that are still there after so long, and temporary files in the outputs."""
+        deadline = time.monotonic() + seconds
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left = [f"process {pid}: {command}" for pid, command in self.processes().items()]
+        return left + [str(path) for path in self.folder.rglob(".tmp-*")] + orphaned_rings()
+
+
+class Running:
+    """A run in a process group of its own."""
+
+    def __init__(
+        self, drill: Drill, command: list[str], environment: Mapping[str, str], how: dict[str, Any]
+    ) -> None:
+        path = os.pathsep.join([str(drill.folder / "traps"), str(ROOT)])
+        own = {"PYTHONPATH": path, "DRILL_TOKEN": drill.token, "OMP_NUM_THREADS": "1"}
+        self.drill, self.begin = drill, time.monotonic()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - ends with the object
+        self.process = subprocess.Popen(
+            command,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **own, **environment},
+            start_new_session=True,
+            **how,
+        )
+
+    def wait(self, timeout: float = 300) -> Ended:
+        """The end of the run; a timeout kills it and is an AssertionError."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"it hangs after {timeout} s:\n{self.output()}") from None
+        return Ended(code, self.output(), time.monotonic() - self.begin)
+
+    def output(self) -> str:
+        self._output.seek(0)
+        return self._output.read().decode(errors="replace")
+
+    def kill(self) -> None:
+        """Kill -9 of everything that the drill has running."""
+        for pid in self.drill.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def until(self, done: Callable[[], bool], timeout: float = 120) -> bool:
+        """Wait for something; False when the run has ended before."""
+        deadline = time.monotonic() + timeout
+        while not done():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, f"nothing after {timeout} s:\n{self.output()}"
+            time.sleep(0.01)
+        return True
+
+
+def orphaned_rings() -> list[str]:
+    """Decoders' frames in /dev/shm that no living process uses."""
+    names = {str(path) for path in Path("/dev/shm").glob("mmdist-*")}  # noqa: S108
+    if names:
+        time.sleep(1)  # time to be taken up, or away
+        for maps in Path("/proc").glob("[0-9]*/maps"):
+            with contextlib.suppress(OSError):
+                text = maps.read_text()
+                names = {name for name in names if name not in text}
+    return sorted(name for name in names if Path(name).exists())
+
+
+def features(folder: Path) -> dict[str, str]:
+    """Digest of every feature file, by its name."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.npz"))
+    }
