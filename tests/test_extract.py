@@ -110,7 +110,7 @@ def test_rows_are_those_of_the_frames_by_timestamp(tmp_path, tiny_extractor, cou
     assert features.times[0, 0] == 0.0
     assert features.times[-1, 1] == features.duration_seconds == pytest.approx(duration, abs=1e-3)
     network = SnippetNetwork(describe(str(tiny_extractor)), device="cpu", precision="fp32")
-    small = network.preprocessing(np.stack([frames[i] for i in wanted]))
+    small = network.preprocessing(torch.from_numpy(np.stack([frames[i] for i in wanted])))
     for j in range(rows):
         index = np.minimum(np.arange(8 * j, 8 * j + 16), len(wanted) - 1)
         row = network.rows(small[index][None])[0]

@@ -300,7 +300,7 @@ class _Running:
         self.jobs_lock, self.stop = threading.Lock(), threading.Event()
         # From the feeders: arrivals, runs that were fed whole, what `jobs` raised, and None when
         # a feeder has ended. From the writer: results.
-        self.inbox: queue.SimpleQueue[_Arrival | _Run | Result | Exception | None]
+        self.inbox: queue.SimpleQueue[_Arrival | _Run | Result | BaseException | None]
         self.inbox = queue.SimpleQueue()
         self.unsaved: queue.Queue[tuple[_Track, Tensor, Callable[[], object]] | _Run | None]
         self.unsaved = queue.Queue(UNSAVED)
@@ -322,7 +322,7 @@ class _Running:
                     yield item
                 elif isinstance(item, _Arrival):
                     self.take(item)
-                    if progress is not None and item.frames_NHWC is not None:
+                    if progress is not None:
                         progress(item.tracks[0].run.job, item.fraction)
                 elif isinstance(item, _Run):
                     unfinished += 1
@@ -348,7 +348,7 @@ class _Running:
                     decoder.close()  # what a feeder waits for
                 threads[-1].join(POLL_SECONDS)
 
-    def next_item(self) -> _Arrival | _Run | Result | Exception | None:
+    def next_item(self) -> _Arrival | _Run | Result | BaseException | None:
         """What comes next; batches that a video waits for are run before waiting for it."""
         with suppress(queue.Empty):
             return self.inbox.get_nowait()
@@ -373,7 +373,7 @@ class _Running:
                 except Exception as error:
                     run.fail(error)
                 self.inbox.put(run)
-        except Exception as error:
+        except BaseException as error:  # the caller's thread raises it
             self.inbox.put(error)
         finally:
             if self.stop.is_set():
