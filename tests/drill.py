@@ -1,8 +1,10 @@
-"""Broken and mutated videos, and what must not happen to a run that meets them.
+"""What a run of `mmdist extract` must survive: broken videos, killed processes, full disks.
 
-    python tests/drill.py mutations --data FOLDER [--count 500]     copies of real videos, damaged
+    python tests/drill.py [PART ...] [ARGUMENTS OF mmdist extract, as --engine ray]
 
-Everything is made from fixed seeds. tests/test_drill.py runs smaller numbers of the same.
+PART: survive, resume, share, shards, full, unwritable, clock, mutations; by default all. mutations
+needs real videos in FOLDER/videos, by MMDIST_DATA=FOLDER or --data FOLDER. Everything is made from
+fixed seeds. tests/test_drill.py runs smaller numbers of the same. Linux only.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import signal
 import struct
@@ -19,8 +22,9 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ import numpy as np
 from make_videos import cut, make_audio, make_video, pictures
 
 ROOT = Path(__file__).parents[1]
-QUIET = {"libx265": {"x265-params": "log-level=none"}}
+QUIET = {"libx265": {"x265-params": "log-level=none:pools=none:frame-threads=1"}}
 
 # Good videos: codec and suffix. One that cannot be encoded here is replaced by the first.
 KINDS = (
@@ -66,14 +70,14 @@ def make_good(folder: Path, count: int) -> list[Path]:
     made = []
     for i in range(count):
         codec, suffix = kinds[i % len(kinds)]
-        small = 64 if codec == "libx265" else 0  # which writes past its memory below 64 pixels
+        fixed = codec == "libx265"  # which writes past its memory at some small sizes
         rates = (24, 25, 30) if codec == "mpeg2video" else (8, 10, 12, 15, 24, 25, 30)
         made.append(
             make_video(
                 folder / f"good-{i:03}.{suffix}",
                 10 + i % 31,
-                width=max(48 + 8 * (i % 9), small),
-                height=max(32 + 8 * (i % 7), small),
+                width=96 if fixed else 48 + 8 * (i % 9),
+                height=64 if fixed else 32 + 8 * (i % 7),
                 rate=rates[i % len(rates)],
                 codec=codec,
                 pix_fmt="yuvj420p" if codec == "mjpeg" else "yuv420p",
@@ -101,7 +105,7 @@ def truncated(stem: Path, variant: int) -> Path:
 
 def flipped(stem: Path, variant: int) -> Path:
     """Every 20th byte of the middle has a bit changed."""
-    codec, suffix = (("libx264", ".mp4"), ("libvpx-vp9", ".webm"), ("libx264", ".mkv"))[variant]
+    codec, suffix = (("libx264", ".mp4"), ("mpeg4", ".mp4"), ("libx264", ".mkv"))[variant]
     made = make_video(stem.with_suffix(suffix), 40, codec=codec, b_frames=0)
     data = np.frombuffer(made.read_bytes(), np.uint8).copy()
     middle = slice(len(data) // 4, 3 * len(data) // 4, 20)
@@ -440,7 +444,7 @@ class Drill:
         self, *arguments: object, environment: Mapping[str, str] | None = None, **how: Any
     ) -> Running:
         command = [sys.executable, "-m", "mmdist_e2e.cli.main", "extract", *map(str, arguments)]
-        command += ["--extractor", str(self.network), "--precision", "fp32", "--device", "cpu"]
+        command += ["--extractor", str(self.network), "--precision", "fp32", "--devices", "cpu"]
         return Running(self, command + self.extra, environment or {}, how)
 
     def run(self, *arguments: object, timeout: float = 300, **how: Any) -> Ended:
@@ -539,3 +543,263 @@ def features(folder: Path) -> dict[str, str]:
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*.npz"))
     }
+
+
+def listed(log: Path) -> list[dict[str, Any]]:
+    """The lines of a --log."""
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def link(paths: Iterable[Path], folder: Path) -> Path:
+    """The same files in another folder."""
+    folder.mkdir(parents=True)
+    for path in paths:
+        os.link(path, folder / path.name)
+    return folder
+
+
+def undisturbed(drill: Drill, count: int) -> dict[str, str]:
+    """Make good videos in good/, and their features in plain/; returns the digests."""
+    made = make_good(drill.folder / "good", count)
+    ended = drill.run(drill.folder / "good", "--out", drill.folder / "plain")
+    expected = features(drill.folder / "plain")
+    assert (ended.code, len(expected)) == (0, len(made)), ended.output
+    return expected
+
+
+def survive(drill: Drill, *, good: int = 170, each: int = 3, kills: int = 5, seed: int = 0) -> str:
+    """Good and broken videos by two workers that are killed at random moments."""
+    expected = undisturbed(drill, good)
+    videos = link((drill.folder / "good").iterdir(), drill.folder / "videos")
+    broken = make_broken(videos, each)
+    out, log = drill.folder / "out", drill.folder / "log.jsonl"
+    rng = np.random.default_rng(seed)
+    moments = sorted(rng.integers(1, good, kills).tolist())
+    arguments = [videos, "--out", out, "--workers", 2, "--deadline", 5, "--log", log]
+    running = drill.start(*arguments)
+    assert running.until(lambda: len(features(out)) > 0), running.output()
+    for path in videos.glob("zz-deleted*"):
+        path.unlink()
+    killed = 0
+    for moment in moments:
+        if not running.until(
+            lambda moment=moment: len(features(out)) >= moment and drill.workers()
+        ):
+            break
+        os.kill(int(rng.choice(drill.workers())), signal.SIGKILL)
+        killed += 1
+        time.sleep(float(rng.uniform(0, 0.3)))
+    ended = running.wait()
+    check_whole(drill, out, expected)
+    rows = {row["path"]: row for row in listed(log)}
+    for path in broken:
+        row = rows[str(path)]
+        assert row["status"] == "failed", row
+        assert path.name in row["cause"], row
+        assert any(str(path) in cause for cause in ended.causes), path
+    assert len(rows) == good + len(broken), len(rows)
+    assert ended.code == 3, ended.output
+    assert "Traceback" not in ended.output, ended.output
+    return (
+        f"{good} of {good} good ones identical, {len(broken)} of {len(broken)} broken ones "
+        f"reported, {killed} workers killed, {ended.seconds:.0f} s"
+    )
+
+
+def check_whole(drill: Drill, out: Path, expected: Mapping[str, str]) -> None:
+    """The features are those of the undisturbed run, and nothing is left behind."""
+    assert drill.settle() == []
+    found = features(out)
+    assert sorted(found) == sorted(expected), {*found} ^ {*expected}
+    assert found == expected, [name for name in found if found[name] != expected[name]]
+    assert not any((out / ".mmdist" / "claims").glob("*"))
+
+
+def resume(drill: Drill, *, good: int = 60, kills: int = 10, seed: int = 0) -> str:
+    """Kill -9 of the whole run at random moments, every third time of its first process alone."""
+    expected = undisturbed(drill, good)
+    out, rng = drill.folder / "out", np.random.default_rng(seed)
+    arguments = [drill.folder / "good", "--out", out, "--workers", 2]
+    killed = 0
+    for attempt in range(kills):
+        running = drill.start(*arguments)
+        already = len(features(out))
+        aim = already + int(rng.integers(0, max(2, (good - already) // (kills - attempt))))
+        more = running.until(lambda aim=aim: len(features(out)) >= aim and drill.workers())
+        time.sleep(float(rng.uniform(0, 0.2)))
+        killed += more
+        if attempt % 3 == 2:
+            running.process.kill()
+            running.process.wait()
+            gone = [line for line in drill.settle() if line.startswith("process")]
+            assert not gone, gone
+        else:
+            running.kill()
+        found = features(out)
+        assert found.items() <= expected.items(), f"differs after kill {attempt}"
+    done = len(features(out))
+    ended = drill.run(*arguments)
+    assert ended.code == 0, ended.output
+    check_whole(drill, out, expected)
+    return f"{killed} kills, {done} of {good} done by then; identical after resuming"
+
+
+def share(drill: Drill, *, good: int = 60, runs: int = 2, shards: bool = False) -> str:
+    """Several runs at the same time on one output folder, or as many shards."""
+    expected = undisturbed(drill, good)
+    out = drill.folder / "out"
+    begun = []
+    for i in range(runs):
+        part = ["--shard", f"{i}/{runs}"] if shards else []
+        log = ["--log", drill.folder / f"log-{i}.jsonl"]
+        begun.append(drill.start(drill.folder / "good", "--out", out, *log, *part))
+    ended = [running.wait() for running in begun]
+    assert [run.code for run in ended] == [0] * runs, [run.output for run in ended]
+    check_whole(drill, out, expected)
+    done = [
+        row["id"]
+        for i in range(runs)
+        for row in listed(drill.folder / f"log-{i}.jsonl")
+        if row["status"] == "done"
+    ]
+    assert sorted(done) == sorted({name.removesuffix(".rgb.npz") for name in expected})
+    return f"{len(done)} videos done once each by {runs} {'shards' if shards else 'runs'}"
+
+
+def full(drill: Drill, *, good: int = 40) -> str:
+    """The disk becomes full, then has space again. Needs the right to mount."""
+    expected = undisturbed(drill, good)
+    out = drill.folder / "out"
+    out.mkdir()
+    size = sum(path.stat().st_size for path in (drill.folder / "plain").glob("*.npz"))
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size // 2}", "tmpfs", str(out)],  # noqa: S607
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        raise Unable("a small file system cannot be mounted here")
+    try:
+        arguments = [drill.folder / "good", "--out", out, "--workers", 2]
+        ended = drill.run(*arguments)
+        assert ended.code in (1, 3), ended.output
+        assert "No space left on device" in ended.output, ended.output
+        assert "Traceback" not in ended.output, ended.output
+        found = features(out)
+        assert found.items() < expected.items(), len(found)
+        assert drill.settle() == []
+        subprocess.run(["mount", "-o", "remount,size=64m", str(out)], check=True)  # noqa: S607
+        again = drill.run(*arguments)
+        assert again.code == 0, again.output
+        check_whole(drill, out, expected)
+    finally:
+        subprocess.run(["umount", "-l", str(out)], check=True)  # noqa: S607
+    return f"{len(found)} of {good} written before it was full ({ended.seconds:.0f} s), then all"
+
+
+def unwritable(drill: Drill, *, good: int = 40) -> str:
+    """The output folder is replaced by a file during the run, which also binds root."""
+    expected = undisturbed(drill, good)
+    out, away = drill.folder / "out", drill.folder / "away"
+    arguments = [drill.folder / "good", "--out", out, "--workers", 2]
+    running = drill.start(*arguments)
+    assert running.until(lambda: len(features(out)) > good // 4), running.output()
+    out.rename(away)
+    out.touch()
+    ended = running.wait(120)
+    assert ended.code in (1, 3), ended.output
+    assert "could not be written" in ended.output, ended.output
+    assert "Traceback" not in ended.output, ended.output
+    out.unlink()
+    away.rename(out)
+    found = features(out)
+    assert found.items() <= expected.items()
+    again = drill.run(*arguments)
+    assert again.code == 0, again.output
+    check_whole(drill, out, expected)
+    return f"{len(found)} of {good} written, then {ended.causes[-1] if ended.causes else ''}"
+
+
+def clock(drill: Drill, *, good: int = 30) -> str:
+    """The wall clock is set back by a day two seconds after each process began, then forth."""
+    expected = undisturbed(drill, good)
+    out = drill.folder / "out"
+    for shift in (-86400, 86400):
+        arguments = [drill.folder / "good", "--out", out, "--workers", 2]
+        how = {"environment": {"DRILL_CLOCK": str(shift)}}
+        ended = drill.run(*arguments, *(["--overwrite"] if shift > 0 else []), **how)
+        assert ended.code == 0, ended.output
+        check_whole(drill, out, expected)
+    return f"{good} of {good} identical with the clock set back and forth"
+
+
+class Unable(Exception):  # noqa: N818 - not an error
+    """This machine cannot play this part."""
+
+
+def mutations(drill: Drill, *, data: Path, count: int = 500) -> str:
+    """Mutated copies of real videos: decoded one by one, then extracted."""
+    made = make_mutations(data, drill.folder / "videos", count)
+    slowest = peak = 0.0
+    good = set()
+    for result in decode_all(made):
+        slowest, peak = max(slowest, result.seconds), max(peak, result.peak_bytes)
+        assert bool(result.cause) != bool(result.frames), result
+        if result.cause:
+            check_sentence(result.path, result.cause)
+        else:
+            good.add(f"{result.path.stem}.rgb.npz")
+    ended = drill.run(drill.folder / "videos", "--out", drill.folder / "out", "--deadline", 20)
+    found = features(drill.folder / "out")
+    assert {*found} == good, {*found} ^ good
+    assert ended.code == 3, ended.output
+    assert len(ended.causes) == count - len(found)
+    assert drill.settle() == []
+    return (
+        f"{count} mutations, {len(found)} decode, {count - len(found)} are reported; the slowest "
+        f"took {slowest:.1f} s, the decoder {peak / 1e6:.0f} MB; extraction {ended.seconds:.0f} s"
+    )
+
+
+def check_sentence(path: Path, cause: str) -> None:
+    """It names the file, and is a sentence on one line and not an exception."""
+    assert cause.startswith(str(path)), cause
+    assert cause.endswith("."), cause
+    assert "\n" not in cause, cause
+    assert "Error" not in cause, cause
+
+
+PARTS: dict[str, Callable[..., str]] = {
+    "survive": survive,
+    "resume": resume,
+    "share": share,
+    "shards": partial(share, runs=3, shards=True),
+    "full": full,
+    "unwritable": unwritable,
+    "clock": clock,
+    "mutations": mutations,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--data", type=Path, default=os.environ.get("MMDIST_DATA"))
+    given, extra = parser.parse_known_args()
+    for part in given.parts:
+        more = {}
+        if part == "mutations":
+            if given.data is None:
+                parser.error("mutations need --data or MMDIST_DATA: a folder that has videos/")
+            more["data"] = Path(given.data) / "videos"
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.monotonic()
+            try:
+                said = PARTS[part](Drill(Path(folder), extra), **more)
+            except Unable as reason:
+                said = f"not done: {reason}"
+            print(f"{part}: {said} [{time.monotonic() - begin:.0f} s]", flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
