@@ -608,7 +608,7 @@ def survive(drill: Drill, *, good: int = 170, each: int = 3, kills: int = 5, see
 
 def check_whole(drill: Drill, out: Path, expected: Mapping[str, str]) -> None:
     """The features are those of the undisturbed run, and nothing is left behind."""
-    assert drill.settle() == []
+    assert not (left := drill.settle()), left
     found = features(out)
     assert sorted(found) == sorted(expected), {*found} ^ {*expected}
     assert found == expected, [name for name in found if found[name] != expected[name]]
@@ -687,7 +687,7 @@ def full(drill: Drill, *, good: int = 40) -> str:
         assert "Traceback" not in ended.output, ended.output
         found = features(out)
         assert found.items() < expected.items(), len(found)
-        assert drill.settle() == []
+        assert not (left := drill.settle()), left
         subprocess.run(["mount", "-o", "remount,size=64m", str(out)], check=True)  # noqa: S607
         again = drill.run(*arguments)
         assert again.code == 0, again.output
@@ -754,7 +754,7 @@ def mutations(drill: Drill, *, data: Path, count: int = 500) -> str:
     assert {*found} == good, {*found} ^ good
     assert ended.code == 3, ended.output
     assert len(ended.causes) == count - len(found)
-    assert drill.settle() == []
+    assert not (left := drill.settle()), left
     return (
         f"{count} mutations, {len(found)} decode, {count - len(found)} are reported; the slowest "
         f"took {slowest:.1f} s, the decoder {peak / 1e6:.0f} MB; extraction {ended.seconds:.0f} s"
