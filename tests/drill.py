@@ -438,6 +438,7 @@ class Drill:
         self.network = tiny_extractor(folder / "network" / "tiny")
         (folder / "traps").mkdir()
         (folder / "traps" / "sitecustomize.py").write_text(TRAPS)
+        self.rings = {*orphaned_rings()}  # of others
         self.token = f"{os.getpid()}-{time.monotonic_ns()}"
 
     def start(
@@ -471,7 +472,11 @@ class Drill:
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.05)
         left = [f"process {pid}: {command}" for pid, command in self.processes().items()]
-        return left + [str(path) for path in self.folder.rglob(".tmp-*")] + orphaned_rings()
+        return (
+            left
+            + [str(path) for path in self.folder.rglob(".tmp-*")]
+            + [ring for ring in orphaned_rings() if ring not in self.rings]
+        )
 
 
 class Running:

@@ -147,7 +147,14 @@ class Journal:
                     self._failure(video_id, chosen).unlink()
 
     def close(self) -> None:
-        """Remove empty folders."""
+        """Remove claims of processes that are dead, and empty folders."""
+        for path in (self._folder / "claims").glob("*.lock"):
+            with contextlib.suppress(OSError, ImportError):
+                descriptor = os.open(path, os.O_RDWR)
+                if _lock(descriptor):
+                    Claim(path, descriptor).release()
+                else:
+                    os.close(descriptor)
         for folder in (self._folder / "claims", self._folder / "failures", self._folder):
             with contextlib.suppress(OSError):
                 folder.rmdir()
