@@ -33,6 +33,7 @@ import numpy as np
 from make_videos import cut, make_audio, make_video, pictures
 
 ROOT = Path(__file__).parents[1]
+RATE = 30.0  # of sampling: that of the fastest video, so that decord decodes too
 QUIET = {"libx265": {"x265-params": "log-level=none:pools=none:frame-threads=1"}}
 
 # Good videos: codec and suffix. One that cannot be encoded here is replaced by the first.
@@ -345,7 +346,7 @@ def decode_all(paths: list[Path], *, stall_seconds: float = 20.0) -> Iterator[De
         for path in paths:
             result, begin = Decoded(path, 0), time.monotonic()
             try:
-                for chunk in decoder.frames(path):
+                for chunk in decoder.frames(path, fps=RATE):
                     result.frames += len(chunk.times_N)
             except VideoError as error:
                 result.cause = str(error)
@@ -407,7 +408,7 @@ def tiny_extractor(folder: Path) -> Path:
     """`conftest.make_extractor`, but of the videos' own rate, which decord can decode."""
     from conftest import make_extractor
 
-    return make_extractor(folder, fps=30.0)
+    return make_extractor(folder, fps=RATE)
 
 
 @dataclass
