@@ -37,6 +37,7 @@ VIDEO_SUFFIXES = (
 
 DIGEST_BLOCK_BYTES = 1 << 20
 NAME_MAX_BYTES = 255  # of one file name, on every file system in common use
+FOLDER = ".mmdist"  # in an output folder: what runs of mmdist tell each other
 TEMPORARY = ".tmp-"  # short, so that a temporary name fits wherever the final one does
 
 # What numpy, zipfile, h5py and json raise for files that are damaged or something else.
@@ -214,6 +215,11 @@ class FeatureStore:
 
     def _path(self, video_id: str, modality: str) -> Path:
         *folders, name = video_id.split("/")
+        if {"", ".", ".."} & {*folders, name} or "\0" in video_id:
+            raise MmdistError(
+                f"The video id {video_id!r} is no path inside {self.root}; ids are relative, "
+                f"without '.' and '..'."
+            )
         return self.root.joinpath(*map(_fitting, folders), _fitting(name, f".{modality}.npz"))
 
     def save(self, video_id: str, features: Features) -> Path:

@@ -21,17 +21,27 @@ import mmdist_e2e as mm
 from mmdist_e2e.cli import common
 from mmdist_e2e.cli.main import main
 from mmdist_e2e.extractors import batch, runner
-from mmdist_e2e.extractors.batch import Video, find_videos
 from mmdist_e2e.extractors.networks.i3d import InceptionI3d
 from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.extractors.runner import SnippetNetwork
+from mmdist_e2e.extractors.search import Video, find_videos
 from mmdist_e2e.extractors.video.reader import Decoder
 from mmdist_e2e.store import FeatureStore, video_key
 
 
 def extract(tiny: Path, *arguments: object) -> Result:
     return CliRunner().invoke(
-        main, ["extract", *map(str, arguments), "--extractor", str(tiny), "--precision", "fp32"]
+        main,
+        [
+            "extract",
+            *map(str, arguments),
+            "--extractor",
+            str(tiny),
+            "--precision",
+            "fp32",
+            "--workers",
+            "0",
+        ],
     )
 
 
@@ -41,7 +51,7 @@ def new_video(path: Path, count: int) -> Path:
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix == ".npz")
 
 
 def test_folders_give_ids_relative_to_them_and_a_second_run_does_nothing(tmp_path, tiny_extractor):
@@ -184,7 +194,7 @@ def test_a_drawn_progress_shows_names_of_any_bytes(monkeypatch):
     console = Console(file=drawn, force_terminal=True, width=80)
     monkeypatch.setattr(common, "notes", console)
     with common.ExtractionProgress(1) as progress:
-        progress.started(Video("\x1b[2Jcaf\udce9\n", Path("x")), 0, 1)
+        progress.started(Video("\x1b[2Jcaf\udce9\n", Path("x")))
     drawn.flush()
     assert "\ufffd[2Jcaf\ufffd\ufffd" in drawn.buffer.getvalue().decode()
 

@@ -106,6 +106,19 @@ def test_the_budget_stands_for_the_early_stop():
     assert error(barely[0], truth) > 5 * error(tvl1(first, second)[0], truth)
 
 
+def test_tensors_come_back_as_tensors():
+    torch = pytest.importorskip("torch")
+    arrays = [np.stack([image] * 2) for image in moved_pair(2, translation((2.0, 0.0)))]
+    tensors = [torch.from_numpy(array) for array in arrays]
+    for backend in ("native", "opencv"):
+        flow = tvl1(*tensors, backend=backend)
+        assert flow.dtype == torch.float32
+        np.testing.assert_array_equal(flow.numpy(), tvl1(*arrays, backend=backend))
+    for other in (arrays[1], tensors[1].float(), tensors[1][:1]):
+        with pytest.raises(MmdistError, match="one device"):
+            tvl1(tensors[0], other)
+
+
 def test_still_and_flat_images_do_not_move():
     flat = np.full((2, 20, 40), 77, np.uint8)
     assert not tvl1(flat, flat).any()
@@ -236,6 +249,7 @@ def test_flow_needs_no_cache_of_numba(tmp_path: Path, fault: str):
 GPU_CHECK = """
 import sys
 import numpy as np
+import torch
 from mmdist_e2e.extractors.flow import gpu, tvl1
 from mmdist_e2e.extractors.flow.settings import TVL1Settings, pyramid
 
@@ -247,7 +261,8 @@ first = np.kron(coarse, np.ones((4, 5))).astype(np.uint8)
 second = np.roll(first, (1, -1), (1, 2))
 settings = TVL1Settings(iterations=5, warps=2, scales=2, epsilon=0.0)
 sizes = pyramid(*first.shape[1:], settings)
-got = gpu.solve_arrays(first, second, sizes, settings, device)
+tensors = (torch.from_numpy(images).to(device) for images in (first, second))
+got = gpu.solve(*tensors, sizes, settings).cpu().numpy()
 expected = tvl1(first, second, settings=settings)
 assert np.abs(expected).max() > 0.3
 np.testing.assert_allclose(got, expected, atol=2e-3)

@@ -64,7 +64,8 @@ def _blocks_done(part: Path, mark: Path) -> int:
 def flow_of(clips_NTHWC: NDArray[Any]) -> NDArray[np.float16]:
     """Flow from each frame to the next [N, T, H, W, 2], in pixels; the last is repeated."""
     count, frames = clips_NTHWC.shape[:2]
-    grey = FLOW_PREPROCESSING.greys(clips_NTHWC.reshape(-1, *clips_NTHWC.shape[2:]))
+    frames_NHWC = torch.from_numpy(np.array(clips_NTHWC).reshape(-1, *clips_NTHWC.shape[2:]))
+    grey = FLOW_PREPROCESSING.greys(frames_NHWC).numpy()
     grey = grey.reshape(count, frames, *grey.shape[1:])
     size = grey.shape[2:]
     flow_N2HW = tvl1(grey[:, :-1].reshape(-1, *size), grey[:, 1:].reshape(-1, *size))
@@ -101,6 +102,5 @@ def flow_windows(clips_NTHWC: NDArray[Any]) -> Tensor:
     """Flow of whole clips as the network reads it after training: [N, 2, T, size, size]."""
     count, frames = clips_NTHWC.shape[:2]
     flat_NHWC = clips_NTHWC.reshape(-1, *clips_NTHWC.shape[2:]).astype(np.float32)
-    fields = FLOW_PREPROCESSING.fields(flat_NHWC.transpose(0, 3, 1, 2))
-    windows = torch.from_numpy(fields.reshape(count, frames, *fields.shape[1:]))
-    return FLOW_PREPROCESSING.to_network(windows)
+    fields_NHWC = FLOW_PREPROCESSING.fields(torch.from_numpy(flat_NHWC).permute(0, 3, 1, 2))
+    return FLOW_PREPROCESSING.to_network(fields_NHWC.view(count, frames, *fields_NHWC.shape[1:]))

@@ -143,9 +143,9 @@ def losses(
 
 def rgb_windows(clips_NTHWC: NDArray[Any]) -> Tensor:
     """Whole clips as the network reads them after training: [N, 3, T, size, size]."""
-    flat_NHWC = np.array(clips_NTHWC).reshape(-1, *clips_NTHWC.shape[2:])
-    small = Preprocessing(size=INPUT_SIZE)(flat_NHWC)
-    return to_network(torch.from_numpy(small.reshape(*clips_NTHWC.shape[:2], *small.shape[1:])))
+    clips = torch.from_numpy(np.array(clips_NTHWC))
+    small_NHWC = Preprocessing(size=INPUT_SIZE)(clips.flatten(0, 1))
+    return to_network(small_NHWC.view(*clips.shape[:2], *small_NHWC.shape[1:]))
 
 
 def accuracy(network: InceptionI3d, clips: ClipSet) -> tuple[float, float, NDArray[np.int64]]:

@@ -1,30 +1,47 @@
-"""One video to features of every modality: streaming, each frame decoded once.
+"""Videos to features of every modality: streaming, each frame decoded and uploaded once.
 
-Memory does not grow with length. Shapes: N frames of a chunk, S rows, D channels.
+    feeder threads      each has a `Decoder` and takes one video after another from the jobs;
+                        they put chunks of frames on the device
+    the caller's thread preprocessing, flow, windows of several videos in one batch, networks
+    writer thread       rows back to the host, PCA, `Features`, saving
+
+A feeder hands over a chunk and waits until the device has done the one before, so memory does not
+grow with length. The caller's thread never waits for a GPU. A row's bytes do not depend on the
+videos beside it.
+
+Shapes: N frames of a chunk, B windows of a batch, S rows, D channels.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdist_e2e.extractors.flow.fields import FlowFrames
+from mmdist_e2e.extractors.flow.fields import FlowFrames, Repeats
 from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS
-from mmdist_e2e.extractors.runner import Chunk, DenseChunks, SnippetNetwork, Windows
-from mmdist_e2e.extractors.video.reader import VideoError
+from mmdist_e2e.extractors.runner import Chunk, DenseChunks, Device, SnippetNetwork, Windows
+from mmdist_e2e.extractors.video.reader import Decoder, VideoError
 from mmdist_e2e.store import fast_digest
 from mmdist_e2e.structures import Features, MmdistError, Provenance
 
 if TYPE_CHECKING:
-    from mmdist_e2e.extractors.video.reader import Decoder, FrameStream
+    from torch import Tensor
 
-Progress = Callable[[float], None]
+    from mmdist_e2e.extractors.video.reader import FrameStream
+
+POLL_SECONDS = 0.1  # how often a waiting thread looks whether the run has ended
+END_SECONDS = 2.0  # how long an ended run waits for its threads
+UNSAVED = 4  # modalities that wait for the writer at most
 
 
 class ExtractionError(MmdistError):
@@ -42,151 +59,201 @@ def cause_of(error: Exception) -> str:
     return ": ".join(filter(None, [type(error).__name__, str(error).partition("\n")[0]]))
 
 
+@dataclass(frozen=True)
+class Job:
+    """One video.
+
+    key: the caller's name for it. modalities: which of the conveyor's networks run. source: the
+    file's `fast_digest`, if the caller has computed it.
+    """
+
+    key: Hashable
+    path: Path
+    modalities: Sequence[str]
+    source: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job.
+
+    features: of the modalities that succeeded, saved if there is a `save`. failures: empty if all
+    did; VideoError when the file cannot be decoded whole or is smaller than 16 pixels per side,
+    MmdistError for a modality whose rows cannot be computed, and whatever `save` raised.
+    seconds: by stage: decode (the child's work), prepare, flow, network (on a GPU: until the work
+    is queued) and write. video_seconds: the video's duration, 0 if unknown.
+    """
+
+    job: Job
+    features: Mapping[str, Features]
+    failures: Sequence[Exception]
+    seconds: Mapping[str, float]
+    video_seconds: float
+
+
+Progress = Callable[[Job, float], None]
+Save = Callable[[Job, Features], None]
+
+
 def extract_video(
     path: Path,
     networks: Sequence[SnippetNetwork],
-    decoder: Decoder,
+    decoder: Decoder | None = None,
     *,
     source: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[str, Features]:
     """Decode one video and run the networks over it, one network per modality.
 
-    Networks of one frame rate, policy and longer side share one pass of decoding.
-
     Args:
+        decoder: one to use and to leave open.
         source: the file's `fast_digest`, if the caller has computed it.
         progress: called with the fraction done, 0 to 1.
 
     Returns Features by modality, with times from 0 to the duration and at least one row.
-    Raises VideoError when the file cannot be decoded whole or is smaller than 16 pixels per side,
-    MmdistError when the rows of a modality cannot be computed; ExtractionError for either if other
-    modalities are complete.
+    Raises what `Result.failures` names first; ExtractionError if other modalities are complete.
     """
-    assert len({network.spec.modality for network in networks}) == len(networks) > 0
-    if source is None:
-        source = fast_digest(path) if path.is_file() else {}
-    passes: dict[tuple[object, ...], list[_Track]] = {}
-    for network in networks:
-        key = network.spec.fps, network.spec.fps_policy, network.spec.longer_side
-        passes.setdefault(key, []).append(_Track(path, network))
-    finished: dict[str, Features] = {}
-    failures: list[MmdistError] = []
-    for index, tracks in enumerate(passes.values()):
+    by_modality = {network.spec.modality: network for network in networks}
+    assert len(by_modality) == len(networks) > 0
 
-        def advanced(fraction: float, index: int = index) -> None:
-            if progress is not None:
-                progress((index + fraction) / len(passes))
+    def advanced(_: Job, fraction: float) -> None:
+        if progress is not None:
+            progress(fraction)
 
+    with Conveyor(by_modality, decoders=1 if decoder is None else [decoder]) as conveyor:
+        job = Job(path, path, list(by_modality), source)
+        (result,) = conveyor.run([job], progress=advanced)
+    if result.failures and result.features:
+        message = str(result.failures[0])
+        raise ExtractionError(message, result.features) from result.failures[0]
+    if result.failures:
+        raise result.failures[0]
+    return dict(result.features)
+
+
+class Conveyor:
+    """Several videos at once through networks on one device. Use as a context manager.
+
+    networks: by modality. decoders: how many videos are decoded at once, or the decoders to use,
+    which stay open. stall_seconds: of `Decoder`.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, SnippetNetwork],
+        *,
+        decoders: int | Sequence[Decoder] = 2,
+        stall_seconds: float = 60.0,
+    ) -> None:
+        (device,) = {network.device for network in networks.values()}
+        self._networks, self._device = networks, Device(device)
+        self._owned = isinstance(decoders, int)
+        if isinstance(decoders, int):
+            pin = self._device.pin
+            decoders = [Decoder(stall_seconds=stall_seconds, pin=pin) for _ in range(decoders)]
+        self._decoders = decoders
+        self._running: Generator[Result, None, None] | None = None
+
+    def __enter__(self) -> Conveyor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the run, dropping what is unfinished, and the conveyor's own decoders."""
+        if self._running is not None:
+            self._running.close()
+        if self._owned:
+            for decoder in self._decoders:
+                decoder.close()
+
+    def run(
+        self,
+        jobs: Iterable[Job],
+        *,
+        save: Save | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Result]:
+        """Results of the jobs, as they complete. All failures of a job are in its result.
+
+        Args:
+            jobs: taken one by one as decoders become free, from other threads but never by two at
+                once; taking one may block.
+            save: called with each modality's features, in the writer's thread.
+            progress: called with the fraction of a job's frames that were taken, 0 to 1.
+
+        Raises what `jobs` or `progress` raise. Closing the iterator ends the run within seconds.
+        """
+        if self._running is not None:
+            self._running.close()
+        running = _Running(self._networks, self._device, self._decoders, iter(jobs))
+        self._running = running.results(save, progress)
+        return self._running
+
+
+class _Run:
+    """One job on its way."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.tracks: list[_Track] = []
+        self.features: dict[str, Features] = {}
+        self.failures: list[Exception] = []
+        self.seconds = dict.fromkeys(("decode", "prepare", "flow", "network", "write"), 0.0)
+        self.video_seconds = 0.0
+        self.fed = False  # whether the feeder has finished with it
+
+    @contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
         try:
-            stream = _decode(path, tracks, decoder, advanced)
-        except MmdistError as error:
-            failures.append(error)
-            break  # another pass would meet the same file
-        for track in tracks:
-            track.finish(stream, source)
-            finished |= track.features
-            failures += track.failures
-    if failures and finished:
-        raise ExtractionError(str(failures[0]), finished) from failures[0]
-    if failures:
-        raise failures[0]
-    return finished
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - begin
 
+    def fail(self, error: Exception) -> None:
+        traceback.clear_frames(error.__traceback__)  # they hold frames and tensors
+        self.failures.append(error)
 
-def _decode(
-    path: Path, tracks: Sequence[_Track], decoder: Decoder, advanced: Progress
-) -> FrameStream:
-    """Push every frame of the video to every track that has not failed."""
-    spec = tracks[0].network.spec
-    stream = decoder.frames(
-        path, fps=spec.fps, fps_policy=spec.fps_policy, longer_side=spec.longer_side
-    )
-    info = stream.info
-    if min(info.width, info.height) < MINIMUM_SIDE_PIXELS:
-        raise VideoError(
-            path,
-            f"{path} is {info.width}×{info.height} pixels; videos need at least "
-            f"{MINIMUM_SIDE_PIXELS} pixels on each side.",
-        )
-    for track in tracks:
-        track.start(stream.sample_count)
-    for chunk in stream:
-        for track in tracks:
-            track.push(chunk.frames_NHWC)
-        if all(track.failures for track in tracks):
-            stream.close()
-            break
-        advanced(min(float(chunk.times_N[-1]) / info.duration_seconds, 1.0))
-    return stream
+    def result(self) -> Result:
+        features = {m: self.features[m] for m in self.job.modalities if m in self.features}
+        return Result(self.job, features, self.failures, self.seconds, self.video_seconds)
 
 
 class _Track:
     """One network's run over one video. A failure, whatever the cause, ends this track alone."""
 
-    def __init__(self, path: Path, network: SnippetNetwork) -> None:
-        spec = network.spec
-        self.path, self.network, self.modality = path, network, spec.modality
-        self.failures: list[MmdistError] = []  # at most one
-        self.features: dict[str, Features] = {}  # by modality, when finished
-        self._inputs = network.input_stream()
-        self._cutter: Windows | DenseChunks = Windows(window=spec.window, stride=spec.stride)
-        self._pending: list[NDArray[np.generic]] = []
-        self._rows: list[NDArray[np.float32]] = []
+    def __init__(
+        self, run: _Run, network: SnippetNetwork, stream: FrameStream, source: Mapping[str, Any]
+    ) -> None:
+        self.run, self.network, self.stream, self.source = run, network, stream, source
+        self.inputs, spec = network.input_stream(), network.spec
+        self.cutter: Windows | DenseChunks = Windows(window=spec.window, stride=spec.stride)
+        if spec.mode == "dense":
+            still = isinstance(self.inputs, FlowFrames) and self.inputs.still
+            frames = stream.sample_count - still if spec.tail == "none" else 0
+            self.cutter = DenseChunks(frames=frames)
+        self.rows: list[Tensor] = []
+        self.waiting = 0  # windows in a batch
+        self.ended = False  # whether it has had all of its frames
+        self.left = False  # whether it has failed, or gone to the writer
 
     @contextmanager
-    def _attempt(self) -> Iterator[None]:
+    def attempt(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # they hold frames and tensors
-            failure = MmdistError(f"{self.path}: no {self.modality} features. {cause_of(error)}")
+            name = f"{self.run.job.path}: no {self.network.spec.modality} features."
+            failure = MmdistError(f"{name} {cause_of(error)}")
             failure.__cause__ = error
-            self.failures.append(failure)
+            traceback.clear_frames(error.__traceback__)
+            self.run.fail(failure)
+            self.left = True
+            self.rows.clear()
 
-    def start(self, samples: int) -> None:
-        """Take the number of frames to come, before the first."""
-        spec = self.network.spec
-        if spec.mode == "dense":
-            still = isinstance(self._inputs, FlowFrames) and self._inputs.still
-            frames = samples - still if spec.tail == "none" else 0
-            self._cutter = DenseChunks(frames=frames)
-
-    def push(self, frames_NHWC: NDArray[np.uint8]) -> None:
-        """Take frames, and run the network on complete windows or chunks."""
-        if not self.failures:
-            with self._attempt():
-                self._feed(self._inputs.push(frames_NHWC))
-
-    def finish(self, stream: FrameStream, source: Mapping[str, Any]) -> None:
-        """Make the features of the whole video."""
-        if not self.failures:
-            with self._attempt():
-                self._feed(self._inputs.finish())
-                self._run(self._cutter.finish())
-                self._flush()
-                self.features[self.modality] = self._result(stream, source)
-
-    def _feed(self, inputs: Iterator[NDArray[np.generic]]) -> None:
-        for piece_NHWC in inputs:
-            self._run(self._cutter.push(piece_NHWC))
-
-    def _run(self, pieces: Iterator[NDArray[np.generic]] | Iterator[Chunk]) -> None:
-        for piece in pieces:
-            if isinstance(piece, Chunk):
-                self._rows.append(self.network.dense_rows(piece))
-                continue
-            self._pending.append(piece)
-            if len(self._pending) == self.network.windows_per_call:
-                self._flush()
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._rows.append(self.network.rows(np.stack(self._pending)))
-            self._pending.clear()
-
-    def _result(self, stream: FrameStream, source: Mapping[str, Any]) -> Features:
-        spec, data_SD = self.network.spec, np.concatenate(self._rows)
+    def features(self, rows_SD: NDArray[np.float32]) -> Features:
+        spec, stream = self.network.spec, self.stream
         info = {
             **self.network.info,
             "decoder": stream.info.decoder,
@@ -194,6 +261,292 @@ class _Track:
             "trained_on": spec.trained_on,
         }
         seconds = stream.info.duration_seconds
-        provenance = Provenance(spec.matters, info, source)
+        provenance = Provenance(spec.matters, info, self.source)
+        data_SD = self.network.reduced(rows_SD)
         times_S2 = provenance.row_times(len(data_SD), seconds)
         return Features(data_SD, times_S2, seconds, spec.modality, provenance)
+
+
+@dataclass
+class _Arrival:
+    """Frames for some tracks of a video, on the device; the last arrival of a pass has none.
+
+    taken: set when the networks' thread has done its part; then `wait` waits for the device's.
+    """
+
+    tracks: Sequence[_Track]
+    frames_NHWC: Tensor | None
+    repeats_N: Sequence[bool]
+    fraction: float
+    taken: threading.Event
+    wait: Callable[[], object] = bool
+
+
+class _Ended(Exception):  # noqa: N818 - not an error
+    """The run has ended, and its threads do so too."""
+
+
+class _Running:
+    """One run of a conveyor: its threads and what is between them."""
+
+    def __init__(
+        self,
+        networks: Mapping[str, SnippetNetwork],
+        device: Device,
+        decoders: Sequence[Decoder],
+        jobs: Iterator[Job],
+    ) -> None:
+        self.networks, self.device, self.decoders, self.jobs = networks, device, decoders, jobs
+        self.jobs_lock, self.stop = threading.Lock(), threading.Event()
+        # From the feeders: arrivals, runs that were fed whole, what `jobs` raised, and None when
+        # a feeder has ended. From the writer: results.
+        self.inbox: queue.SimpleQueue[_Arrival | _Run | Result | Exception | None]
+        self.inbox = queue.SimpleQueue()
+        self.unsaved: queue.Queue[tuple[_Track, Tensor, Callable[[], object]] | _Run | None]
+        self.unsaved = queue.Queue(UNSAVED)
+        self.fed: set[_Track] = set()  # tracks that get more frames
+        self.batches: dict[str, list[tuple[_Track, Tensor]]] = {name: [] for name in networks}
+
+    def results(self, save: Save | None, progress: Progress | None) -> Generator[Result]:
+        threads = [threading.Thread(target=self.write, args=(save,), daemon=True)]
+        for decoder in self.decoders:
+            threads.append(threading.Thread(target=self.feed, args=(decoder,), daemon=True))
+        feeders, unfinished = len(self.decoders), 0
+        try:
+            for thread in threads:
+                thread.start()
+            while feeders or unfinished:
+                item = self.next_item()
+                if isinstance(item, Result):
+                    unfinished -= 1
+                    yield item
+                elif isinstance(item, _Arrival):
+                    self.take(item)
+                    if progress is not None and item.frames_NHWC is not None:
+                        progress(item.tracks[0].run.job, item.fraction)
+                elif isinstance(item, _Run):
+                    unfinished += 1
+                    item.fed = True
+                    for track in item.tracks:
+                        track.left |= not track.ended  # decoding failed
+                        self.fed.discard(track)
+                    self.settle(item)
+                elif item is None:
+                    feeders -= 1
+                else:
+                    raise item
+                self.flush_ended()
+        finally:
+            self.stop.set()
+            with suppress(queue.Full):
+                self.unsaved.put_nowait(None)
+            deadline = time.monotonic() + END_SECONDS
+            for thread in threads:
+                thread.join(POLL_SECONDS)
+            while any(t.is_alive() for t in threads) and time.monotonic() < deadline:
+                for decoder in self.decoders:
+                    decoder.close()  # what a feeder waits for
+                threads[-1].join(POLL_SECONDS)
+
+    def next_item(self) -> _Arrival | _Run | Result | Exception | None:
+        """What comes next; batches that a video waits for are run before waiting for it."""
+        with suppress(queue.Empty):
+            return self.inbox.get_nowait()
+        for name, batch in self.batches.items():
+            if any(track.ended for track, _ in batch):
+                self.flush(name)
+        return self.inbox.get()
+
+    # The feeders' threads
+
+    def feed(self, decoder: Decoder) -> None:
+        """Decode one job after another."""
+        try:
+            while not self.stop.is_set():
+                with self.jobs_lock:
+                    job = next(self.jobs, None)
+                if job is None:
+                    break
+                run = _Run(job)
+                try:
+                    self.decode(run, decoder)
+                except Exception as error:
+                    run.fail(error)
+                self.inbox.put(run)
+        except Exception as error:
+            self.inbox.put(error)
+        finally:
+            if self.stop.is_set():
+                decoder.close()
+            self.inbox.put(None)
+
+    def decode(self, run: _Run, decoder: Decoder) -> None:
+        """Hand over every frame of a video. Networks that see the same frames share a pass."""
+        job = run.job
+        source = job.source
+        if source is None:
+            source = {}
+            with suppress(OSError):  # the decoder says what is wrong
+                source = fast_digest(job.path) if job.path.is_file() else {}
+        passes: dict[tuple[Any, ...], list[SnippetNetwork]] = {}
+        for network in (self.networks[modality] for modality in job.modalities):
+            key = network.spec.fps, network.spec.fps_policy, network.spec.longer_side
+            passes.setdefault(key, []).append(network)
+        for index, ((fps, policy, longer_side), networks) in enumerate(passes.items()):
+            stream = decoder.frames(
+                job.path, fps=fps, fps_policy=policy, longer_side=longer_side, copy=False
+            )
+            info, before = stream.info, run.seconds["decode"]
+            run.video_seconds = info.duration_seconds
+            if min(info.width, info.height) < MINIMUM_SIDE_PIXELS:
+                raise VideoError(
+                    job.path,
+                    f"{job.path} is {info.width}×{info.height} pixels; videos need at least "
+                    f"{MINIMUM_SIDE_PIXELS} pixels on each side.",
+                )
+            tracks = [_Track(run, network, stream, source) for network in networks]
+            run.tracks += tracks
+            repeats = Repeats() if any(n.needs_repeats for n in networks) else None
+            arrival = _Arrival(tracks, None, (), 0.0, threading.Event())
+            arrival.taken.set()
+            for chunk in stream:
+                run.seconds["decode"] = before + stream.seconds
+                repeats_N = repeats.find(chunk.frames_NHWC) if repeats else ()
+                frames_NHWC = self.device.upload(chunk.frames_NHWC)
+                if self.device.copies:
+                    self.wait(arrival)
+                done = min(float(chunk.times_N[-1]) / info.duration_seconds, 1.0)
+                fraction = (index + done) / len(passes)
+                arrival = _Arrival(tracks, frames_NHWC, repeats_N, fraction, threading.Event())
+                self.inbox.put(arrival)
+                if not self.device.copies:  # the frames are still in the decoder's slot
+                    self.wait(arrival)
+                if all(track.left for track in tracks):
+                    stream.close()
+                    break
+            self.wait(arrival)
+            self.inbox.put(_Arrival(tracks, None, (), 1.0, threading.Event()))
+
+    def wait(self, arrival: _Arrival) -> None:
+        """Until frames have been used."""
+        while not arrival.taken.wait(POLL_SECONDS):
+            if self.stop.is_set():
+                raise _Ended
+        arrival.wait()
+
+    # The networks' thread
+
+    def take(self, arrival: _Arrival) -> None:
+        """Run frames, or the end of a video, through preprocessing and into windows."""
+        for track in arrival.tracks:
+            if track.left:
+                continue
+            if arrival.frames_NHWC is not None:
+                self.fed.add(track)
+                with track.attempt():
+                    self.cut(track, track.inputs.push(arrival.frames_NHWC, arrival.repeats_N))
+            else:
+                with track.attempt():
+                    self.cut(track, track.inputs.finish())
+                    for part in track.cutter.finish():
+                        self.submit(track, part)
+                track.ended = True
+                if isinstance(track.inputs, FlowFrames):
+                    track.run.seconds["flow"] += track.inputs.seconds
+                    track.run.seconds["prepare"] -= track.inputs.seconds
+            if track.ended or track.left:
+                self.fed.discard(track)
+                self.settle(track.run)
+        arrival.frames_NHWC, arrival.wait = None, self.device.mark()
+        arrival.taken.set()
+
+    def cut(self, track: _Track, inputs: Iterator[Tensor]) -> None:
+        while True:
+            with track.run.clock("prepare"):
+                piece_NHWC = next(inputs, None)
+            if piece_NHWC is None:
+                return
+            for part in track.cutter.push(piece_NHWC):
+                self.submit(track, part)
+
+    def submit(self, track: _Track, part: Tensor | Chunk) -> None:
+        """Run a dense chunk, or put a window into its network's batch."""
+        if isinstance(part, Chunk):
+            with track.run.clock("network"):
+                track.rows.append(track.network.dense_rows(part))
+            return
+        name = track.network.spec.modality
+        track.waiting += 1
+        self.batches[name].append((track, part))
+        if len(self.batches[name]) == track.network.windows_per_call:
+            self.flush(name)
+
+    def flush_ended(self) -> None:
+        """Run the batches that no video adds to any more."""
+        for name, batch in self.batches.items():
+            if batch and not any(track.network is self.networks[name] for track in self.fed):
+                self.flush(name)
+
+    def flush(self, name: str) -> None:
+        """Run a batch. If it fails, each video's windows on their own."""
+        batch = [pair for pair in self.batches[name] if not pair[0].left]
+        self.batches[name].clear()
+        tracks = list(dict.fromkeys(track for track, _ in batch))
+        try:
+            if batch:
+                self.run_batch(batch)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)
+            for track in tracks:
+                with track.attempt():
+                    self.run_batch([pair for pair in batch if pair[0] is track])
+        for track in tracks:
+            track.waiting -= sum(owner is track for owner, _ in batch)
+            self.settle(track.run)
+
+    def run_batch(self, batch: Sequence[tuple[_Track, Tensor]]) -> None:
+        import torch
+
+        network, windows = batch[0][0].network, [window for _, window in batch]
+        if self.device.copies:  # to one shape, which is compiled once
+            windows += windows[-1:] * (network.windows_per_call - len(windows))
+        begin = time.perf_counter()
+        rows_BD = network.rows(torch.stack(windows))
+        seconds = (time.perf_counter() - begin) / len(batch)
+        for index, (track, _) in enumerate(batch):
+            track.rows.append(rows_BD[index : index + 1])
+            track.run.seconds["network"] += seconds
+
+    def settle(self, run: _Run) -> None:
+        """Give complete tracks to the writer, then the complete run."""
+        for track in run.tracks:
+            if track.ended and not track.waiting and not track.left:
+                with track.attempt():
+                    import torch
+
+                    rows_SD = torch.cat(track.rows)
+                    self.unsaved.put((track, rows_SD, self.device.mark()))
+                    track.left = True
+                    track.rows.clear()
+        if run.fed and all(track.left for track in run.tracks):
+            self.unsaved.put(run)
+            run.fed = False
+
+    # The writer's thread
+
+    def write(self, save: Save | None) -> None:
+        while (item := self.unsaved.get()) is not None and not self.stop.is_set():
+            if isinstance(item, _Run):
+                self.inbox.put(item.result())
+                continue
+            track, rows_SD, wait = item
+            run = track.run
+            with run.clock("write"), track.attempt():
+                wait()
+                features = track.features(self.device.download(rows_SD))
+                try:
+                    if save is not None:
+                        save(run.job, features)
+                    run.features[features.modality] = features
+                except Exception as error:
+                    run.fail(error)

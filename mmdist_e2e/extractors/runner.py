@@ -12,7 +12,7 @@ Shapes: B windows, T frames of a window, N frames, H height, W width, C channels
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # A GPU is fastest with many windows per call; on a CPU more than two of 16 × 224² leave its caches.
-WINDOWS_PER_CALL = {"cpu": 2, "cuda": 8}
+WINDOWS_PER_CALL = {"cpu": 2, "cuda": 32}
 MINIMUM_COSINE = 0.999  # of bf16 rows to fp32 rows; below it, "auto" uses fp32
 
 
@@ -59,10 +59,10 @@ class RgbFrames:
 
     preprocessing: Preprocessing
 
-    def push(self, frames_NHWC: NDArray[np.uint8]) -> Iterator[NDArray[np.generic]]:
+    def push(self, frames_NHWC: Tensor, repeats_N: Sequence[bool] = ()) -> Iterator[Tensor]:
         yield self.preprocessing(frames_NHWC)
 
-    def finish(self) -> Iterator[NDArray[np.generic]]:
+    def finish(self) -> Iterator[Tensor]:
         yield from ()
 
 
@@ -109,40 +109,42 @@ class SnippetNetwork:
             self.use_bf16 = False
             self.network = prepare_for_inference(network, self.device, False)
 
-    def rows(self, windows_BTHWC: NDArray[np.generic]) -> NDArray[np.float32]:
+    def rows(self, windows_BTHWC: Tensor) -> Tensor:
         """Features [B, D] of windows of preprocessed frames, averaged over T'."""
         return self._run(windows_BTHWC, lambda rows_BTD: rows_BTD.mean(dim=1))
 
-    def dense_rows(self, chunk: Chunk) -> NDArray[np.float32]:
+    def dense_rows(self, chunk: Chunk) -> Tensor:
         """Features of one chunk of preprocessed frames, without the rows of its context."""
         rows = slice(chunk.first_row, chunk.last_row)
         return self._run(chunk.frames[None], lambda rows_BTD: rows_BTD[0, rows])
+
+    def reduced(self, rows_SD: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Rows [S, D], after the PCA where there is one."""
+        return rows_SD if self.spec.pca is None else self.spec.pca.apply(rows_SD)
 
     def input_stream(self) -> RgbFrames | FlowFrames:
         """The object that turns one video's frames into this network's inputs."""
         if isinstance(self.preprocessing, Preprocessing):
             return RgbFrames(self.preprocessing)
-        return FlowFrames(
-            self.preprocessing,
-            backend=self.flow_backend,
-            device=str(self.device),
-            repeats=self.spec.fps_policy == "exact",
+        return FlowFrames(self.preprocessing, backend=self.flow_backend)
+
+    @property
+    def needs_repeats(self) -> bool:
+        """Whether the input stream must know which samples repeat a frame."""
+        preprocessing, exact = self.preprocessing, self.spec.fps_policy == "exact"
+        return not isinstance(preprocessing, Preprocessing) and (
+            exact or preprocessing.repeats == "still"
         )
 
-    def _run(
-        self, inputs_BTHWC: NDArray[np.generic], choose: Callable[[Tensor], Tensor]
-    ) -> NDArray[np.float32]:
+    def _run(self, inputs_BTHWC: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
         import torch
 
         with torch.inference_mode():
-            inputs = torch.from_numpy(inputs_BTHWC).to(self.device)
             if isinstance(self.preprocessing, Preprocessing):
-                frames_BCTHW = to_network(inputs, self.preprocessing)
+                frames_BCTHW = to_network(inputs_BTHWC, self.preprocessing)
             else:
-                frames_BCTHW = self.preprocessing.to_network(inputs)
-            rows_ND = choose(self._features(self.network, frames_BCTHW))
-        out: NDArray[np.float32] = rows_ND.cpu().numpy()
-        return out if self.spec.pca is None else self.spec.pca.apply(out)
+                frames_BCTHW = self.preprocessing.to_network(inputs_BTHWC)
+            return choose(self._features(self.network, frames_BCTHW))
 
     def _features(self, network: nn.Module, frames_BCTHW: Tensor) -> Tensor:
         """[B, T', D] in float32, by a network of any precision."""
@@ -194,6 +196,64 @@ class SnippetNetwork:
         if self.spec.modality == "flow":
             info["flow_backend"] = self.flow_backend
         return info
+
+
+class Device:
+    """Every way in which data reach or leave a device, and in which a thread waits for it.
+
+    The thread that runs networks only calls `mark`; others upload, download and wait.
+    copies: an upload is a copy, so that the memory it came from is free again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self.device, self.copies = device, device.type == "cuda"
+        if self.copies:
+            self._compute = torch.cuda.current_stream(device)
+            self._copy = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def upload(self, frames_NHWC: NDArray[np.uint8]) -> Tensor:
+        """The frames on the device; on a CPU they are the given memory itself."""
+        import torch
+
+        frames = torch.from_numpy(frames_NHWC)
+        if not self.copies:
+            return frames
+        with torch.cuda.stream(self._copy):
+            uploaded = frames.to(self.device, non_blocking=True)
+            self._copy.record_event().synchronize()
+        uploaded.record_stream(self._compute)
+        return uploaded
+
+    def mark(self) -> Callable[[], object]:
+        """A function that waits until the device has done what it was given so far."""
+        if not self.copies:
+            return lambda: None
+        event = self._compute.record_event()
+        return lambda: event.synchronize()
+
+    def download(self, rows_SD: Tensor) -> NDArray[np.float32]:
+        """Rows that are computed already, in the host's memory."""
+        import torch
+
+        if self.copies:
+            with torch.cuda.stream(self._copy):
+                rows_SD = rows_SD.cpu()
+        rows: NDArray[np.float32] = rows_SD.numpy()
+        return rows
+
+    def pin(self, memory: NDArray[np.uint8]) -> Callable[[], object]:
+        """Lock memory for fast uploads, where that is possible; returns how to undo it."""
+        if not self.copies:
+            return lambda: None
+        import torch
+
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        address = memory.ctypes.data
+        if int(runtime.cudaHostRegister(address, memory.nbytes, 0)) != 0:
+            return lambda: None
+        return lambda: runtime.cudaHostUnregister(address)
 
 
 def resolve_device(device: str) -> str:
@@ -284,34 +344,38 @@ def load_network(spec: ExtractorSpec) -> Any:
 class _Cutter:
     """Holds the frames [N, ...] of a stream that are still needed. They are pushed in order.
 
+    Frames that are pushed must not change later. What is given may be a view of them.
     frames: pushed so far. rows: given so far.
     """
 
     def __init__(self) -> None:
         self.frames = self.rows = 0
-        self._pieces: list[NDArray[np.generic]] = []  # frames held
+        self._pieces: list[Tensor] = []  # frames held
         self._start = 0  # the first frame held
 
-    def _hold(self, frames: NDArray[np.generic]) -> None:
-        self.frames += len(frames)
-        self._pieces.append(frames.copy())  # a reader may reuse its buffer
+    def _hold(self, frames: Tensor) -> None:
+        if len(frames):
+            self.frames += len(frames)
+            self._pieces.append(frames)
 
-    def _take(self, first: int, end: int) -> NDArray[np.generic]:
+    def _take(self, first: int, end: int) -> Tensor:
         """Frames `first` … `end` − 1; the last frame pushed is repeated beyond the stream's end."""
-        if len(self._pieces) > 1:
-            self._pieces = [np.concatenate(self._pieces)]
-        (held,) = self._pieces
-        taken = held[first - self._start : end - self._start]
-        missing = end - first - len(taken)
-        return np.concatenate([taken, np.repeat(held[-1:], missing, axis=0)]) if missing else taken
+        import torch
+
+        taken, start = [], self._start
+        for piece in self._pieces:
+            if first < start + len(piece) and end > start:
+                taken.append(piece[max(first - start, 0) : end - start])
+            start += len(piece)
+        if end > self.frames:
+            last = self._pieces[-1][-1:]
+            taken.append(last.expand(end - max(first, self.frames), *last.shape[1:]))
+        return taken[0] if len(taken) == 1 else torch.cat(taken)
 
     def _forget(self, end: int) -> None:
-        """Drop the frames before `end`, but not the last one: the stream's end may repeat it."""
-        start = min(end, self.frames - 1)
-        if start > self._start:
-            held = np.concatenate(self._pieces)
-            self._pieces = [held[start - self._start :].copy()]
-            self._start = start
+        """Drop pieces before frame `end`, but not the last one: the stream's end may repeat it."""
+        while len(self._pieces) > 1 and self._start + len(self._pieces[0]) <= end:
+            self._start += len(self._pieces.pop(0))
 
 
 class Windows(_Cutter):
@@ -319,26 +383,26 @@ class Windows(_Cutter):
 
     A video of N frames has ⌈N / stride⌉ windows; the last ones repeat the last frame. Push chunks
     [N, ...] in order and take whole windows [window, ...] as they fill; `finish` gives the rest.
-    At most one window and one chunk of frames are held.
+    The chunks that hold frames of the next window are kept.
     """
 
     def __init__(self, *, window: int, stride: int) -> None:
         super().__init__()
         self.window, self.stride = window, stride
 
-    def push(self, frames: NDArray[np.generic]) -> Iterator[NDArray[np.generic]]:
+    def push(self, frames: Tensor) -> Iterator[Tensor]:
         """Take frames [N, ...] and give every window that is now whole."""
         self._hold(frames)
         while self.rows * self.stride + self.window <= self.frames:
             yield self._next()
         self._forget(self.rows * self.stride)
 
-    def finish(self) -> Iterator[NDArray[np.generic]]:
+    def finish(self) -> Iterator[Tensor]:
         """Give the remaining windows, filled with the last frame."""
         while self.rows * self.stride < self.frames:
             yield self._next()
 
-    def _next(self) -> NDArray[np.generic]:
+    def _next(self) -> Tensor:
         first = self.rows * self.stride
         self.rows += 1
         return self._take(first, first + self.window)
@@ -365,7 +429,7 @@ class Chunk:
     chunk's own first: `features(frames)[first_row:last_row]`.
     """
 
-    frames: NDArray[np.generic]
+    frames: Tensor
     first_row: int
     last_row: int
 
@@ -374,7 +438,7 @@ class DenseChunks(_Cutter):
     """Cuts a stream of frames into chunks whose kept rows, joined, are those of one whole run.
 
     Push frames [N, ...] in order and take the chunks that are complete; `finish` gives the last.
-    At most core_frames + 2 · CONTEXT_FRAMES + 7 frames and those of one push are held.
+    At most core_frames + 2 · CONTEXT_FRAMES + 7 frames and those of two pushes are held.
 
     core_frames: frames that each chunk adds between its contexts, a multiple of eight.
     frames: of the whole stream, for a run over just these, without repeating the last one. Every
@@ -389,7 +453,7 @@ class DenseChunks(_Cutter):
         self.core_frames = core_frames
         self.remainder = frames % DENSE_STRIDE if frames > DENSE_STRIDE else 0
 
-    def push(self, frames: NDArray[np.generic]) -> Iterator[Chunk]:
+    def push(self, frames: Tensor) -> Iterator[Chunk]:
         """Take frames [N, ...] and give every chunk that now has its context."""
         self._hold(frames)
         core_end = self.rows * DENSE_STRIDE + self.core_frames
@@ -406,7 +470,8 @@ class DenseChunks(_Cutter):
             yield self._chunk(end, dense_row_count(self.frames))
 
     def _chunk(self, frames_end: int, rows_end: int) -> Chunk:
-        """All frames held up to `frames_end`, for the rows not yet given up to `rows_end`."""
-        before = self._start // DENSE_STRIDE
+        """The frames up to `frames_end` for the rows not yet given up to `rows_end`."""
+        start = max(self.rows * DENSE_STRIDE - CONTEXT_FRAMES, 0)
+        before = start // DENSE_STRIDE
         first_row, self.rows = self.rows - before, rows_end
-        return Chunk(self._take(self._start, frames_end), first_row, rows_end - before)
+        return Chunk(self._take(start, frames_end), first_row, rows_end - before)

@@ -5,6 +5,8 @@ Shapes: N pairs, H height, W width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, overload
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,9 +14,13 @@ from mmdist_e2e.extractors.flow import opencv
 from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS, TVL1Settings, pyramid
 from mmdist_e2e.structures import MmdistError, check_choice
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 BACKENDS = ("auto", "native", "opencv", "opencv-cuda")
 
 
+@overload
 def tvl1(
     first_NHW: NDArray[np.uint8],
     second_NHW: NDArray[np.uint8],
@@ -22,26 +28,48 @@ def tvl1(
     backend: str = "auto",
     settings: TVL1Settings | None = None,
     device: str = "cpu",
-) -> NDArray[np.float32]:
+) -> NDArray[np.float32]: ...
+
+
+@overload
+def tvl1(
+    first_NHW: Tensor,
+    second_NHW: Tensor,
+    *,
+    backend: str = "auto",
+    settings: TVL1Settings | None = None,
+) -> Tensor: ...
+
+
+def tvl1(
+    first_NHW: Any,
+    second_NHW: Any,
+    *,
+    backend: str = "auto",
+    settings: TVL1Settings | None = None,
+    device: str = "cpu",
+) -> Any:
     """Flow from each first image to its second.
 
     Args:
-        first_NHW, second_NHW: grey images, uint8.
+        first_NHW, second_NHW: grey images, uint8: two arrays, or two tensors on one device.
         backend: "native" (Numba on a CPU, Triton on a GPU), "opencv" (the CPU class of the PyPI
             OpenCV), "opencv-cuda" (an OpenCV that you built with CUDA); "auto" is native.
         settings: by default those of OpenCV's CUDA class, which Kinetics-I3D used.
-        device: of the native solver: "cpu", "cuda", "cuda:1", …
+        device: where the native solver works on arrays: "cpu", "cuda", "cuda:1", … It works on
+            tensors where they are: on a GPU without copies to the host and without waiting.
 
-    Returns [N, 2, H, W] float32: horizontal and vertical displacement in pixels.
+    Returns [N, 2, H, W] float32, of the images' type and on their device: horizontal and vertical
+    displacement in pixels.
     Raises MmdistError for an unknown or missing backend, images that do not match, or sides
     below 16 pixels.
     """
     check_choice("The flow backend", backend, BACKENDS)
-    kinds = {(images.shape, str(images.dtype)) for images in (first_NHW, second_NHW)}
-    if len(kinds) > 1 or first_NHW.ndim != 3 or first_NHW.dtype != np.uint8:
+    kinds = {_kind(images) for images in (first_NHW, second_NHW)}
+    if len(kinds) > 1 or first_NHW.ndim != 3 or not str(first_NHW.dtype).endswith("uint8"):
         raise MmdistError(
             f"Flow needs two stacks of grey images [N, H, W] of one shape, uint8 with intensities "
-            f"0 to 255; got {' and '.join(f'{dtype} {shape}' for shape, dtype in kinds)}."
+            f"0 to 255, both arrays or both tensors on one device; got {' and '.join(kinds)}."
         )
     _, height, width = first_NHW.shape
     if min(height, width) < MINIMUM_SIDE_PIXELS:
@@ -49,14 +77,30 @@ def tvl1(
             f"Flow needs at least {MINIMUM_SIDE_PIXELS} pixels per side; got {width}×{height}."
         )
     settings = settings or TVL1Settings()
+    sizes = pyramid(height, width, settings)
+    if not isinstance(first_NHW, np.ndarray):
+        import torch
+
+        if first_NHW.is_cuda and not backend.startswith("opencv"):
+            from mmdist_e2e.extractors.flow import gpu
+
+            return gpu.solve(first_NHW, second_NHW, sizes, settings)
+        arrays = (images.cpu().numpy() for images in (first_NHW, second_NHW))  # views on a CPU
+        flow_N2HW = tvl1(*arrays, backend=backend, settings=settings)
+        return torch.from_numpy(flow_N2HW).to(first_NHW.device)
     if backend.startswith("opencv"):
         solve = opencv.solve if backend == "opencv" else opencv.solve_cuda
         return solve(first_NHW, second_NHW, settings)
-    sizes = pyramid(height, width, settings)
     if device.startswith("cuda"):
-        from mmdist_e2e.extractors.flow import gpu
+        import torch
 
-        return gpu.solve_arrays(first_NHW, second_NHW, sizes, settings, device)
+        tensors = (torch.tensor(images, device=device) for images in (first_NHW, second_NHW))
+        return tvl1(*tensors, settings=settings).cpu().numpy()
     from mmdist_e2e.extractors.flow import cpu
 
     return cpu.solve(first_NHW, second_NHW, sizes, settings)
+
+
+def _kind(images: Any) -> str:
+    device = "" if isinstance(images, np.ndarray) else f" on {images.device}"
+    return f"{images.dtype} {tuple(images.shape)}{device}"

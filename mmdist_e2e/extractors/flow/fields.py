@@ -1,4 +1,4 @@
-"""From decoded RGB frames to the flow fields that a network reads, as a stream.
+"""From decoded RGB frames to the flow fields that a network reads, as a stream of tensors.
 
 Frame i gets the flow from frame i to frame i + 1. The last frame repeats the field before it, so
 that n frames give n fields and the rows of flow match those of RGB in number and time:
@@ -12,9 +12,9 @@ a field are the horizontal and vertical displacement, in pixels of the grey fram
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,19 +27,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PAIRS_PER_CALL = 32  # enough to use every core and to hide a GPU's launch times
-Grey = NDArray[np.uint8]
-Fields = NDArray[np.generic]
 
 
-def grey(frames_NHWC: NDArray[np.uint8]) -> Grey:
+def grey(frames_NHWC: Tensor) -> Tensor:
     """Grey frames [N, H, W] of RGB ones: round(0.299 R + 0.587 G + 0.114 B), halves up."""
-    weights = np.array([299, 587, 114], dtype=np.uint32)  # ITU-R BT.601: the luma of R, G and B
-    grey_NHW = np.empty(frames_NHWC.shape[:3], dtype=np.uint8)
-    for out_HW, frame_HWC in zip(grey_NHW, frames_NHWC, strict=True):  # a frame fits the cache
-        red_HW, green_HW, blue_HW = (frame_HWC[..., c] * weights[c] for c in range(3))
-        red_HW += green_HW
-        red_HW += blue_HW
-        out_HW[:] = (red_HW + np.uint32(500)) // np.uint32(1000)
+    import torch
+
+    grey_NHW = torch.empty(frames_NHWC.shape[:3], dtype=torch.uint8, device=frames_NHWC.device)
+    step = 1 if frames_NHWC.device.type == "cpu" else len(frames_NHWC)  # one frame fits the cache
+    for begin in range(0, len(frames_NHWC), max(step, 1)):
+        part = slice(begin, begin + step)
+        red_NHW, green_NHW, blue_NHW = (frames_NHWC[part, ..., c].float() for c in range(3))
+        # ITU-R BT.601: the luma of R, G and B. Whole numbers below 2²⁴ are exact in float32.
+        luma_NHW = red_NHW.mul_(299).add_(green_NHW, alpha=587).add_(blue_NHW, alpha=114)
+        grey_NHW[part] = luma_NHW.add_(500).div_(1000)  # rounded down
     return grey_NHW
 
 
@@ -85,7 +86,7 @@ class FlowPreprocessing:
         if self.repeats not in ("distinct", "still"):
             raise ValueError(f"repeats is {self.repeats!r}; valid: distinct, still.")
 
-    def greys(self, frames_NHWC: NDArray[np.uint8]) -> Grey:
+    def greys(self, frames_NHWC: Tensor) -> Tensor:
         """Grey frames, resized (bilinear, antialiased) to the shorter side."""
         import torch
 
@@ -95,11 +96,10 @@ class FlowPreprocessing:
         target = round(height * scale), round(width * scale)
         if target == (height, width) or not len(grey_NHW):
             return grey_NHW
-        grey_N1HW = _resized(torch.from_numpy(grey_NHW)[:, None].float(), target)
-        out: Grey = grey_N1HW.round_().clamp_(0, 255).to(torch.uint8)[:, 0].numpy()
-        return out
+        grey_N1HW = _resized(grey_NHW[:, None].float(), target)
+        return grey_N1HW.round_().clamp_(0, 255).to(torch.uint8)[:, 0]
 
-    def fields(self, flow_N2HW: NDArray[np.float32]) -> Fields:
+    def fields(self, flow_N2HW: Tensor) -> Tensor:
         """Fields [N, size, size, 2]: flow resized or cropped, then clipped.
 
         float16 in pixels; with `quantise`, uint8 buckets round((v / bound + 1) · 127.5). Flow with
@@ -107,7 +107,7 @@ class FlowPreprocessing:
         """
         import torch
 
-        flow = torch.from_numpy(flow_N2HW)
+        flow = flow_N2HW
         height, width = flow.shape[-2:]
         if self.minimum_side is not None:
             height, width = target = enlarged(height, width, self.minimum_side)
@@ -123,8 +123,7 @@ class FlowPreprocessing:
             flow = flow.clamp(-self.bound, self.bound).half()
         else:
             flow = (flow if self.minimum_side else self._buckets(flow)).round().to(torch.uint8)
-        out: Fields = flow.permute(0, 2, 3, 1).contiguous().numpy()
-        return out
+        return flow.permute(0, 2, 3, 1).contiguous()
 
     def _buckets(self, flow: Tensor) -> Tensor:
         return flow.clamp(-self.bound, self.bound).div_(self.bound).add_(1).mul_(127.5).round_()
@@ -153,6 +152,24 @@ def _resized(images_NCHW: Tensor, target: tuple[int, int]) -> Tensor:
     return F.interpolate(images_NCHW, target, mode="bilinear", antialias=True, align_corners=False)
 
 
+class Repeats:
+    """Finds samples that are byte for byte the one before, as fps_policy "exact" makes them."""
+
+    def __init__(self) -> None:
+        self._last_HWC: NDArray[np.uint8] | None = None
+
+    def find(self, frames_NHWC: NDArray[np.uint8]) -> list[bool]:
+        """Whether each of the next frames repeats the one before."""
+        found = []
+        last_HWC = self._last_HWC
+        for frame_HWC in frames_NHWC:
+            found.append(last_HWC is not None and np.array_equal(frame_HWC, last_HWC))
+            last_HWC = frame_HWC
+        if found:
+            self._last_HWC = frames_NHWC[-1].copy()  # a view would keep the whole chunk
+        return found
+
+
 class FlowFrames:
     """Turns a stream of frames into a stream of flow fields; no pair is solved twice.
 
@@ -160,50 +177,35 @@ class FlowFrames:
     frames, and `finish` gives the rest. Both are generators that must be run to their end. Memory
     does not grow with length, and the fields do not depend on the size of the chunks.
 
-    backend, device: of `tvl1`, whose errors are raised.
-    repeats: a sample that is byte for byte the one before repeats its frame (as fps_policy "exact"
-    makes them): flow is then taken between distinct frames, and every sample of a frame has the
-    flow to the next distinct one. Preprocessing with repeats "still" says otherwise: see there.
+    Where `Repeats` are given, flow is taken between distinct frames, and every sample of a frame
+    has the flow to the next distinct one. Preprocessing with repeats "still" says otherwise.
+
+    backend: of `tvl1`, whose errors are raised. seconds: of its calls.
     """
 
-    def __init__(
-        self,
-        preprocessing: FlowPreprocessing,
-        *,
-        backend: str = "auto",
-        device: str = "cpu",
-        repeats: bool = False,
-    ) -> None:
+    def __init__(self, preprocessing: FlowPreprocessing, *, backend: str = "auto") -> None:
         self.still = preprocessing.repeats == "still"
-        self.preprocessing, self.repeats = preprocessing, repeats or self.still
-        self._tvl1 = partial(tvl1, backend=backend, device=device)
-        self._greys: list[Grey] = []  # distinct frames without a field yet
-        self._shape_HW: tuple[int, ...] = ()  # of any grey frame
+        self.preprocessing, self.backend = preprocessing, backend
+        self.seconds = 0.0
+        self._greys: list[Tensor] = []  # distinct frames without a field yet
         self._shown: list[int] = []  # the number of samples of each of them
-        self._frame_HWC: NDArray[np.uint8] | None = None  # the last sample, if repeats count
-        self._field_1HWC: Fields | None = None  # the last field
+        self._field_1HWC: Tensor | None = None  # the last field
 
-    def push(self, frames_NHWC: NDArray[np.uint8]) -> Iterator[Fields]:
+    def push(self, frames_NHWC: Tensor, repeats_N: Sequence[bool] = ()) -> Iterator[Tensor]:
         """Take frames and give the fields of those whose next frame is known."""
         distinct = []
-        for index, frame_HWC in enumerate(frames_NHWC):
-            last_HWC = frames_NHWC[index - 1] if index else self._frame_HWC
-            if self.repeats and last_HWC is not None and np.array_equal(frame_HWC, last_HWC):
+        for index in range(len(frames_NHWC)):
+            if repeats_N and repeats_N[index]:
                 self._shown[-1] += 1
             else:
                 distinct.append(index)
                 self._shown.append(1)
-        if self.repeats and len(frames_NHWC):
-            self._frame_HWC = frames_NHWC[-1].copy()  # a view would keep the whole chunk
         if distinct:
-            if len(distinct) < len(frames_NHWC):
-                frames_NHWC = frames_NHWC[distinct]
-            self._greys.extend(self.preprocessing.greys(frames_NHWC))
-            self._shape_HW = self._greys[-1].shape
+            self._greys.extend(self.preprocessing.greys(_chosen(frames_NHWC, distinct)))
         while len(self._greys) > PAIRS_PER_CALL:
             yield from self._solve()
 
-    def finish(self) -> Iterator[Fields]:
+    def finish(self) -> Iterator[Tensor]:
         """Give the remaining fields; a video of one distinct frame has no motion."""
         while len(self._greys) > 1:
             yield from self._solve()
@@ -215,26 +217,43 @@ class FlowFrames:
             yield from self._per_sample(self._field_1HWC, self._shown)
             self._greys.clear()
 
-    def _solve(self) -> Iterator[Fields]:
+    def _solve(self) -> Iterator[Tensor]:
         """Solve the first pairs that are held and give their fields."""
+        import torch
+
         pairs = min(len(self._greys) - 1, PAIRS_PER_CALL)
-        greys_NHW = np.stack(self._greys[: pairs + 1])
-        fields_NHWC = self.preprocessing.fields(self._tvl1(greys_NHW[:-1], greys_NHW[1:]))
-        self._field_1HWC = fields_NHWC[-1:].copy()
+        greys_NHW = torch.stack(self._greys[: pairs + 1])
+        begin = time.perf_counter()
+        flow_N2HW = tvl1(greys_NHW[:-1], greys_NHW[1:], backend=self.backend)
+        self.seconds += time.perf_counter() - begin
+        fields_NHWC = self.preprocessing.fields(flow_N2HW)
+        self._field_1HWC = fields_NHWC[-1:].clone()
         shown = self._shown[:pairs]
         del self._greys[:pairs], self._shown[:pairs]
         yield from self._per_sample(fields_NHWC, shown)
 
-    def _per_sample(self, fields_NHWC: Fields, shown: list[int]) -> Iterator[Fields]:
+    def _per_sample(self, fields_NHWC: Tensor, shown: list[int]) -> Iterator[Tensor]:
         """The fields of each sample of frames, in pieces: a still hour is never held whole."""
+        import torch
+
         count = len(fields_NHWC)
         indices = np.repeat(np.arange(count), shown)
         if self.still:  # only the last sample of a frame moves on
-            fields_NHWC = np.concatenate([fields_NHWC, self._motionless()])
             indices[:-1][indices[1:] == indices[:-1]] = count
+            if count in indices:
+                fields_NHWC = torch.cat([fields_NHWC, self._motionless()])
         for begin in range(0, len(indices), PAIRS_PER_CALL):
-            yield fields_NHWC[indices[begin : begin + PAIRS_PER_CALL]]
+            yield _chosen(fields_NHWC, indices[begin : begin + PAIRS_PER_CALL].tolist())
 
-    def _motionless(self) -> Fields:
-        shape = 1, 2, *self._shape_HW
-        return self.preprocessing.fields(np.zeros(shape, dtype=np.float32))
+    def _motionless(self) -> Tensor:
+        grey_HW = self._greys[-1]
+        return self.preprocessing.fields(grey_HW.new_zeros((1, 2, *grey_HW.shape)).float())
+
+
+def _chosen(frames_NHWC: Tensor, indices: list[int]) -> Tensor:
+    """These frames, without waiting for the device."""
+    import torch
+
+    if indices == list(range(len(frames_NHWC))):
+        return frames_NHWC
+    return frames_NHWC[torch.tensor(indices).to(frames_NHWC.device, non_blocking=True)]

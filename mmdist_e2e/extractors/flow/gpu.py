@@ -17,12 +17,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -175,13 +173,27 @@ def _planes(image_N1HW: Tensor) -> Tensor:
     return torch.cat([image_N1HW, dx, dy], dim=1)
 
 
+@torch.no_grad()
 def solve(
     first_NHW: Tensor, second_NHW: Tensor, sizes: list[tuple[int, int]], settings: TVL1Settings
 ) -> Tensor:
-    """Flow [N, 2, H, W] float32 of grey images [N, H, W] on one device, all pairs at once.
+    """Flow [N, 2, H, W] float32 of grey images [N, H, W], on their device.
 
     sizes: height and width of each level of the pyramid, finest first.
     """
+    count, height, width = first_NHW.shape
+    flow_N2HW = first_NHW.new_empty((count, 2, height, width), dtype=torch.float32)
+    # Triton launches on the current device, whatever the device of the tensors.
+    with torch.cuda.device_of(first_NHW):
+        for start in range(0, count, PAIRS_A_CALL):
+            part = slice(start, start + PAIRS_A_CALL)
+            flow_N2HW[part] = _solve(first_NHW[part], second_NHW[part], sizes, settings)
+    return flow_N2HW
+
+
+def _solve(
+    first_NHW: Tensor, second_NHW: Tensor, sizes: list[tuple[int, int]], settings: TVL1Settings
+) -> Tensor:
     firsts, seconds = [first_NHW[:, None].float()], [second_NHW[:, None].float()]
     for size in sizes[1:]:
         firsts.append(_resized(firsts[-1], size))
@@ -213,21 +225,3 @@ def solve(
                 state, other = other, state
         flow_N2HW = state[:, :2]
     return flow_N2HW.contiguous()
-
-
-def solve_arrays(
-    first_NHW: NDArray[np.uint8],
-    second_NHW: NDArray[np.uint8],
-    sizes: list[tuple[int, int]],
-    settings: TVL1Settings,
-    device: str,
-) -> NDArray[np.float32]:
-    """As `solve`, for arrays, `PAIRS_A_CALL` at a time."""
-    out = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
-    for start in range(0, len(out), PAIRS_A_CALL):
-        part = slice(start, start + PAIRS_A_CALL)
-        first, second = (torch.from_numpy(x[part]).to(device) for x in (first_NHW, second_NHW))
-        # Triton launches on the current device, whatever the device of the tensors.
-        with torch.inference_mode(), torch.cuda.device_of(first):
-            out[part] = solve(first, second, sizes, settings).cpu().numpy()
-    return out

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast, get_args
@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from mmdist_e2e.structures import MmdistError, check_choice
 
 FpsPolicy = Literal["ceiling", "exact", "own"]
+Pin = Callable[[NDArray[np.uint8]], Callable[[], object]]
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -105,7 +106,7 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Consecutive samples of a video, the caller's to keep.
+    """Consecutive samples of a video, the caller's to keep unless he asked for views.
 
     frames_NHWC: [N, H, W, 3] uint8 RGB.
     times_N: [N] float64 seconds at which each is sampled, on a player's clock.
@@ -119,14 +120,17 @@ class FrameStream:
     """The samples of one video, to be iterated once; another request to the decoder ends it.
 
     info: the video's facts. fps: the effective rate (see `Decoder.frames`). sample_count: how
-    many samples there will be.
+    many samples there will be. seconds: how long the child has worked on those that came.
     """
 
-    def __init__(self, decoder: Decoder, job: int, path: Path, opened: Mapping[str, Any]) -> None:
+    def __init__(
+        self, decoder: Decoder, job: int, path: Path, opened: Mapping[str, Any], *, copy: bool
+    ) -> None:
         self.info = VideoInfo(**opened["info"])
         self.fps: float = opened["fps"]
         self.sample_count: int = opened["samples"]
-        self._chunks = decoder._chunks(job, path, opened["shape"])
+        self.seconds: float = opened["seconds"]
+        self._chunks = decoder._chunks(self, job, path, opened["shape"], copy)
 
     def __iter__(self) -> Iterator[FrameChunk]:
         return self._chunks
@@ -142,14 +146,23 @@ class Decoder:
     Starting it takes about half a second, so keep one for many videos. Use as a context manager.
 
     stall_seconds: the child is killed, and the video fails, when nothing comes for so long.
-    chunk_bytes: size of a chunk of frames at most (but at least one frame); the ring holds two.
+    chunk_bytes: size of a chunk of frames at most (but at least one frame, and at most
+    CHUNK_FRAMES); the ring holds two.
+    pin: called with the memory of each new ring; what it returns is called before the ring goes.
     """
 
-    def __init__(self, *, stall_seconds: float = 60.0, chunk_bytes: int = 16 * 2**20) -> None:
+    def __init__(
+        self,
+        *,
+        stall_seconds: float = 60.0,
+        chunk_bytes: int = 16 * 2**20,
+        pin: Pin | None = None,
+    ) -> None:
         if not stall_seconds > 0:
             raise MmdistError(f"stall_seconds must be positive; got {stall_seconds}.")
         self._stall_seconds = stall_seconds
         self._chunk_bytes = chunk_bytes
+        self._pin = pin
         self._child: Child | None = None
         self._job = 0
 
@@ -180,6 +193,7 @@ class Decoder:
         fps: float | None = 25.0,
         fps_policy: FpsPolicy = "ceiling",
         longer_side: int | None = None,
+        copy: bool = True,
     ) -> FrameStream:
         """Sample a video by timestamp: sample j is the frame displayed at j / fps seconds.
 
@@ -192,6 +206,7 @@ class Decoder:
         its times is decoded twice.
 
         longer_side: scale the sampled frames so, in pixels, as by ffmpeg's scale filter (bicubic).
+        copy: False gives views, valid until the next chunk is asked for.
 
         Raises:
             VideoError: here as `probe` does, or while iterating where damage shows up later,
@@ -203,7 +218,7 @@ class Decoder:
         path = Path(path)
         how = {"fps": fps, "policy": fps_policy, "longer_side": longer_side}
         opened = self._open("frames", path, **how)
-        return FrameStream(self, self._job, path, opened)
+        return FrameStream(self, self._job, path, opened, copy=copy)
 
     def _open(self, do: str, path: Path, **options: Any) -> dict[str, Any]:
         problem = unfit(path)
@@ -216,29 +231,38 @@ class Decoder:
         return self._receive(self._job, path)
 
     def _chunks(
-        self, job: int, path: Path, shape: Sequence[int]
+        self, stream: FrameStream, job: int, path: Path, shape: Sequence[int], copy: bool
     ) -> Generator[FrameChunk, None, None]:
         self._check_current(job, path)
         assert self._child is not None
-        ring = self._child.ring_for(max(self._chunk_bytes, math.prod(shape)))
-        self._send(path, do="go", ring=ring.name, slot_bytes=ring.slot_bytes)
+        ring = self._child.ring_for(max(self._chunk_bytes, math.prod(shape)), self._pin)
+        how = {"ring": ring.name, "slot_bytes": ring.slot_bytes, "frames": CHUNK_FRAMES}
+        self._send(path, do="go", **how)
         last = False
         try:
             while not last:
                 message = self._receive(job, path)
                 ring.unlink()
                 times_N = np.array(message["times"], dtype=np.float64)
-                # A copy (4 ms for 16 MiB), so that the chunk is the caller's and the slot free.
-                frames_NHWC = ring.copy(message["slot"], (len(times_N), *shape))
+                frames_NHWC = ring.frames(message["slot"], (len(times_N), *shape))
+                stream.seconds += message["seconds"]
                 last = message["last"]
-                if not last:
-                    self._send(path, do="free")
+                if copy:  # 4 ms for 16 MiB, and the slot is free before the caller works on it
+                    frames_NHWC = frames_NHWC.copy()
+                    self._free(path, last)
                 yield FrameChunk(frames_NHWC, times_N)
                 self._check_current(job, path, over=last)
+                if not copy:
+                    self._free(path, last)
         finally:
             if not last and self._child is not None and job == self._job:
                 with contextlib.suppress(VideoError):
                     self._send(path, do="stop")
+
+    def _free(self, path: Path, last: bool) -> None:
+        """Give the slot back, if the child will need it."""
+        if not last:
+            self._send(path, do="free")
 
     def _check_current(self, job: int, path: Path, *, over: bool = False) -> None:
         if not over and (job != self._job or self._child is None):
@@ -284,6 +308,7 @@ class Decoder:
 
 
 SLOTS = 2  # one chunk is decoded while the parent works on the other
+CHUNK_FRAMES = 64  # at most: small frames may be enlarged, each to 150 kB
 PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 GRACE_SECONDS = 0.2
 Messages = queue.Queue[dict[str, Any] | None]
@@ -330,12 +355,12 @@ class Child:
         self._stdin.write(json.dumps(message).encode() + b"\n")
         self._stdin.flush()
 
-    def ring_for(self, slot_bytes: int) -> Ring:
+    def ring_for(self, slot_bytes: int, pin: Pin | None = None) -> Ring:
         """A ring with slots of at least that size, kept as long as it is large enough."""
         if self.ring is None or self.ring.slot_bytes < slot_bytes:
             if self.ring is not None:
                 self.ring.close()
-            self.ring = Ring(slot_bytes)
+            self.ring = Ring(slot_bytes, pin)
         return self.ring
 
     def end(self) -> str:
@@ -361,7 +386,7 @@ class Child:
 class Ring:
     """SLOTS slots of frames in a memory-mapped file, in memory where the system has a place."""
 
-    def __init__(self, slot_bytes: int) -> None:
+    def __init__(self, slot_bytes: int, pin: Pin | None = None) -> None:
         self.slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         size = SLOTS * self.slot_bytes
         for folder in ("/dev/shm", tempfile.gettempdir()):  # noqa: S108 - named by mkstemp
@@ -381,17 +406,17 @@ class Ring:
                 continue
             finally:
                 os.close(descriptor)
+            self._unpin = pin(np.frombuffer(self._map, np.uint8)) if pin else None
             return
         raise MmdistError(
             f"The decoder needs {size / 2**20:.0f} MiB for frames, and neither /dev/shm nor "
             f"{tempfile.gettempdir()} has them; free some space or set TMPDIR."
         )
 
-    def copy(self, slot: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """A copy of the first frames of a slot."""
-        start = slot * self.slot_bytes
-        flat = np.frombuffer(self._map, np.uint8, int(np.prod(shape)), start)
-        return flat.reshape(shape).copy()
+    def frames(self, slot: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """The first frames of a slot, as a view."""
+        flat = np.frombuffer(self._map, np.uint8, math.prod(shape), slot * self.slot_bytes)
+        return flat.reshape(shape)
 
     def unlink(self) -> None:
         """Take the name away: once both sides have it mapped, a kill leaves nothing behind."""
@@ -400,7 +425,11 @@ class Ring:
 
     def close(self) -> None:
         self.unlink()
-        self._map.close()
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
+        with contextlib.suppress(BufferError):  # somebody has a view: the map goes with that
+            self._map.close()
 
 
 def _read_messages(stdout: IO[bytes], messages: Messages) -> None:

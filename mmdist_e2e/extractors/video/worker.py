@@ -70,7 +70,7 @@ class Channel:
 
     def __init__(self) -> None:
         self.job = -1
-        self._spoke = time.monotonic()
+        self.resumed = self._spoke = time.monotonic()  # when work went on after waiting
         self._waiting: dict[str, Any] | None = None
         self._ring: tuple[str, mmap.mmap] | None = None
         # Libraries that print must not break the protocol: their stdout becomes stderr.
@@ -86,6 +86,11 @@ class Channel:
         if hasattr(signal, "alarm"):  # the default action needs no interpreter lock
             signal.alarm(ORPHAN_SECONDS)
 
+    def worked(self) -> float:
+        """Seconds of work since this was last called, without waiting for the parent."""
+        begin, self.resumed = self.resumed, time.monotonic()
+        return self.resumed - begin
+
     def alive(self) -> None:
         """Tell the parent, now and then, that slow work goes on."""
         if time.monotonic() - self._spoke > ALIVE_SECONDS:
@@ -98,10 +103,12 @@ class Channel:
             return request
         if hasattr(signal, "alarm"):
             signal.alarm(0)  # waiting for the parent is not being stuck
+        waiting = time.monotonic()
         line = sys.stdin.buffer.readline()
         if not line:
             raise SystemExit(0)
         self._watch()
+        self.resumed += time.monotonic() - waiting
         request = json.loads(line)
         assert isinstance(request, dict)
         return request
@@ -246,11 +253,12 @@ def serve(request: dict[str, Any], channel: Channel) -> None:
         "codec": index.codec,
         "decoder": "decord" if by_decord else "pyav",
     }
-    channel.send(info=info, fps=fps, samples=len(times_M), shape=shape)
+    seconds = channel.worked()
+    channel.send(info=info, fps=fps, samples=len(times_M), shape=shape, seconds=seconds)
     if request["do"] == "frames":
         go = channel.expect("go")
         size = math.prod(shape)
-        capacity = go["slot_bytes"] // size
+        capacity = min(go["slot_bytes"] // size, go["frames"])
         ring = channel.ring(go["ring"], SLOTS * go["slot_bytes"])
         slots_MHWC = [
             slot_B[: capacity * size].reshape(capacity, *shape)
@@ -296,7 +304,8 @@ def fill(
         filled += 1
         if filled == capacity or done == total:
             times = times_M[done - filled : done].tolist()
-            channel.send(slot=slot, times=times, last=done == total)
+            seconds = channel.worked()
+            channel.send(slot=slot, times=times, last=done == total, seconds=seconds)
             slot, filled = (slot + 1) % SLOTS, 0
 
 
