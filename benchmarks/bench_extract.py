@@ -1,16 +1,16 @@
 """`mmdist extract` end to end, and each of its stages alone, over the same ten clips.
 
     python benchmarks/bench_extract.py [--before CHECKOUT] [--workers 1 --workers 2 --threads 1]
-                                       [--devices 0 --devices all] [CASE ...]
+                                       [--devices 0 --devices all] [CASE …]
 
 End to end: the command, as a process, into an empty folder. A stage alone: the same work in this
 process with nothing beside it, after its libraries are loaded; decoding with as many decoders as
 the command has. The start is the same command on one clip of two frames; a rerun has nothing to do.
 
-    CASE           networks
-    charades-rgb   a full-width I3D with random weights and the profile of i3d-rgb-charades
-    charades-flow, charades-both        the same for flow, and for both in one pass
-    world2-rgb, world2-flow, world2-both   the networks that ship
+A CASE is a profile and rgb, flow or both (in one pass):
+    charades   full-width I3D with random weights and the profile of i3d-*-charades: dense
+    imagenet   the same with that of i3d-*-imagenet: windows of 16 frames every 8
+    world2     the small networks that ship
 
 --before, and every --workers and --devices, is one more way of running the command; the ways
 alternate and the best run of each counts. --threads limits the threads of each process: with 1, one
@@ -27,19 +27,17 @@ import argparse
 import os
 import queue
 import resource
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from material import make_clips, random_checkpoint, two_frames
+from common import Cost, cost_of, make_clips, random_checkpoint, two_frames
 from torch import Tensor
 
 from mmdist_e2e.extractors.flow import tvl1
@@ -53,23 +51,17 @@ CASES = {
     "charades-rgb": ("i3d-rgb-charades",),
     "charades-flow": ("i3d-flow-charades",),
     "charades-both": ("i3d-rgb-charades", "i3d-flow-charades"),
+    "imagenet-rgb": ("i3d-rgb-imagenet",),
+    "imagenet-flow": ("i3d-flow-imagenet",),
+    "imagenet-both": ("i3d-rgb-imagenet", "i3d-flow-imagenet"),
     "world2-rgb": ("world2-rgb",),
     "world2-flow": ("world2-flow",),
     "world2-both": ("world2-rgb", "world2-flow"),
 }
 DEFAULT_CASES = ("charades-rgb", "world2-rgb", "world2-both")
-DECODERS = 2
+DECODERS = min(8, max(2, len(os.sched_getaffinity(0)) - 1))  # as many as `--decoders` has
 ROOT = Path(__file__).parents[1]
 CORES = len(os.sched_getaffinity(0))
-
-
-@dataclass
-class Cost:
-    wall: float = 0.0
-    cpu: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.wall:6.1f} s, {self.cpu:6.1f} CPU seconds"
 
 
 @dataclass(frozen=True)
@@ -89,16 +81,7 @@ class Way:
         env = {**os.environ, "PYTHONPATH": str(self.checkout)}
         if self.threads is not None:
             env |= dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(self.threads))
-        with tempfile.TemporaryFile() as log:
-            begin = time.perf_counter()
-            process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-            _, status, usage = os.wait4(process.pid, 0)
-            seconds = time.perf_counter() - begin
-            process.returncode = os.waitstatus_to_exitcode(status)
-            log.seek(0)
-            if process.returncode != 0:
-                raise RuntimeError(f"{self.name}: {log.read().decode(errors='replace')}")
-        return Cost(seconds, usage.ru_utime + usage.ru_stime)
+        return cost_of(command, env=env)
 
 
 @dataclass
@@ -239,14 +222,13 @@ def _decoded(clips: Sequence[Path], passes: Sequence[dict[str, object]]) -> Cost
 
 def _cpu_seconds() -> float:
     """Of this process and of its children that have ended."""
-    whole = Counter[str]()
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        usage = resource.getrusage(who)
-        whole["cpu"] += usage.ru_utime + usage.ru_stime
-    return whole["cpu"]
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def measure(case: str, ways: Sequence[Way], clips: Sequence[Path], seconds: float, runs: int) -> None:
+def measure(
+    case: str, ways: Sequence[Way], clips: Sequence[Path], seconds: float, runs: int
+) -> None:
     names = CASES[case]
     with tempfile.TemporaryDirectory() as folder:
         extractors = [
@@ -278,14 +260,13 @@ def measure(case: str, ways: Sequence[Way], clips: Sequence[Path], seconds: floa
     stages.run(clips)
     for name, cost in stages.costs.items():
         print(f"  {name + ' alone':<16}{cost}")
-    whole, slowest = best[first.name], max(cost.wall for cost in stages.costs.values())
-    shared = sum(cost.cpu for cost in stages.costs.values()) / CORES
-    ratios = {
-        "stage": slowest / whole.wall,
-        "stage without start": slowest / (whole.wall - start.wall),
-        "capacity without start": max(slowest, shared) / (whole.wall - start.wall),
-    }
-    ratios |= {f"{way.name} over {first.name}": best[way.name].wall / whole.wall for way in ways[1:]}
+    whole, slowest = best[first.name].wall, max(cost.wall for cost in stages.costs.values())
+    needed = max(slowest, sum(cost.cpu for cost in stages.costs.values()) / CORES)
+    ratios = {"stage": slowest / whole}
+    if whole > start.wall:
+        ratios["stage without start"] = slowest / (whole - start.wall)
+        ratios["capacity without start"] = needed / (whole - start.wall)
+    ratios |= {f"{way.name} over {first.name}": best[way.name].wall / whole for way in ways[1:]}
     for name, ratio in ratios.items():
         print(f"extract {case} {name}: ratio {ratio:.2f}", flush=True)
 
@@ -310,7 +291,9 @@ def chosen_ways(args: argparse.Namespace) -> list[Way]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], metavar="CASE")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT")
     parser.add_argument("--workers", action="append", default=[], metavar="N")

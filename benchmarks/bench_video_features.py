@@ -17,16 +17,14 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from bench_extract import Way
-from material import make_clips, random_checkpoint
+from common import Cost, cost_of, make_clips, random_checkpoint
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
@@ -60,7 +58,7 @@ def their_weights(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     return theirs
 
 
-def run_theirs(python: str, checkout: Path, clips: list[Path], out: Path) -> float:
+def run_theirs(python: str, checkout: Path, clips: list[Path], out: Path) -> Cost:
     settings = {
         "feature_type": "i3d",
         "streams": "rgb",
@@ -74,12 +72,7 @@ def run_theirs(python: str, checkout: Path, clips: list[Path], out: Path) -> flo
     }
     command = [python, "main.py", *(f"{key}={value}" for key, value in settings.items())]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    begin = time.perf_counter()
-    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
-    seconds = time.perf_counter() - begin
-    if done.returncode != 0 or "An error occurred" in done.stdout:
-        sys.exit(f"video_features failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return seconds
+    return cost_of(command, env=env, cwd=checkout)
 
 
 def cosines(ours_SD: NDArray[np.float32], theirs_SD: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -91,11 +84,13 @@ def cosines(ours_SD: NDArray[np.float32], theirs_SD: NDArray[np.float32]) -> NDA
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--clips", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each clip")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each clip")
     args = parser.parse_args()
     if not (args.checkout / "models/i3d/extract_i3d.py").is_file():
         sys.exit(f"{args.checkout} is no checkout of github.com/v-iashin/video_features.")
@@ -109,19 +104,16 @@ def main() -> None:
         weights.parent.mkdir(parents=True, exist_ok=True)
         torch.save(their_weights(load_file(checkpoint / "model.safetensors")), weights)
         our_cost = Way("ours").run(clips, [str(checkpoint)], root / "ours")
-        their_seconds = run_theirs(args.python, theirs, clips, root / "rows")
+        their_cost = run_theirs(args.python, theirs, clips, root / "rows")
         store = FeatureStore(root / "ours")
         ours = [store.load(clip.stem, "rgb").data for clip in clips]
         rows = [np.load(root / "rows" / "i3d" / f"{clip.stem}_rgb.npy") for clip in clips]
     agreement = np.concatenate([cosines(a, b) for a, b in zip(ours, rows, strict=True)])
     print(f"{len(clips)} clips of {args.seconds:g} seconds; whole commands, their start included")
-    for name, seconds, made in (
-        ("mmdist", our_cost.wall, ours),
-        ("video_features", their_seconds, rows),
-    ):
-        print(f"{name:<16}{seconds:7.1f} s, {sum(map(len, made))} rows")
+    for name, cost, made in (("mmdist", our_cost, ours), ("video_features", their_cost, rows)):
+        print(f"{name:<16}{cost}, {sum(map(len, made))} rows")
     print(f"rows of both: cosine {agreement.mean():.4f} on average, {agreement.min():.4f} at worst")
-    print(f"video_features over mmdist: ratio {their_seconds / our_cost.wall:.2f}")
+    print(f"video_features over mmdist: ratio {their_cost.wall / our_cost.wall:.2f}")
 
 
 if __name__ == "__main__":

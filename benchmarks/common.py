@@ -1,13 +1,19 @@
-"""What the benchmarks share: clips, full-width networks with random weights, clocks.
+"""What the benchmarks share: clips, full-width networks with random weights, clocks, commands.
 
 Shapes: H height, W width, C channels (always 3, RGB).
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import resource
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +31,7 @@ from mmdist_e2e.weights.registry import ENTRIES
 CLIPS = Path(__file__).parents[1] / "runs" / "benchmarks" / "clips"
 SIZES = [(320, 240), (640, 360)]  # width, height
 FPS = 25
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def make_clips(count: int = 10, seconds: float = 10.0, folder: Path = CLIPS) -> list[Path]:
@@ -107,8 +114,44 @@ def random_checkpoint(folder: Path, entry: str) -> Path:
     return folder
 
 
+@dataclass
+class Cost:
+    """Seconds on the wall, and of all cores together."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.wall:6.1f} s, {self.cpu:6.1f} CPU seconds"
+
+
+def cost_of(command: Sequence[str], *, env: Mapping[str, str], cwd: Path | None = None) -> Cost:
+    """Of a command and all processes below it. Raises RuntimeError with its output if it fails."""
+    if sys.platform == "linux":  # orphans become ours, so that their CPU seconds are counted
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    with tempfile.TemporaryFile() as log:
+        begin, cpu = time.perf_counter(), _children_cpu()
+        process = subprocess.Popen(command, env=env, cwd=cwd, stdout=log, stderr=log)
+        code = process.wait()
+        seconds = time.perf_counter() - begin
+        try:
+            while True:
+                os.waitpid(-1, 0)
+        except ChildProcessError:
+            pass
+        log.seek(0)
+        if code != 0:
+            raise RuntimeError(f"{command[:5]} failed: {log.read().decode(errors='replace')}")
+    return Cost(seconds, _children_cpu() - cpu)
+
+
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def best_seconds(run: Callable[[], object], runs: int, device: str = "cpu") -> float:
-    """Seconds of the fastest of several runs, the work of a GPU included."""
+    """Seconds of the fastest of several runs, the work of a GPU included; warm it up first."""
     times = []
     for _ in range(runs):
         begin = time.perf_counter()
