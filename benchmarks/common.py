@@ -13,7 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,20 @@ def make_clips(count: int = 10, seconds: float = 10.0, folder: Path = CLIPS) -> 
     """H.264 clips of a moving camera and moving objects, of both SIZES; kept for the next run."""
     folder = folder / f"{count}-of-{seconds:g}-seconds"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number in range(count):
-        width, height = SIZES[number % len(SIZES)]
-        path = folder / f"{width}x{height}-{number:02}.mp4"
-        if not path.exists():
-            print(f"making {path.name} …", file=sys.stderr)
-            write_video(path, frames(number, width, height, round(seconds * FPS)), fps=FPS)
-        paths.append(path)
+    sizes = [SIZES[number % len(SIZES)] for number in range(count)]
+    paths = [folder / f"{w}x{h}-{number:02}.mp4" for number, (w, h) in enumerate(sizes)]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    if missing:
+        print(f"making {len(missing)} clips in {folder} …", file=sys.stderr)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for number in missing:
+            pool.submit(_make, paths[number], number, *sizes[number], round(seconds * FPS))
     return paths
+
+
+def _make(path: Path, seed: int, width: int, height: int, count: int) -> None:
+    torch.set_num_threads(1)
+    write_video(path, frames(seed, width, height, count), fps=FPS)
 
 
 def two_frames() -> Path:
