@@ -29,10 +29,10 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "example.mp4"
 def pairs_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with Decoder() as decoder:
         chunks = [chunk.frames_NHWC for chunk in decoder.frames(path, fps=25)]
-    frames = torch.from_numpy(np.concatenate(chunks))
+    frames = np.concatenate(chunks)
     first = np.linspace(0, len(frames) - 2, PAIRS).round().astype(int)
     preprocessing = FlowPreprocessing(shorter_side=SHORTER_SIDE, size=224, crop=224)
-    grey = [preprocessing.greys(frames[i : i + 2]).numpy() for i in first]
+    grey = [preprocessing.greys(torch.from_numpy(frames[i : i + 2])).numpy() for i in first]
     return np.stack([pair[0] for pair in grey]), np.stack([pair[1] for pair in grey])
 
 
