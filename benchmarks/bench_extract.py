@@ -1,7 +1,7 @@
 """`mmdist extract` end to end, and each of its stages alone, over the same ten clips.
 
     python benchmarks/bench_extract.py [--before CHECKOUT] [--workers 1 --workers 2 --threads 1]
-                                       [--devices 0 --devices all] [CASE …]
+                                       [--devices 0 --devices all] [--env "NAME=VALUE …"] [CASE …]
 
 End to end: the command, as a process, into an empty folder. A stage alone: the same work in this
 process with nothing beside it, after its libraries are loaded; decoding with as many decoders as
@@ -12,7 +12,7 @@ A CASE is a profile and rgb, flow or both (in one pass):
     imagenet   the same with that of i3d-*-imagenet: windows of 16 frames every 8
     world2     the small networks that ship
 
---before, and every --workers and --devices, is one more way of running the command; the ways
+--before, and every --workers, --devices and --env, is one more way of running the command; the ways
 alternate and the best run of each counts. --threads limits the threads of each process: with 1, one
 worker leaves the other cores to a second one.
 
@@ -71,16 +71,15 @@ class Way:
     name: str
     checkout: Path = ROOT
     options: tuple[str, ...] = ()
-    threads: int | None = None
+    variables: tuple[str, ...] = ()
 
     def run(self, clips: Sequence[Path], extractors: Sequence[str], out: Path) -> Cost:
         """Seconds of the whole process and of its children. Raises if any clip fails."""
         chosen = [part for name in extractors for part in ("--extractor", name)]
         command = [sys.executable, "-P", "-m", "mmdist_e2e.cli.main", "extract", *map(str, clips)]
         command += [*chosen, "--out", str(out), *self.options]
-        env = {**os.environ, "PYTHONPATH": str(self.checkout)}
-        if self.threads is not None:
-            env |= dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(self.threads))
+        given = dict(variable.split("=", 1) for variable in self.variables)
+        env = {**os.environ, "PYTHONPATH": str(self.checkout), **given}
         return cost_of(command, env=env)
 
 
@@ -280,13 +279,15 @@ def stage_device(way: Way) -> str:
 
 def chosen_ways(args: argparse.Namespace) -> list[Way]:
     """The first is what the others are compared with."""
+    names = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS") if args.threads else ()
+    limits = tuple(f"{name}={args.threads}" for name in names)
     several = [("--devices", value) for value in args.devices]
     several += [("--workers", value) for value in args.workers]
-    ways = [Way(" ".join(pair)[2:], ROOT, pair, args.threads) for pair in several]
-    if not ways:
-        ways = [Way("now", ROOT, (), args.threads)]
+    ways = [Way(" ".join(pair)[2:], ROOT, pair, limits) for pair in several]
+    ways = ways or [Way("now", variables=limits)]
+    ways += [Way(text, variables=(*limits, *text.split())) for text in args.env]
     if args.before is not None:
-        ways.append(Way("before", args.before.resolve(), (), args.threads))
+        ways.append(Way("before", args.before.resolve(), variables=limits))
     return ways
 
 
@@ -298,7 +299,8 @@ def main() -> None:
     parser.add_argument("--before", type=Path, metavar="CHECKOUT")
     parser.add_argument("--workers", action="append", default=[], metavar="N")
     parser.add_argument("--devices", action="append", default=[], metavar="LIST")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--env", action="append", default=[], metavar="'NAME=VALUE …'")
+    parser.add_argument("--threads", type=int, metavar="N")
     parser.add_argument("--clips", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each clip")
     parser.add_argument("--runs", type=int, default=1)
