@@ -5,6 +5,7 @@ Shapes: H height, W width, C channels (always 3, RGB).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -34,6 +35,7 @@ CLIPS = Path(__file__).parents[1] / "runs" / "benchmarks" / "clips"
 SIZES = [(320, 240), (640, 360)]  # width, height
 FPS = 25
 PR_SET_CHILD_SUBREAPER = 36
+REAP_SECONDS = 0.2  # orphans have been killed, and need a moment to end
 
 
 def make_clips(count: int = 10, seconds: float = 10.0, folder: Path = CLIPS) -> list[Path]:
@@ -141,11 +143,10 @@ def cost_of(command: Sequence[str], *, env: Mapping[str, str], cwd: Path | None 
         process = subprocess.Popen(command, env=env, cwd=cwd, stdout=log, stderr=log)
         code = process.wait()
         seconds = time.perf_counter() - begin
-        try:
-            while True:
-                os.waitpid(-1, 0)
-        except ChildProcessError:
-            pass
+        time.sleep(REAP_SECONDS)
+        with contextlib.suppress(ChildProcessError):  # multiprocessing's tracker lives on
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
         log.seek(0)
         if code != 0:
             raise RuntimeError(f"{command[:5]} failed: {log.read().decode(errors='replace')}")
