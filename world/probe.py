@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from mmdist_e2e.extractors.batch import Video, extract_many
+from mmdist_e2e.extractors.batch import extract_many
 from mmdist_e2e.extractors.profiles import ExtractorSpec, describe
 from mmdist_e2e.extractors.runner import build
+from mmdist_e2e.extractors.search import Video
 from mmdist_e2e.store import FeatureStore, write_json
 from mmdist_e2e.structures import MmdistError
 from world.clips import ACTION_NAMES

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +20,13 @@ from mmdist_e2e.weights.pull import model_folder
 from mmdist_e2e.workspace import OPTIONS
 
 if TYPE_CHECKING:
-    from mmdist_e2e.extractors.batch import Outcome, Video
+    from mmdist_e2e.extractors.journal import Log
+    from mmdist_e2e.extractors.search import Outcome, Video
 
 
 # A file or a pipe has no width: lines of tables are not wrapped there.
 PIPE_WIDTH = 200
+LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
 results = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 notes = Console(stderr=True, highlight=False)
 
@@ -49,30 +54,85 @@ class _Bars(progress.Progress):
 
 
 class ExtractionProgress:
-    """Two bars: finished videos, and the progress of the current one."""
+    """What an extraction has done so far: bars in a terminal, elsewhere a line a minute.
 
-    def __init__(self, total: int) -> None:
-        self._bars = _Bars(progress.TimeRemainingColumn())
+    Called by the engine from any thread. outcomes: of the videos that are finished.
+    log: a file to which they are written.
+    """
+
+    def __init__(self, total: int, log: Log | None = None) -> None:
+        self._log = log
+        self.outcomes: list[Outcome] = []
+        self._total, self._begun = total, time.monotonic()
+        self._sizes: Mapping[Video, int] = {}
+        self._running: dict[Video, float] = {}  # fractions done
+        self._bars = _Bars()
         self._all = self._bars.add_task("videos", total=total)
-        self._one = self._bars.add_task("", total=100)
+        self._how = self._bars.add_task("", total=0)
+        self._over = threading.Event()
+        self._lines = threading.Thread(target=self._say_now_and_then, daemon=True)
 
     def __enter__(self) -> ExtractionProgress:
         self._bars.start()
+        if not notes.is_terminal:
+            self._lines.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._bars.stop()
+        if not notes.is_terminal and any(outcome.attempts for outcome in self.outcomes):
+            say(self.line())
 
-    def started(self, video: Video, index: int, total: int) -> None:
-        self._bars.update(self._one, description=video.label[-40:], completed=0)
+    def planned(self, sizes: Mapping[Video, int]) -> None:
+        self._sizes, self._begun = sizes, time.monotonic()
 
-    def advanced(self, fraction: float) -> None:
-        self._bars.update(self._one, completed=int(fraction * 100))
+    def started(self, video: Video) -> None:
+        self._running[video] = 0.0
+        self._draw()
+
+    def advanced(self, video: Video, fraction: float) -> None:
+        if video in self._running:
+            self._running[video] = fraction
+        self._draw()
 
     def finished(self, outcome: Outcome) -> None:
+        self._running.pop(outcome.video, None)
+        self.outcomes.append(outcome)
+        if self._log is not None:
+            self._log.write(outcome)
         self._bars.advance(self._all)
         if outcome.status == "failed":
             say(f"failed: {outcome.cause}")
+        self._draw()
+
+    def line(self) -> str:
+        """How many videos are done, how fast, for how long still, and which are running."""
+        hours = max(time.monotonic() - self._begun, 1e-3) / 3600
+        ours = [outcome for outcome in self.outcomes if outcome.attempts]
+        failed = sum(outcome.status == "failed" for outcome in self.outcomes)
+        seconds = sum(outcome.video_seconds for outcome in ours)
+        running = dict(self._running)
+        done = sum((self._sizes.get(o.video, 0) for o in self.outcomes), 0.0)
+        done += sum(self._sizes.get(video, 0) * part for video, part in running.items())
+        share = done / max(sum(self._sizes.values()), 1)
+        parts = [f"{len(self.outcomes)} of {self._total} videos, {failed} failed"]
+        if ours:
+            parts.append(f"{len(ours) / hours / 3600:.2f} videos/s")
+            parts.append(f"{seconds / 3600 / hours:.1f} hours of video per hour")
+        if 0 < share < 1:
+            left = timedelta(seconds=round(hours * 3600 * (1 - share) / share))
+            parts.append(f"{left} left")
+        names = ", ".join(video.label[-40:] for video in running)
+        return ", ".join(parts) + (f"; running: {names}" if names else "")
+
+    def _draw(self) -> None:
+        if notes.is_terminal:
+            self._bars.update(self._how, description=self.line())
+
+    def _say_now_and_then(self) -> None:
+        while not self._over.wait(LINE_SECONDS):
+            say(self.line())
 
 
 class StepDisplay(_Bars):

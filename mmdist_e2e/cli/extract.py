@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
@@ -56,7 +60,25 @@ if TYPE_CHECKING:
 )
 @common.choice("--flow", "auto", "native", "opencv", "opencv-cuda", help="Optical flow solver.")
 @click.option("--overwrite", is_flag=True, help="Extract again even if features are up to date.")
-@common.device
+@click.option(
+    "--devices",
+    "--device",
+    "devices",
+    default="auto",
+    help="Comma-separated. auto: all GPUs, else the CPU; all: all GPUs; cpu; N or cuda:N: one GPU.",
+)
+@click.option(
+    "--workers",
+    default=1,
+    type=click.IntRange(min=0),
+    help="Worker processes on each device; on a CPU they share the cores. 0: extract in the main "
+    "process.",
+)
+@click.option(
+    "--decoders",
+    type=click.IntRange(min=1),
+    help="Videos that each worker decodes at the same time. Default: by the number of cores.",
+)
 @common.choice("--precision", "auto", "fp32", "bf16", help="Number format of the networks.")
 @click.option(
     "--deadline",
@@ -65,26 +87,62 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0.1),
     help="Seconds without a new frame after which a video fails.",
 )
+@click.option(
+    "--list",
+    "list_file",
+    type=click.File("rb"),
+    help="File with the path of a video on each line; - for stdin. A line '# root: DIR' sets the "
+    "folder that the next paths and their ids are relative to; other lines with # are comments. A "
+    'line that begins with " is a JSON string: for names with line feeds, or with bytes that are '
+    "not UTF-8, as \\udcXX.",
+)
+@click.option("--root", type=common.PATH, help="Root of a list without such a line: see --list.")
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Extract one of N parts of the videos, I = 0 … N−1. Parts depend on the ids alone.",
+)
+@click.option(
+    "--log",
+    type=common.PATH,
+    help="File to which a JSON object is appended for each video as it finishes: id, path, status, "
+    "rows, cause, error, seconds by stage, video_seconds, attempts, worker.",
+)
 def extract_command(
     paths: tuple[Path, ...],
     modality: str | None,
     out: Path,
     extractors: tuple[str, ...],
     flow: str,
+    devices: str,
+    list_file: IO[bytes] | None,
+    root: Path | None,
+    shard: str | None,
+    log: Path | None,
     **settings: Any,
 ) -> None:
     """Extract features of PATHS: video files or folders of them; by default of videos/.
 
     All modalities of a video are extracted in one pass. Reruns skip finished videos; after a kill,
-    the next run resumes. A video that fails does not stop the others: the table at the end lists
-    the causes, and the exit code is 1.
+    the next run resumes. Several runs on one output folder share the work. A video that fails does
+    not stop the others: the table at the end lists the causes, and OUT/failed.txt the videos, for
+    --list.
+
+    Exit codes: 0 all videos are done; 3 some failed; 1 all failed, or an error; 2 wrong usage; 130
+    and 143 stopped by Ctrl-C and SIGTERM.
     """
-    from mmdist_e2e.extractors.batch import Report, extract_many, find_videos
+    from mmdist_e2e.extractors.batch import Engine, Report
+    from mmdist_e2e.extractors.journal import Journal, Log
+    from mmdist_e2e.extractors.search import find_videos, in_shard, printable, read_list
     from mmdist_e2e.store import FeatureStore, check_out
     from mmdist_e2e.weights.registry import file_named
 
     given = {"paths": paths}
-    say(fill("extract", given, "paths"))
+    if root is not None and list_file is None:
+        raise MmdistError("--root is the root of a list; give a list with --list, or leave it out.")
+    if list_file is None:
+        say(fill("extract", given, "paths"))
+    part = parse_shard(shard) if shard is not None else (0, 1)
     sampling = {name: settings.pop(name) for name in ("mode", "layer", "pca", "fps_policy")}
     if sampling["pca"] is not None:
         sampling["pca"] = file_named(sampling["pca"])
@@ -96,34 +154,104 @@ def extract_command(
             f"--flow {flow} chooses the optical flow solver, but no flow is extracted; add "
             f"--modality flow or leave --flow out."
         )
-    found = find_videos(given["paths"])
-    if found.videos:
+    store = FeatureStore(out)
+    engine = Engine(specs, store, devices=devices.split(","), flow_backend=flow, **settings)
+    listed = read_list(list_file.read(), root) if list_file is not None else []
+    found = find_videos(given["paths"], lists=listed)
+    videos = [video for video in found.videos if in_shard(video.id, part)]
+    problems = [problem for problem in found.problems if in_shard(problem.video.id, part)]
+    if videos:
         check_out(out)
-    for problem in found.problems:
-        say(f"failed: {problem.cause}")
     for spec in specs:
         say(f"{spec.modality} by {spec.name}: trained on {spec.trained_on}.")
     say(f"Features are written to {out}." if out == FEATURES else "")
-    with ExtractionProgress(len(found.videos)) as progress:
-        report = extract_many(
-            found.videos, specs, FeatureStore(out), flow_backend=flow, progress=progress, **settings
+    lines = Log(log) if log is not None else None
+    stopped = error = None
+    with _stoppable():
+        with ExtractionProgress(len(problems) + len(videos), lines) as progress:
+            for problem in problems:
+                progress.finished(problem)
+            try:
+                with engine:
+                    engine.run(videos, progress)
+            except _Stopped as signalled:
+                stopped = signalled
+            except MmdistError as raised:
+                error = raised
+        report = Report(progress.outcomes)
+        if report.outcomes or error is None:
+            results.print(_summary(report, modalities, stopped is not None))
+        if found.hidden:
+            results.print(f"Ignored {found.hidden} hidden files (names that start with a dot).")
+        if found.repeated:
+            results.print(f"Ignored {found.repeated} further names of the same files.")
+        try:
+            failed = Journal(out).write_list(report.outcomes) if out.is_dir() else None
+        except MmdistError as raised:
+            error, failed = error or raised, None
+        if failed is not None and report.failed:
+            again = printable(str(failed))
+            say(f"To try the failed videos again: mmdist extract --list {again}")
+    if stopped is not None:
+        sys.exit(128 + stopped.number)
+    if error is not None:
+        raise error
+    good = report.count("done") + report.count("skipped")
+    sys.exit(0 if not report.failed else 3 if good else 1)
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal asked the run to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise _Stopped, once; ending then takes seconds and is not disturbed."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, _: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise _Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Index and count of "I/N". Raises MmdistError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise MmdistError(
+            f"--shard {text} is no part; write I/N with I from 0 to N − 1: 0/3, 1/3 and 2/3 are "
+            f"three parts that make up the whole."
         )
-    report = Report([*found.problems, *report.outcomes])
-    results.print(_summary(report, modalities))
-    if found.hidden:
-        results.print(f"Ignored {found.hidden} hidden files (names that start with a dot).")
-    if found.repeated:
-        results.print(f"Ignored {found.repeated} further names of the same files.")
-    sys.exit(1 if report.failed else 0)
+    return int(match[1]), int(match[2])
 
 
-def _summary(report: Report, modalities: Sequence[str]) -> Table:
+def _summary(report: Report, modalities: Sequence[str], stopped: bool) -> Table:
     """Videos, and rows of each modality, that are done, skipped and failed; causes of failures."""
-    table = Table("result", title="Extraction", title_justify="left", show_edge=False)
+    title = (
+        "Extraction (stopped; run the same command again to resume)" if stopped else "Extraction"
+    )
+    table = Table("result", title=title, title_justify="left", show_edge=False)
     for name in ("videos", *(f"{modality} rows" for modality in modalities)):
         table.add_column(name, justify="right")
     table.add_column("cause", overflow="fold")
-    for status, cause in (("done", ""), ("skipped", "up to date"), ("failed", "")):
+    others = sum(outcome.cause != "" and outcome.status == "skipped" for outcome in report.outcomes)
+    skipped = f"up to date, {others} of them by another run" if others else "up to date"
+    for status, cause in (("done", ""), ("skipped", skipped), ("failed", "")):
         of_these = [outcome for outcome in report.outcomes if outcome.status == status]
         rows = [sum(outcome.rows.get(m, 0) for outcome in of_these) for m in modalities]
         counts = [str(n) if n or status == "done" else "" for n in rows]

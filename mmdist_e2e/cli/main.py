@@ -20,6 +20,7 @@ from mmdist_e2e.structures import MmdistError
 COMMANDS = {  # name -> module in this folder and the command in it
     "ground": "ground.ground_command",
     "extract": "extract.extract_command",
+    "status": "status.status_command",
     "features": "features.features_group",
     "data": "data.data_group",
     "train": "train.train_group",

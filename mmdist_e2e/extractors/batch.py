@@ -1,54 +1,53 @@
-"""Many videos: find them, skip what is up to date, collect every failure with its cause."""
+"""Many videos on one machine: devices, workers, retries, and every failure with its cause.
+
+The engine's process never imports torch unless it works without worker processes.
+"""
 
 from __future__ import annotations
 
-import stat
-import unicodedata
+import base64
+import collections
+import contextlib
+import os
+import pickle
+import queue
+import re
+import secrets
+import subprocess
+import sys
+import threading
+import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Protocol, cast
 
-from mmdist_e2e.extractors.extract import ExtractionError, cause_of, extract_video
+from mmdist_e2e.extractors.extract import Conveyor, Job
+from mmdist_e2e.extractors.journal import Claim, Failure, Journal, digest
 from mmdist_e2e.extractors.profiles import ExtractorSpec
-from mmdist_e2e.extractors.runner import SnippetNetwork
-from mmdist_e2e.extractors.video.reader import Decoder
-from mmdist_e2e.store import VIDEO_SUFFIXES, FeatureStore, fast_digest, video_key
-from mmdist_e2e.structures import Features, MmdistError
+from mmdist_e2e.extractors.search import Outcome, Status, Video
+from mmdist_e2e.extractors.video.reader import Child, failure, unfit
+from mmdist_e2e.extractors.worker import blame, facts, load_networks, saver
+from mmdist_e2e.store import FeatureStore, fast_digest
+from mmdist_e2e.structures import MmdistError
 
-
-def printable(text: str) -> str:
-    """The text on one line, with � for control characters and bytes that are not UTF-8."""
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
-
-
-@dataclass(frozen=True)
-class Video:
-    """A video file and its id: the path relative to the given folder, without the suffix."""
-
-    id: str
-    path: Path
-
-    @property
-    def label(self) -> str:
-        """The id as it can be printed."""
-        return printable(self.id)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result for one video: rows saved by modality; `cause` says why it failed."""
-
-    video: Video
-    status: Literal["done", "skipped", "failed"]
-    rows: Mapping[str, int] = field(default_factory=dict)
-    cause: str = ""
+LOOKING = 8  # threads that look which videos are up to date
+TICK_SECONDS = 0.5
+POLL_SECONDS = 1.0  # between looks whether another run has finished a video
+SILENT_SECONDS = 60.0  # a worker without a heartbeat is stuck
+LOADING_SECONDS = 600.0  # the same while libraries are loaded, perhaps over a network
+STUCK_DEADLINES, STUCK_SECONDS = 10, 600.0  # a worker without progress for both is stuck
+DEATHS = 2  # of workers over one video, then it is given up
+BARREN = 3  # deaths in a row of workers that had no video, then the run ends
+UNWRITABLE = 5  # videos in a row that could not be written, then the run ends
+END_SECONDS = 6.0  # a worker may finish a save; then it is killed
 
 
 @dataclass
 class Report:
-    """Outcomes of a run, in order."""
+    """Outcomes of a run, in the order of the videos."""
 
     outcomes: list[Outcome] = field(default_factory=list)
 
@@ -61,134 +60,16 @@ class Report:
 
 
 class BatchProgress(Protocol):
-    """What a caller may show: the running video, its fraction done, its outcome."""
+    """What a caller may show; called from any thread.
 
-    def started(self, video: Video, index: int, total: int) -> None: ...
-    def advanced(self, fraction: float) -> None: ...
+    planned: the videos that are not up to date, and their sizes in bytes. advanced: the fraction
+    of a running video that is done. finished: also called for videos that are up to date.
+    """
+
+    def planned(self, sizes: Mapping[Video, int]) -> None: ...
+    def started(self, video: Video) -> None: ...
+    def advanced(self, video: Video, fraction: float) -> None: ...
     def finished(self, outcome: Outcome) -> None: ...
-
-
-class Found(NamedTuple):
-    """The result of a search.
-
-    problems: paths that cannot be extracted, as failed outcomes. hidden: how many names that start
-    with a dot were ignored. repeated: how many further names of the videos' files were ignored.
-    """
-
-    videos: list[Video]
-    problems: list[Outcome]
-    hidden: int
-    repeated: int
-
-
-def find_videos(paths: Sequence[Path]) -> Found:
-    """Search the given files and folders for videos; those of a folder come sorted.
-
-    The id of a given file is its name; a video in a folder has its path relative to that folder;
-    both without the suffix, in NFC. Hidden files and folders inside a folder are ignored, macOS's
-    `._NAME` among them; a file that is given by name is always taken. Links are followed. A file
-    with several names is one video: its own name counts before a link's, then the first one.
-    What cannot be extracted (missing, a dangling link, a pipe, a folder without videos, files
-    that share an id) becomes a problem and does not stop the others.
-    """
-    search = _Search()
-    for given in paths:
-        kind = search.kind(given)
-        if kind == "file":
-            search.add(given.stem, given, given.is_symlink())
-        elif kind == "folder":
-            search.folder(given)
-    return search.result()
-
-
-class _Search:
-    def __init__(self) -> None:
-        self.names: list[tuple[Video, bool, Path]] = []  # whether a link led there, the real path
-        self.problems: list[Outcome] = []
-        self.hidden = 0
-
-    def add(self, name: str, path: Path, linked: bool) -> None:
-        self.names.append((Video(video_key(name), path), linked, path.resolve()))
-
-    def fail(self, path: Path, cause: str) -> None:
-        self.problems.append(Outcome(Video(str(path), path), "failed", {}, printable(cause)))
-
-    def kind(self, path: Path) -> Literal["file", "folder"] | None:
-        """What a path leads to; None after noting why it is neither."""
-        try:
-            mode = path.stat().st_mode
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            reason = "does not exist" if missing else f"cannot be read ({error.strerror})"
-            if stat.S_ISLNK(_mode(path, follow=False)):
-                self.fail(path, f"{path} is a link to {path.readlink()}, which {reason}.")
-            else:
-                self.fail(path, f"{path} {reason}; give a video file or a folder of videos.")
-            return None
-        if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
-            return "folder" if stat.S_ISDIR(mode) else "file"
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket or a device"
-        self.fail(path, f"{path} is {kind}, not a regular file; save the video as a file first.")
-        return None
-
-    def folder(self, given: Path) -> None:
-        """Search a folder in depth; linked folders last, and each real folder once."""
-        begin, problems = len(self.names), len(self.problems)
-        root, seen = given.resolve(), set[Path]()
-        folders, links = [(given, False)], list[tuple[Path, bool]]()
-        while folders or links:
-            folder, linked = folders.pop() if folders else links.pop(0)
-            real = folder.resolve()
-            if real in seen or real in root.parents:  # a link that leads back ends here
-                continue
-            seen.add(real)
-            try:
-                paths = sorted(folder.iterdir())
-            except OSError as error:
-                self.fail(folder, f"The folder {folder} cannot be read ({error.strerror}).")
-                continue
-            for path in paths:
-                link, mode = stat.S_ISLNK(_mode(path, follow=False)), _mode(path)
-                wanted = path.suffix.lower() in VIDEO_SUFFIXES
-                dangling = link and not mode and not path.suffix  # of a folder, by its name
-                if path.name.startswith("."):
-                    self.hidden += wanted or stat.S_ISDIR(mode)
-                elif stat.S_ISDIR(mode):
-                    (links if link else folders).append((path, linked or link))
-                elif (wanted or dangling) and self.kind(path) == "file":
-                    name = path.relative_to(given).as_posix().removesuffix(path.suffix)
-                    self.add(name, path, linked or link)
-        self.names[begin:] = sorted(self.names[begin:], key=lambda name: name[0].path)
-        if len(self.names) == begin and len(self.problems) == problems:
-            valid = " ".join(VIDEO_SUFFIXES)
-            self.fail(given, f"The folder {given} has no videos (files ending in {valid}).")
-
-    def result(self) -> Found:
-        first: dict[Path, Video] = {}
-        for video, _, real in sorted(self.names, key=lambda name: name[1]):
-            first.setdefault(real, video)
-        by_id: dict[str, list[Video]] = {}
-        for video, _, real in self.names:
-            if first[real] is video:
-                by_id.setdefault(video.id, []).append(video)
-        for name, same in by_id.items():
-            for video, other in zip(same, same[1:] + same[:1], strict=True):
-                if video is not other:
-                    self.fail(
-                        video.path,
-                        f"{video.path} and {other.path} both have the video id {name!r}; rename "
-                        f"one, or extract them into different folders.",
-                    )
-        videos = [same[0] for same in by_id.values() if len(same) == 1]
-        return Found(videos, self.problems, self.hidden, len(self.names) - len(first))
-
-
-def _mode(path: Path, *, follow: bool = True) -> int:
-    """The mode of what a path leads to, or of a link itself; 0 if it cannot be read."""
-    try:
-        return path.stat(follow_symlinks=follow).st_mode
-    except OSError:
-        return 0
 
 
 def extract_many(
@@ -196,79 +77,487 @@ def extract_many(
     specs: Sequence[ExtractorSpec],
     store: FeatureStore,
     *,
-    overwrite: bool = False,
-    stall_seconds: float = 60.0,
     progress: BatchProgress | None = None,
-    **options: str,
+    **options: Any,
 ) -> Report:
-    """Extract every modality of every video that is not up to date, in one pass per video.
+    """Extract every modality of every video that is not up to date; see `Engine` and its `run`."""
+    with Engine(specs, store, **options) as engine:
+        return engine.run(videos, progress)
 
-    specs: one per modality. options: device, precision and flow_backend of `SnippetNetwork`.
-    Stored features are kept when they were made in the same way from the same file. Whatever goes
-    wrong in one video (damage, a full disk, too little memory) fails that video with its cause,
-    and the run continues; modalities that were finished are saved.
-    Networks are loaded only when needed.
-    Raises MmdistError when a network cannot be loaded, since every video would fail.
+
+class Engine:
+    """Extracts videos with the networks of `specs`, one per modality, into a store.
+
+    Args:
+        devices: "auto" (all GPUs, else the CPU), "all" (GPUs), "cpu", "cuda:N" or "N".
+        workers: worker processes on each device, which share the cores; 0 works in this process,
+            on one device.
+        decoders: videos that each worker decodes at the same time. None chooses by the cores.
+        overwrite: extract up-to-date videos again.
+        stall_seconds: a video fails when its decoder gives nothing for so long.
+        options: precision and flow_backend of `SnippetNetwork`.
+
+    Networks are loaded and workers started only when they are needed; they are kept from one run
+    to the next. Use as a context manager.
+    Raises MmdistError for an unknown device.
     """
-    report = Report()
-    networks: dict[str, SnippetNetwork] = {}
-    with Decoder(stall_seconds=stall_seconds) as decoder:
-        for index, video in enumerate(videos):
-            if progress is not None:
-                progress.started(video, index, len(videos))
-            stale: list[ExtractorSpec] = []
-            rows: dict[str, int] = {}
-            causes: list[str] = []
-            with _collecting(video, causes):
-                source = fast_digest(video.path)
-                for spec in specs:
-                    how = {"matters": spec.matters, "source": source}
-                    if overwrite or not store.up_to_date(video.id, spec.modality, **how):
-                        stale.append(spec)
-            for spec in stale:
-                if spec.modality not in networks:
-                    networks[spec.modality] = _load(spec, options)
-            with _collecting(video, causes):
-                made: Mapping[str, Features] = {}
-                try:
-                    if stale:
-                        needed = [networks[spec.modality] for spec in stale]
-                        advanced = progress.advanced if progress is not None else None
-                        made = extract_video(
-                            video.path, needed, decoder, source=source, progress=advanced
-                        )
-                except ExtractionError as error:
-                    made = error.finished
-                    causes.append(str(error))
-                for modality, features in made.items():
-                    store.save(video.id, features)
-                    rows[modality] = len(features.data)
-            cause = printable(" ".join(causes))
-            outcome = Outcome(
-                video, "failed" if cause else "done" if stale else "skipped", rows, cause
+
+    def __init__(
+        self,
+        specs: Sequence[ExtractorSpec],
+        store: FeatureStore,
+        *,
+        devices: Sequence[str] = ("auto",),
+        workers: int = 0,
+        decoders: int | None = None,
+        overwrite: bool = False,
+        stall_seconds: float = 60.0,
+        **options: str,
+    ) -> None:
+        self.specs, self.store, self.overwrite = specs, store, overwrite
+        self.journal = Journal(store.root)
+        self._devices = [device_named(name) for name in devices]
+        self._per_device, self._options = workers, options
+        self._conveying: dict[str, Any] = {"stall_seconds": stall_seconds}
+        if decoders is not None:
+            self._conveying["decoders"] = decoders
+        self._stuck_seconds = max(STUCK_DEADLINES * stall_seconds, STUCK_SECONDS)
+        self._conveyor: Conveyor | None = None
+        self._modalities: set[str] = set()  # whose networks are loaded
+        self._workers: dict[int, _Worker] = {}
+        self._slots: list[str] = []  # the device of each worker
+        self._events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
+        self._barren = 0
+        if workers == 0 and len(self._devices) > 1:
+            raise MmdistError(
+                f"Without worker processes one device is used, not {len(self._devices)}; ask for "
+                f"at least one worker."
             )
-            report.outcomes.append(outcome)
-            if progress is not None:
-                progress.finished(outcome)
-    return report
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, within seconds, and give the networks' memory back."""
+        for worker in self._workers.values():
+            worker.child.hang_up()
+        for worker in self._workers.values():
+            worker.child.end(END_SECONDS)
+        self._workers.clear()
+        if self._conveyor is not None:
+            self._conveyor.close()
+            self._conveyor = None
+        self._modalities.clear()
+        self._barren = 0
+        self.journal.close()
+
+    def run(self, videos: Sequence[Video], progress: BatchProgress | None = None) -> Report:
+        """Extract what is not up to date in one pass per video, the largest files first.
+
+        Stored features are kept when they were made in the same way from the same file. Whatever
+        goes wrong in one video (damage, too little memory, a crash) fails that video with its
+        cause, and the run continues; modalities that were finished are saved. A worker that dies is
+        replaced; the videos that it had are tried once more, each alone. A video that another run
+        is extracting is left to it, and done here only if that run dies.
+
+        Raises MmdistError when every video would fail: a network cannot be loaded, a device does
+        not exist, workers cannot start, nothing can be written any more.
+        """
+        run = _Run(self, videos, progress)
+        try:
+            if run.left:
+                self._load(run)
+            if run.left and self._per_device:
+                self._run_workers(run)
+            elif run.left:
+                self._run_here(run)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            run.release()
+            self.journal.close()
+        return run.report()
+
+    def _load(self, run: _Run) -> None:
+        """Make sure that the networks of a run are those that are loaded."""
+        if run.modalities <= self._modalities:
+            return
+        self.close()
+        modalities = sorted(run.modalities)
+        self._modalities = {*modalities}
+        if self._per_device:
+            devices = resolve_devices(self._devices)
+            self._slots = [device for device in devices for _ in range(self._per_device)]
+            return
+        device = self._devices[0].replace("all", "auto")
+        networks = load_networks(self.specs, modalities, {**self._options, "device": device})
+        self._conveyor = Conveyor(networks, **self._conveying)
+
+    def _run_here(self, run: _Run) -> None:
+        assert self._conveyor is not None
+        save = saver(self.store, {key: task.video.id for key, task in run.tasks.items()})
+        while run.left:
+            for result in self._conveyor.run(run.jobs(), save=save, progress=run.advanced):
+                run.finish(run.tasks[cast(int, result.job.key)], **facts(result))
+            if run.left:
+                time.sleep(POLL_SECONDS)
+                run.look_again()
+
+    def _run_workers(self, run: _Run) -> None:
+        looked = ticked = time.monotonic()
+        while run.left:
+            for number, device in enumerate(self._slots[: run.left]):
+                if number not in self._workers:
+                    self._workers[number] = self._start(number, device)
+            with contextlib.suppress(queue.Empty):
+                worker, message = self._events.get(timeout=TICK_SECONDS)
+                if worker is self._workers.get(worker.number):
+                    self._hear(run, worker, message)
+            now = time.monotonic()
+            # Counted in ticks: time in which this process was stopped is nobody's silence.
+            passed, ticked = min(now - ticked, TICK_SECONDS), now
+            for worker in [*self._workers.values()]:
+                if (problem := worker.stuck(passed, self._stuck_seconds)) is not None:
+                    self._bury(run, worker, problem)
+            if now - looked > POLL_SECONDS:
+                run.look_again()
+                looked = now
+            for worker in self._workers.values():
+                if worker.asking:
+                    self._give(run, worker)
+
+    def _start(self, number: int, device: str) -> _Worker:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores, count = cores or 1, len(self._slots)
+        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        share = min(cores // count, int(given) if given.isdigit() else cores)
+        threads = max(share, 1) if count > 1 else None  # one worker may do as it likes
+        conveying = dict(self._conveying)
+        if device != "cpu":
+            conveying.setdefault("decoders", min(8, max(2, cores // count - 1)))
+        options = {**self._options, "device": device}
+        start = {
+            "do": "start",
+            "pickled": base64.b64encode(pickle.dumps((self.specs, options))).decode(),
+            "modalities": sorted(self._modalities),
+            "store": str(self.store.root),
+            "threads": threads,
+            "conveyor": conveying,
+        }
+        return _Worker(number, start, threads, self._events)
+
+    def _hear(self, run: _Run, worker: _Worker, message: dict[str, Any] | None) -> None:
+        if message is None:
+            self._bury(run, worker)
+            return
+        worker.heard(message)
+        match message.pop("say"):
+            case "next":
+                worker.asking = True
+            case "at" if (task := worker.tasks.get(message["key"])) is not None:
+                run.advanced(task, message["fraction"])
+            case "done":
+                self._barren = 0
+                run.finish(worker.tasks.pop(message.pop("key")), worker=worker.number, **message)
+            case "warning":
+                warnings.warn(message["text"], stacklevel=2)
+            case "refused":
+                raise MmdistError(message["error"])
+
+    def _give(self, run: _Run, worker: _Worker) -> None:
+        """Answer a worker's request, unless it has nothing to do and must wait."""
+        task = None if worker.alone and worker.tasks else run.take()
+        worker.alone = task is None
+        if task is None and not worker.tasks and run.suspects:
+            task = run.suspects.popleft()
+            run.started(task)
+        if task is not None:
+            worker.give(task)
+        elif worker.tasks:
+            worker.send(do="drain")
+
+    def _bury(self, run: _Run, worker: _Worker, problem: str | None = None) -> None:
+        """Sort out the videos of a worker that died or must be killed."""
+        how = worker.child.end()
+        how = problem or how
+        del self._workers[worker.number]
+        self._barren = 0 if worker.tasks else self._barren + 1
+        if self._barren == BARREN:
+            raise MmdistError(
+                f"The worker processes end before they extract anything (the last one: {how}); "
+                f"free some memory, or extract in one process with --workers 0."
+            )
+        for task in worker.tasks.values():
+            task.deaths.append(how)
+            if len(task.deaths) < DEATHS:
+                run.suspects.append(task)
+                continue
+            run.finish(
+                task,
+                cause=f"{task.video.path} was given up: {DEATHS} worker processes died over it "
+                f"({how}). The file may be damaged, or memory too small.",
+                error="WorkerDied",
+                worker=worker.number,
+            )
 
 
-@contextmanager
-def _collecting(video: Video, causes: list[str]) -> Iterator[None]:
-    """Whatever is raised inside becomes a cause of the video's failure."""
-    try:
-        yield
-    except Exception as error:
-        place = "" if isinstance(error, MmdistError) else f"{video.path}: "
-        causes.append(f"{place}{cause_of(error)}")
+@dataclass(eq=False)
+class _Task:
+    """A video to extract. known: runs whose records of its failures are older than this run."""
+
+    key: int
+    video: Video
+    modalities: list[str]
+    source: Mapping[str, Any]
+    what: str
+    known: set[str]
+    deaths: list[str] = field(default_factory=list)
+    claim: Claim | None = None
 
 
-def _load(spec: ExtractorSpec, options: Mapping[str, str]) -> SnippetNetwork:
-    try:
-        return SnippetNetwork(spec, **options)
-    except MmdistError:
-        raise
-    except (MemoryError, OSError, RuntimeError) as error:
-        raise MmdistError(
-            f"The extractor {spec.name!r} cannot be loaded ({cause_of(error)})."
-        ) from error
+class _Run:
+    """The state of one run: what is left, who has it, and what came of the rest.
+
+    tasks: by key, the index of the video. suspects: whose worker died. Without workers, `take` and
+    `advanced` are called from the conveyor's threads, one at a time.
+    """
+
+    def __init__(
+        self, engine: Engine, videos: Sequence[Video], progress: BatchProgress | None
+    ) -> None:
+        self._store, self._specs, self._overwrite = engine.store, engine.specs, engine.overwrite
+        self._journal, self._progress = engine.journal, progress
+        self._name = secrets.token_hex(6)
+        self._matters = {spec.modality: spec.matters for spec in engine.specs}
+        self._outcomes: dict[int, Outcome] = {}
+        self._counting, self._unwritable = threading.Lock(), 0
+        self.suspects: collections.deque[_Task] = collections.deque()
+        self._held: list[_Task] = []  # by other runs
+        pool = ThreadPoolExecutor(LOOKING)
+        try:
+            looks = list(pool.map(self._look, range(len(videos)), videos))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        self.tasks = {task.key: task for task, outcome in looks if outcome is None}
+        if progress is not None:
+            progress.planned({t.video: t.source["bytes"] for t in self.tasks.values()})
+        self.left = len(self.tasks)
+        for task, outcome in looks:
+            if outcome is not None:
+                self._settle(task, outcome)
+        longest = sorted(self.tasks.values(), key=lambda task: -task.source["bytes"])
+        self._queue = collections.deque(longest)
+        self.modalities = {m for task in longest for m in task.modalities}
+
+    def report(self) -> Report:
+        return Report([self._outcomes[key] for key in sorted(self._outcomes)])
+
+    def _look(self, key: int, video: Video) -> tuple[_Task, Outcome | None]:
+        """What is to be done for a video, and the outcome if that is nothing."""
+        modalities = [spec.modality for spec in self._specs]
+        known = {failed.run for failed in self._journal.failures_of(video.id)}
+        task = _Task(key, video, modalities, {}, "", known)
+        outcome = None
+        try:
+            if (problem := unfit(video.path)) is not None:
+                raise failure(video.path, f"{problem}.")  # noqa: TRY301
+            task.source = fast_digest(video.path)
+            if not self._overwrite:
+                task.modalities = self._stale(task)
+            if not task.modalities:
+                outcome = Outcome(video, "skipped")
+        except Exception as error:
+            cause = blame(video.path, error)
+            outcome = Outcome(video, "failed", {}, cause, type(error).__name__)
+        task.what = digest([video.id, task.source, self._matters])
+        return task, outcome
+
+    def _stale(self, task: _Task) -> list[str]:
+        up_to_date = self._store.up_to_date
+        return [
+            modality
+            for modality in task.modalities
+            if not up_to_date(
+                task.video.id, modality, matters=self._matters[modality], source=task.source
+            )
+        ]
+
+    def jobs(self) -> Iterator[Job]:
+        """Jobs until there are none that can be done now."""
+        while (task := self.take()) is not None:
+            yield Job(task.key, task.video.path, task.modalities, task.source)
+
+    def take(self) -> _Task | None:
+        """The next video, claimed. None if there is none now."""
+        while self._queue:
+            task = self._queue.popleft()
+            task.claim = self._journal.claim(task.video.id)
+            if task.claim is None:
+                self._held.append(task)
+            elif (outcome := self._by_another_run(task)) is not None:
+                self._settle(task, outcome)
+            else:
+                self.started(task)
+                return task
+        return None
+
+    def look_again(self) -> None:
+        """Try again the videos that another run had."""
+        self._queue.extend(self._held)
+        self._held.clear()
+
+    def _by_another_run(self, task: _Task) -> Outcome | None:
+        """What another run has done with a video since this run began."""
+        if not self._overwrite:
+            task.modalities = self._stale(task)
+            if not task.modalities:
+                return Outcome(task.video, "skipped", {}, "by another run")
+        for failed in self._journal.failures_of(task.video.id):
+            if failed.what == task.what and failed.run not in {*task.known, self._name}:
+                return Outcome(task.video, "failed", {}, failed.cause, failed.error)
+        return None
+
+    def started(self, task: _Task) -> None:
+        if self._progress is not None:
+            self._progress.started(task.video)
+
+    def advanced(self, task: _Task | Job, fraction: float) -> None:
+        if self._progress is not None:
+            self._progress.advanced(self.tasks[cast(int, task.key)].video, fraction)
+
+    def finish(self, task: _Task, *, cause: str, unwritable: bool = False, **told: Any) -> None:
+        """Note what came of a video. Raises MmdistError when nothing can be written any more."""
+        attempts = len(task.deaths) + (told["error"] != "WorkerDied")
+        status: Status = "failed" if cause else "done"
+        self._settle(task, Outcome(task.video, status, cause=cause, attempts=attempts, **told))
+        self._unwritable = (
+            self._unwritable + 1 if unwritable else 0 if not cause else self._unwritable
+        )
+        if self._unwritable == UNWRITABLE:
+            raise MmdistError(
+                f"The run stops, since {UNWRITABLE} videos in a row could not be written. The last "
+                f"one: {cause}"
+            )
+
+    def _settle(self, task: _Task, outcome: Outcome) -> None:
+        if outcome.status == "failed":
+            lacking = [m for m in task.modalities if m not in outcome.rows]
+            path = os.path.abspath(task.video.path)  # noqa: PTH100 - links stay as they are
+            note = (task.video.id, path, lacking, task.what, outcome.error, outcome.cause)
+            self._journal.note(Failure(*note, outcome.attempts, self._name))
+        else:
+            self._journal.forget(task.video.id, self._matters)
+        with self._counting:
+            self._outcomes[task.key] = outcome
+            self.left -= task.key in self.tasks
+        if task.claim is not None:
+            task.claim.release()
+        if self._progress is not None:
+            self._progress.finished(outcome)
+
+    def release(self) -> None:
+        """Give up the claims of what is not finished."""
+        for task in self.tasks.values():
+            if task.claim is not None:
+                task.claim.release()
+
+
+class _Worker:
+    """The engine's side of a worker process.
+
+    tasks: the videos that it has, by key. asking: whether it wants one. alone: whether it may have
+    no other beside the one that it has.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        start: dict[str, Any],
+        threads: int | None,
+        events: queue.Queue[tuple[_Worker, dict[str, Any] | None]],
+    ) -> None:
+        self.number, self.tasks = number, dict[int, _Task]()
+        self.asking = self.alone = False
+        self._ready, self._silent, self._idle = False, 0.0, 0.0
+        limits = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS") if threads is not None else ()
+        # In a session of its own, so that a terminal's Ctrl-C is the engine's alone.
+        self.child = Child(
+            "mmdist_e2e.extractors.worker",
+            dict.fromkeys(limits, str(threads)),
+            hear=lambda message: events.put((self, message)),
+            leader=True,
+        )
+        self.send(**start)
+
+    def send(self, **message: Any) -> None:
+        self.asking = False
+        with contextlib.suppress(OSError):  # it is dead, and its last message says so
+            self.child.send(message)
+
+    def give(self, task: _Task) -> None:
+        self.tasks[task.key] = task
+        self.send(
+            do="video",
+            key=task.key,
+            id=task.video.id,
+            path=str(task.video.path),
+            modalities=task.modalities,
+            source=task.source,
+        )
+
+    def heard(self, message: Mapping[str, Any]) -> None:
+        self._silent = 0.0
+        if message["say"] != "alive":
+            self._ready, self._idle = True, 0.0
+
+    def stuck(self, passed: float, stuck_seconds: float) -> str | None:
+        """Why the process must be killed, if it must; passed: seconds since the last call."""
+        self._silent += passed
+        self._idle = self._idle + passed if self.tasks or not self._ready else 0.0
+        if self._silent > (SILENT_SECONDS if self._ready else LOADING_SECONDS):
+            return f"no sign of life for {self._silent:.0f} seconds"
+        if self._idle > stuck_seconds:
+            return f"no progress for {self._idle:.0f} seconds"
+        return None
+
+
+def device_named(name: str) -> str:
+    """One of "auto", "all", "cpu" and "cuda:N" for what a person writes. Raises MmdistError."""
+    match = re.fullmatch(r"(auto|all|cpu)|cuda|(?:cuda:)?(\d+)", name.strip())
+    if match is None:
+        raise MmdistError(f"The device {name!r} is unknown; valid: auto, all, cpu, N, cuda:N.")
+    return match[1] or f"cuda:{int(match[2] or 0)}"
+
+
+def resolve_devices(names: Sequence[str]) -> list[str]:
+    """The devices that the names mean, each once. Raises MmdistError for one that is missing."""
+    count = 0 if {*names} == {"cpu"} else gpu_count()
+    gpus, found = [f"cuda:{index}" for index in range(count)], list[str]()
+    for name in names:
+        if name.startswith("cuda") and name not in gpus:
+            valid = f"valid: cpu, auto, {', '.join(gpus)}" if gpus else "use cpu, or auto"
+            raise MmdistError(
+                f"The device {name!r} does not exist: torch finds {count} GPUs; {valid}."
+            )
+        if name == "all" and not gpus:
+            raise MmdistError("There is no GPU that torch finds; use --devices cpu, or auto.")
+        found += gpus if name in ("auto", "all") and gpus else ["cpu" if name == "auto" else name]
+    return list(dict.fromkeys(found))
+
+
+def gpu_count() -> int:
+    """How many GPUs torch finds, asked in a process of its own where a driver is installed."""
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, and WSL's for both
+    if sys.platform == "linux" and not any(Path(driver).exists() for driver in drivers):
+        return 0
+    asked = subprocess.run(
+        [sys.executable, "-P", "-c", "import torch; print(torch.cuda.device_count())"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return int(asked.stdout.split()[-1]) if asked.returncode == 0 else 0

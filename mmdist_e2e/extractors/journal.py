@@ -1,0 +1,234 @@
+"""What runs leave beside the features, so that other runs and people know.
+
+In the output folder OUT:
+
+    .mmdist/claims/DIGEST.lock            locked by the run that is extracting a video: {"id": …}
+    .mmdist/failures/DIGEST.rgb+flow.json why a video lacks these modalities: see `Failure`
+    failed.txt                            the videos that failed, as `mmdist extract --list` reads
+
+DIGEST is of the video's id. A lock is the operating system's (flock): it ends with its process. No
+decision depends on a clock or on a file's time.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmdist_e2e.extractors.search import Outcome, Video, list_lines, printable
+from mmdist_e2e.store import FOLDER, write_atomically, write_json
+from mmdist_e2e.structures import MODALITIES, MmdistError
+
+SETS = [c for n in (1, 2) for c in itertools.combinations(MODALITIES, n)]
+
+
+def digest(value: Any) -> str:
+    """16 hexadecimal digits that identify a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a video lacks modalities.
+
+    path: absolute. what: a digest of the id, the video file and all that matters in how features
+    are made. error: the class of the failure. attempts: worker processes that tried.
+    run: the run that wrote this, a random name.
+    """
+
+    id: str
+    path: str
+    modalities: Sequence[str]
+    what: str
+    error: str
+    cause: str
+    attempts: int
+    run: str
+
+
+class Claim:
+    """A video that this process alone extracts, until `release` or its end."""
+
+    def __init__(self, path: Path, descriptor: int | None) -> None:
+        self._path, self._descriptor = path, descriptor
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()  # while it is locked: see `Journal.claim`
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class Journal:
+    """Claims and failures of one output folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._folder = root / FOLDER
+
+    def claim(self, video_id: str) -> Claim | None:
+        """Claim a video; None if another run, or another one in this process, has it.
+
+        Where the file system has no locks, a warning says so, and every claim succeeds.
+        """
+        path = self._folder / "claims" / f"{digest(video_id)}.lock"
+        try:
+            while True:
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+                except FileNotFoundError:
+                    continue  # another run has just removed the empty folder
+                try:
+                    if not _lock(descriptor):
+                        os.close(descriptor)
+                        return None
+                    if os.fstat(descriptor).st_nlink:  # else its owner has just removed it
+                        content = json.dumps({"id": video_id}).encode()
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, content, 0)
+                        return Claim(path, descriptor)
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                os.close(descriptor)
+        except (OSError, ImportError) as error:
+            # The text must be the same for all videos: a warning is shown once for a text.
+            warnings.warn(
+                f"No locks can be had in {self._folder} ({getattr(error, 'strerror', error)}): "
+                f"several runs on this folder would do the same videos.",
+                stacklevel=2,
+            )
+            return Claim(path, None)
+
+    def running(self) -> list[str]:
+        """Ids of the videos that runs are extracting now, sorted."""
+        return sorted(self._claimed())
+
+    def _claimed(self, *, clean: bool = False) -> Iterator[str]:
+        """Ids of claims that are held. clean: delete those that a killed run has left."""
+        for path in (self._folder / "claims").glob("*.lock"):
+            with contextlib.suppress(OSError, ImportError, ValueError, LookupError):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    if not _lock(descriptor, shared=not clean):
+                        yield str(json.loads(os.pread(descriptor, 1 << 16, 0))["id"])
+                    elif clean:
+                        path.unlink()
+                finally:
+                    os.close(descriptor)
+
+    def failures_of(self, video_id: str) -> list[Failure]:
+        """The failures of one video that are recorded."""
+        return list(_read(self._failure(video_id, chosen) for chosen in SETS))
+
+    def failures(self) -> list[Failure]:
+        """All failures that are recorded, by id."""
+        found = _read((self._folder / "failures").glob("*.json"))
+        return sorted(found, key=lambda failure: failure.id)
+
+    def note(self, failure: Failure) -> None:
+        """Record a failure in place of older ones. What cannot be written is left out."""
+        self.forget(failure.id, failure.modalities)
+        with contextlib.suppress(MmdistError):
+            write_json(self._failure(failure.id, failure.modalities), asdict(failure))
+
+    def forget(self, video_id: str, modalities: Iterable[str]) -> None:
+        """Delete the records of a video that are about these modalities and no others."""
+        for chosen in SETS:
+            if {*chosen} <= {*modalities}:
+                with contextlib.suppress(OSError):
+                    self._failure(video_id, chosen).unlink()
+
+    def close(self) -> None:
+        """Remove what killed runs have left of claims, and empty folders."""
+        collections.deque(self._claimed(clean=True), maxlen=0)
+        for folder in (self._folder / "claims", self._folder / "failures", self._folder):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def write_list(self, outcomes: Sequence[Outcome]) -> Path | None:
+        """Write failed.txt after a run; None if it is not needed, and then it is removed.
+
+        It names what failed in this run, and videos of other runs whose failures are recorded, if
+        they still exist: shards and concurrent runs share the file.
+        Raises MmdistError when it cannot be written.
+        """
+        path = self.root / "failed.txt"
+        failed = {o.video.id: o.video for o in outcomes if o.status == "failed"}
+        ours = {outcome.video.id for outcome in outcomes}
+        for failure in self.failures():
+            if failure.id not in ours and os.path.lexists(failure.path):
+                failed[failure.id] = Video(failure.id, Path(failure.path))
+        if not failed:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        write_atomically(path, os.fsencode(list_lines(failed[name] for name in sorted(failed))))
+        return path
+
+    def _failure(self, video_id: str, modalities: Iterable[str]) -> Path:
+        return self._folder / "failures" / f"{digest(video_id)}.{'+'.join(modalities)}.json"
+
+
+def _lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Whether the lock could be taken. ImportError, OSError: there are no locks here."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read(paths: Iterable[Path]) -> Iterator[Failure]:
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            yield Failure(**json.loads(path.read_bytes()))
+
+
+class Log:
+    """A file of JSON lines, one for each video as it finishes.
+
+    Raises MmdistError when it cannot be opened. When it cannot be written any more, a warning says
+    so and the run continues.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._stream = path.open("a", encoding="ascii")
+        except OSError as error:
+            raise MmdistError(f"The log {path} cannot be written ({error.strerror}).") from error
+
+    def write(self, outcome: Outcome) -> None:
+        line: Mapping[str, Any] = {
+            **asdict(outcome),
+            "video": None,
+            "id": outcome.video.id,
+            "path": str(outcome.video.path),
+        }
+        ordered = ("id", "path", *(name for name in line if name not in ("id", "path", "video")))
+        try:
+            # One write for each line, so that the lines of several runs do not mix.
+            self._stream.write(json.dumps({name: line[name] for name in ordered}) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            warnings.warn(
+                f"The log {printable(self._stream.name)} cannot be written ({error.strerror}).",
+                stacklevel=2,
+            )
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.close()
