@@ -45,14 +45,6 @@ END_SECONDS = 2.0  # how long an ended run waits for its threads
 UNSAVED = 4  # modalities that wait for the writer at most
 
 
-class ExtractionError(MmdistError):
-    """A modality of a video failed; `finished` has the features of those that did not."""
-
-    def __init__(self, message: str, finished: Mapping[str, Features]) -> None:
-        super().__init__(message)
-        self.finished = finished
-
-
 def cause_of(error: Exception) -> str:
     """The message of an error meant for people; the class and first line of any other."""
     if isinstance(error, MmdistError):
@@ -108,7 +100,7 @@ def extract_video(
         progress: called with the fraction done, 0 to 1.
 
     Returns Features by modality, with times from 0 to the duration and at least one row.
-    Raises what `Result.failures` names first; ExtractionError if other modalities are complete.
+    Raises what `Result.failures` names first.
     """
     by_modality = {network.spec.modality: network for network in networks}
     assert len(by_modality) == len(networks) > 0
@@ -117,12 +109,13 @@ def extract_video(
         if progress is not None:
             progress(fraction)
 
-    with Conveyor(by_modality, decoders=1 if decoder is None else [decoder]) as conveyor:
-        job = Job(path, path, list(by_modality), source)
+    job = Job(path, path, list(by_modality), source)
+    conveyor = Conveyor(by_modality, decoders=1 if decoder is None else [decoder])
+    try:
         (result,) = conveyor.run([job], progress=advanced)
-    if result.failures and result.features:
-        message = str(result.failures[0])
-        raise ExtractionError(message, result.features) from result.failures[0]
+    finally:
+        if decoder is None:
+            conveyor.close()
     if result.failures:
         raise result.failures[0]
     return dict(result.features)
@@ -226,7 +219,7 @@ class _Track:
 
 @dataclass
 class _Arrival:
-    """Frames for some tracks of a video, on the device; None after the last ones.
+    """Frames for the tracks of a pass, on the device; None after the last ones.
 
     taken: set when the networks' thread has done its part; then `wait` waits for the device's.
     """
@@ -426,7 +419,7 @@ class _Line:
                     f"{MINIMUM_SIDE_PIXELS} pixels on each side.",
                 )
             repeats = Repeats() if any(n.needs_repeats for n in networks) else None
-            before: _Arrival | None = None
+            before = None
             for chunk in stream:
                 repeats_N = repeats.find(chunk.frames_NHWC) if repeats else ()
                 frames_NHWC = self.device.upload(chunk.frames_NHWC)
@@ -549,19 +542,18 @@ class _Line:
             while (item := self.unsaved.get()) is not None and not self.stop.is_set():
                 if isinstance(item, _Run):
                     self.inbox.put(item.result())
-                else:
-                    self._finish(*item)
+                    continue
+                track, rows_SD, wait = item
+                with track.run.clock("write"), track.attempt():
+                    wait()
+                    self._save(track.run, track.result(self.device.download(rows_SD)))
         except BaseException as error:  # the caller's thread raises it
             self.inbox.put(error)
 
-    def _finish(self, track: _Track, rows_SD: Tensor, wait: Callable[[], object]) -> None:
-        run = track.run
-        with run.clock("write"), track.attempt():
-            wait()
-            features = track.result(self.device.download(rows_SD))
-            try:
-                if self.save is not None:
-                    self.save(run.job, features)
-                run.features[features.modality] = features
-            except Exception as error:
-                run.fail(error)
+    def _save(self, run: _Run, features: Features) -> None:
+        try:
+            if self.save is not None:
+                self.save(run.job, features)
+            run.features[features.modality] = features
+        except Exception as error:
+            run.fail(error)
