@@ -108,8 +108,8 @@ def test_good_videos_decode_and_differ(tmp_path: Path) -> None:
 
 
 SMALL = {
-    "survive": {"good": 24, "each": 2, "kills": 2},
-    "resume": {"good": 24, "kills": 3},
+    "survive": {"good": 24, "each": 1, "kills": 2},
+    "resume": {"good": 24, "kills": 2},
     "share": {"good": 24},
     "shards": {"good": 24},
     "full": {"good": 24},
