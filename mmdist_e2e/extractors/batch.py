@@ -291,14 +291,18 @@ class Engine:
                 f"The worker processes end before they extract anything (the last one: {how}); "
                 f"free some memory, or extract in one process with --workers 0."
             )
+        # SIGKILL comes from outside; it accuses a video only if the worker had no other.
+        accused = len(worker.tasks) == 1 or "SIGKILL" not in how
         for task in worker.tasks.values():
             task.deaths.append(how)
-            if len(task.deaths) < DEATHS:
+            task.accused += accused
+            if task.accused < DEATHS:
                 run.suspects.append(task)
                 continue
+            died = len(task.deaths)
             run.finish(
                 task,
-                cause=f"{task.video.path} was given up: {DEATHS} worker processes died over it "
+                cause=f"{task.video.path} was given up: {died} worker processes died over it "
                 f"({how}). The file may be damaged, or memory too small.",
                 error="WorkerDied",
                 worker=worker.number,
@@ -316,6 +320,7 @@ class _Task:
     what: str
     known: set[str]
     deaths: list[str] = field(default_factory=list)
+    accused: int = 0  # of how many of them
     claim: Claim | None = None
 
 
