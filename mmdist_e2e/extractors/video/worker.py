@@ -50,7 +50,7 @@ from mmdist_e2e.extractors.video.timeline import (
 
 FAULT_TOLERANCE = 1e-9  # share of repeated frames above which decord raises: any
 REWINDABLE = ("mov", "matroska", "webm", "avi")
-DECORD_BYTES = 2**28  # frames of a video that decord may pile up
+DECORD_BYTES = 2**29  # frames of a video that decord may pile up
 ROUNDING_SECONDS = 1e-3  # Matroska's tick: times in a file are this coarse
 TIE_SECONDS = 1e-6  # a time that falls between two samples belongs to the later one
 RATE_TOLERANCE = 1e-3  # relative; 25.01 fps is 25 fps
@@ -72,7 +72,7 @@ class Channel:
         self.job = -1
         self.resumed = self._spoke = time.monotonic()  # when work went on after waiting
         self._waiting: dict[str, Any] | None = None
-        self._ring: tuple[str, mmap.mmap] | None = None
+        self._ring: tuple[tuple[str, int], mmap.mmap] | None = None
         # Libraries that print must not break the protocol: their stdout becomes stderr.
         self._out = os.fdopen(os.dup(1), "wb", buffering=0)
         os.dup2(2, 1)
@@ -114,10 +114,10 @@ class Channel:
         return request
 
     def ring(self, name: str, size: int) -> mmap.mmap:
-        """The parent's ring; its name is gone from the file system once we have it."""
-        if self._ring is None or self._ring[0] != name:
+        """The parent's ring; its name is gone, or another's, once we have it."""
+        if self._ring is None or self._ring[0] != (name, size):
             with Path(name).open("r+b") as file:
-                self._ring = (name, mmap.mmap(file.fileno(), size))
+                self._ring = (name, size), mmap.mmap(file.fileno(), size)
         return self._ring[1]
 
     def expect(self, what: str) -> dict[str, Any]:
@@ -175,15 +175,17 @@ def uses_decord(
     It cannot scale a frame from the decoder's own pixel format.
     """
     rewindable = any(kind in index.container.split(",") for kind in REWINDABLE)
+    whole = index.packets >= (index.claimed or 0)  # decord does not tell what is missing inside
     fits = math.prod(index.shape) * len(index.times_N) <= DECORD_BYTES
     named = "%" not in path.name and str(path).encode(errors="replace").decode() == str(path)
     source_M = np.searchsorted(index.times_N, shown_M, side="right") - 1
     every = len(np.unique(source_M.clip(0))) == len(index.times_N)
-    return longer_side is None and index.plain and rewindable and fits and named and every
+    return longer_side is None and index.plain and whole and rewindable and fits and named and every
 
 
 def decode_decord(path: Path, index: Index) -> Iterator[Picture]:
     """All pictures from decord, which must be as many as the index has times."""
+    sys.modules["nvidia"] = None  # type: ignore[assignment]  # decord2 would load CUDA: 700 MB
     import decord
 
     # One thread: as fast as more on the videos measured, and the other cores are the parent's.
