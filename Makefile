@@ -47,7 +47,7 @@ types: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/check.py --all
 
-# Ratios of the quick benchmarks against benchmarks/floors.json; under a minute on two idle cores.
+# Ratios of the quick benchmarks against benchmarks/floors.json; about a minute on two idle cores.
 floors: $(STAMP)
 	$(BIN)/python benchmarks/check.py
 

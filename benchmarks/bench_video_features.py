@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--clips", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each clip")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each clip")
     args = parser.parse_args()
     if not (args.checkout / "models/i3d/extract_i3d.py").is_file():
         sys.exit(f"{args.checkout} is no checkout of github.com/v-iashin/video_features.")

@@ -1,7 +1,7 @@
 """Runs benchmarks and compares the ratios that they print with the floors in floors.json.
 
-    python benchmarks/check.py           the quick ones, under a minute on two idle cores
-    python benchmarks/check.py --all     the slow ones as well, some ten minutes
+    python benchmarks/check.py           the quick ones, about a minute on two idle cores
+    python benchmarks/check.py --all     the slow ones as well, some five minutes
 
 Floors are ratios, never seconds, so that they hold on any machine; they are far enough below what
 was measured to survive a busy one. A benchmark that falls below a floor runs a second time, and
