@@ -56,9 +56,9 @@ def status_command(folder: Path, as_json: bool) -> None:
     for modality, names in ids.items():
         table.add_row(f"with {modality}", str(len(names)), "")
     table.add_row("complete", str(complete), "")
-    for modality, names in [*lacking.items()]:
-        if names:
-            table.add_row(f"without {modality}", str(len(names)), escape(_few(names)))
+    for modality, without in lacking.items():
+        if without:
+            table.add_row(f"without {modality}", str(len(without)), escape(_few(without)))
     table.add_row("running", str(len(running)), escape(_few(running)))
     table.add_row("failed", str(len(failures)), "")
     for failure in failures:

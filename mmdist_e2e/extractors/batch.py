@@ -8,13 +8,11 @@ from __future__ import annotations
 import base64
 import collections
 import contextlib
-import json
 import os
 import pickle
 import queue
 import re
 import secrets
-import signal
 import subprocess
 import sys
 import threading
@@ -24,13 +22,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
+from mmdist_e2e.extractors.extract import Conveyor, Job
 from mmdist_e2e.extractors.journal import Claim, Failure, Journal, digest
 from mmdist_e2e.extractors.profiles import ExtractorSpec
 from mmdist_e2e.extractors.search import Outcome, Status, Video
-from mmdist_e2e.extractors.standin import Conveyor, Job
-from mmdist_e2e.extractors.video.reader import PACKAGE_PARENT, failure, unfit
+from mmdist_e2e.extractors.video.reader import Child, failure, unfit
 from mmdist_e2e.extractors.worker import blame, facts, load_networks, saver
 from mmdist_e2e.store import FeatureStore, fast_digest
 from mmdist_e2e.structures import MmdistError
@@ -145,9 +143,9 @@ class Engine:
     def close(self) -> None:
         """End the workers, within seconds, and give the networks' memory back."""
         for worker in self._workers.values():
-            worker.hang_up()
+            worker.child.hang_up()
         for worker in self._workers.values():
-            worker.end(END_SECONDS)
+            worker.child.end(END_SECONDS)
         self._workers.clear()
         if self._conveyor is not None:
             self._conveyor.close()
@@ -283,7 +281,7 @@ class Engine:
 
     def _bury(self, run: _Run, worker: _Worker, problem: str | None = None) -> None:
         """Sort out the videos of a worker that died or must be killed."""
-        how = worker.end(0.0)
+        how = worker.child.end()
         how = problem or how
         del self._workers[worker.number]
         self._barren = 0 if worker.tasks else self._barren + 1
@@ -335,7 +333,7 @@ class _Run:
         self._name = secrets.token_hex(6)
         self._matters = {spec.modality: spec.matters for spec in engine.specs}
         self._outcomes: dict[int, Outcome] = {}
-        self._unwritable = 0
+        self._counting, self._unwritable = threading.Lock(), 0
         self.suspects: collections.deque[_Task] = collections.deque()
         self._held: list[_Task] = []  # by other runs
         pool = ThreadPoolExecutor(LOOKING)
@@ -452,8 +450,9 @@ class _Run:
             self._journal.note(Failure(*note, outcome.attempts, self._name))
         else:
             self._journal.forget(task.video.id, self._matters)
-        self._outcomes[task.key] = outcome
-        self.left -= task.key in self.tasks
+        with self._counting:
+            self._outcomes[task.key] = outcome
+            self.left -= task.key in self.tasks
         if task.claim is not None:
             task.claim.release()
         if self._progress is not None:
@@ -483,39 +482,20 @@ class _Worker:
         self.number, self.tasks = number, dict[int, _Task]()
         self.asking = self.alone = False
         self._ready, self._silent, self._idle = False, 0.0, 0.0
-        paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
         limits = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS") if threads is not None else ()
-        # Its own session: a terminal's Ctrl-C is ours alone, and its decoders end with its group.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mmdist_e2e.extractors.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(paths),
-                **dict.fromkeys(limits, str(threads)),
-            },
-            start_new_session=True,
+        # In a session of its own, so that a terminal's Ctrl-C is the engine's alone.
+        self.child = Child(
+            "mmdist_e2e.extractors.worker",
+            dict.fromkeys(limits, str(threads)),
+            hear=lambda message: events.put((self, message)),
+            leader=True,
         )
-        self._stdin = cast(IO[bytes], self._process.stdin)
-        self._noise: collections.deque[bytes] = collections.deque(maxlen=20)
-        self._listener = threading.Thread(target=self._listen, args=(events,), daemon=True)
-        self._listener.start()
-        noise = cast(IO[bytes], self._process.stderr)
-        threading.Thread(target=self._noise.extend, args=(noise,), daemon=True).start()
         self.send(**start)
-
-    def _listen(self, events: queue.Queue[tuple[_Worker, dict[str, Any] | None]]) -> None:
-        for line in cast(IO[bytes], self._process.stdout):
-            events.put((self, json.loads(line)))
-        events.put((self, None))
 
     def send(self, **message: Any) -> None:
         self.asking = False
-        with contextlib.suppress(OSError):  # it is dead, and its listener will say so
-            self._stdin.write(json.dumps(message).encode() + b"\n")
-            self._stdin.flush()
+        with contextlib.suppress(OSError):  # it is dead, and its last message says so
+            self.child.send(message)
 
     def give(self, task: _Task) -> None:
         self.tasks[task.key] = task
@@ -542,27 +522,6 @@ class _Worker:
         if self._idle > stuck_seconds:
             return f"no progress for {self._idle:.0f} seconds"
         return None
-
-    def hang_up(self) -> None:
-        """Tell the process to end."""
-        with contextlib.suppress(OSError):
-            self._stdin.close()
-
-    def end(self, grace_seconds: float) -> str:
-        """Make sure that the process and its decoders are dead; say how it died."""
-        self.hang_up()
-        if grace_seconds:
-            self._listener.join(grace_seconds)
-        with contextlib.suppress(OSError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # its zombie keeps the number ours
-        self._process.wait()
-        self._listener.join(1.0)
-        code = self._process.returncode
-        how = f"exit code {code}"
-        with contextlib.suppress(ValueError):
-            how = f"signal {signal.Signals(-code).name}"
-        words = [line.decode(errors="replace").strip() for line in self._noise]
-        return ": ".join([how, *[line for line in words if line][-1:]])
 
 
 def device_named(name: str) -> str:

@@ -33,11 +33,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdist_e2e.extractors.extract import cause_of
+from mmdist_e2e.extractors.extract import Conveyor, Job, Result, cause_of
 from mmdist_e2e.extractors.profiles import ExtractorSpec
 from mmdist_e2e.extractors.runner import SnippetNetwork
 from mmdist_e2e.extractors.search import printable
-from mmdist_e2e.extractors.standin import Conveyor, Job, Result
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, MmdistError
 

@@ -311,31 +311,43 @@ SLOTS = 2  # one chunk is decoded while the parent works on the other
 CHUNK_FRAMES = 64  # at most: small frames may be enlarged, each to 150 kB
 PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 GRACE_SECONDS = 0.2
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 Messages = queue.Queue[dict[str, Any] | None]
 
 
 class Child:
     """The process, and threads that read what it says, so that waiting can have a deadline.
 
-    messages: what it sent; None when its pipe has ended, that is when it is dead.
+    messages: what it sent; None when its pipe has ended, that is when it is dead. `hear` is called
+    with them instead, if given. leader: it has a session of its own, and its children die with it.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        module: str = "mmdist_e2e.extractors.video.worker",
+        environment: Mapping[str, str] = ONE_THREAD,
+        *,
+        hear: Callable[[dict[str, Any] | None], None] | None = None,
+        leader: bool = False,
+    ) -> None:
         paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
         # -P: somebody's numpy.py in the working directory must not become ours.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mmdist_e2e.extractors.video.worker"],
+            [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+            start_new_session=leader,
         )
         self._stdin = cast(IO[bytes], self._process.stdin)
         self.messages: Messages = queue.Queue()
         self._noise: collections.deque[bytes] = collections.deque(maxlen=20)
         self._readers = [
             threading.Thread(
-                target=_read_messages, args=(self._process.stdout, self.messages), daemon=True
+                target=_read_messages,
+                args=(self._process.stdout, hear or self.messages.put),
+                daemon=True,
             ),
             threading.Thread(
                 target=_read_noise, args=(self._process.stderr, self._noise), daemon=True
@@ -344,7 +356,7 @@ class Child:
         for reader in self._readers:
             reader.start()
         self.ring: Ring | None = None
-        self._finalizer = weakref.finalize(self, _kill, self._process)
+        self._finalizer = weakref.finalize(self, _kill, self._process, leader)
 
     @property
     def pid(self) -> int:
@@ -363,12 +375,16 @@ class Child:
             self.ring = Ring(slot_bytes, pin)
         return self.ring
 
-    def end(self) -> str:
-        """Make sure that the process is dead; say how it died, with its last words."""
+    def hang_up(self) -> None:
+        """Close its stdin: it should end."""
         with contextlib.suppress(OSError):
             self._stdin.close()
+
+    def end(self, grace_seconds: float = GRACE_SECONDS) -> str:
+        """Make sure that the process is dead; say how it died, with its last words."""
+        self.hang_up()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=GRACE_SECONDS)
+            self._process.wait(timeout=grace_seconds)
         code = self._process.poll()
         self._finalizer()
         for reader in self._readers:
@@ -432,11 +448,11 @@ class Ring:
             self._map.close()
 
 
-def _read_messages(stdout: IO[bytes], messages: Messages) -> None:
+def _read_messages(stdout: IO[bytes], hear: Callable[[dict[str, Any] | None], None]) -> None:
     with stdout:
         for line in stdout:
-            messages.put(json.loads(line))
-    messages.put(None)
+            hear(json.loads(line))
+    hear(None)
 
 
 def _read_noise(stderr: IO[bytes], noise: collections.deque[bytes]) -> None:
@@ -444,6 +460,9 @@ def _read_noise(stderr: IO[bytes], noise: collections.deque[bytes]) -> None:
         noise.extend(stderr)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes], leader: bool) -> None:
     process.kill()
+    if leader and hasattr(os, "killpg"):
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
