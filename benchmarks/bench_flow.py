@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mmdist_e2e.extractors.flow import tvl1
 from mmdist_e2e.extractors.flow.fields import FlowPreprocessing
@@ -31,7 +32,7 @@ def pairs_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
     frames = np.concatenate(chunks)
     first = np.linspace(0, len(frames) - 2, PAIRS).round().astype(int)
     preprocessing = FlowPreprocessing(shorter_side=SHORTER_SIDE, size=224, crop=224)
-    grey = [preprocessing.greys(frames[i : i + 2]) for i in first]
+    grey = [preprocessing.greys(torch.from_numpy(frames[i : i + 2])).numpy() for i in first]
     return np.stack([pair[0] for pair in grey]), np.stack([pair[1] for pair in grey])
 
 

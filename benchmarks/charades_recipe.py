@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmdist_e2e.extractors.flow.fields import Repeats
 from mmdist_e2e.extractors.networks.i3d import InceptionI3d
 from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.extractors.runner import DenseChunks, SnippetNetwork
@@ -95,18 +96,21 @@ def our_rows(name: str, state: dict[str, Tensor], video: Path, seconds: float, *
         write_json(Path(folder) / "config.json", config)
         spec = describe(folder)
         network = SnippetNetwork(spec, device="cpu", precision="fp32")
-    inputs, rows = network.input_stream(), []
+    inputs, repeats, rows = network.input_stream(), Repeats(), []
     with Decoder() as decoder:
         how: dict[str, Any] = {"fps_policy": spec.fps_policy, "longer_side": spec.longer_side}
         stream = decoder.frames(video, fps=spec.fps, **how)
         count = min(stream.sample_count, round(seconds * FPS)) - (spec.modality == "flow")
         cutter = DenseChunks(frames=count if spec.tail == "none" else 0)
         for chunk in stream:
-            for piece in inputs.push(chunk.frames_NHWC[chunk.times_N < seconds - 1e-6]):
+            frames_NHWC = chunk.frames_NHWC[chunk.times_N < seconds - 1e-6]
+            found = repeats.find(frames_NHWC) if network.needs_repeats else ()
+            for piece in inputs.push(torch.from_numpy(frames_NHWC), found):
                 rows += [network.dense_rows(part) for part in cutter.push(piece)]
         for piece in inputs.finish():
             rows += [network.dense_rows(part) for part in cutter.push(piece)]
-    return np.concatenate([*rows, *map(network.dense_rows, cutter.finish())])
+    out: Rows = torch.cat([*rows, *map(network.dense_rows, cutter.finish())]).numpy()
+    return out
 
 
 def cosines(ours: Rows, theirs: Rows) -> str:

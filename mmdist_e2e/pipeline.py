@@ -151,13 +151,11 @@ class Grounder:
         made: dict[str, Features] = {}
         if missing:
             from mmdist_e2e.extractors.extract import extract_video
-            from mmdist_e2e.extractors.video.reader import Decoder
 
             if progress is not None:
                 progress(0.0)
             networks = [self._network(modality) for modality in missing]
-            with Decoder() as decoder:
-                made = extract_video(path, networks, decoder, source=source, progress=progress)
+            made = extract_video(path, networks, source=source, progress=progress)
             self._keep(made, source)
         return {m: stored or made[m] for m, stored in found.items()}
 
@@ -325,11 +323,9 @@ def extract(
     from mmdist_e2e.extractors.extract import extract_video
     from mmdist_e2e.extractors.profiles import describe
     from mmdist_e2e.extractors.runner import SnippetNetwork
-    from mmdist_e2e.extractors.video.reader import Decoder
 
     path, name = _path("video", video), str(_path("extractor", extractor))
     _expect("device", device, str, "a word like 'cpu' or 'cuda'")
     network = SnippetNetwork(describe(name), device=device, precision=precision)
-    with Decoder() as decoder:
-        (features,) = extract_video(path, [network], decoder, progress=progress).values()
+    (features,) = extract_video(path, [network], progress=progress).values()
     return features

@@ -105,6 +105,7 @@ def tiny_run(tiny_extractor: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     (root / "train.txt").write_text("\n".join(lines[:4]) + "\n")
     (root / "test.txt").write_text("\n".join(lines[4:]) + "\n")
     common = ["--out", str(root / "features"), "--extractor", str(tiny_extractor)]
+    common += ["--workers", "0"]
     extracted = CliRunner().invoke(main, ["extract", str(root / "videos"), *common])
     assert extracted.exit_code == 0, extracted.output
     model = ["--out", str(root / "model"), "--features", str(root / "features")]

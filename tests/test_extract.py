@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ import mmdist_e2e as mm
 from mmdist_e2e.cli import common
 from mmdist_e2e.cli.main import main
 from mmdist_e2e.extractors import batch, runner
+from mmdist_e2e.extractors import extract as extract_module
 from mmdist_e2e.extractors.networks.i3d import InceptionI3d
 from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.extractors.runner import SnippetNetwork
@@ -110,10 +113,10 @@ def test_rows_are_those_of_the_frames_by_timestamp(tmp_path, tiny_extractor, cou
     assert features.times[0, 0] == 0.0
     assert features.times[-1, 1] == features.duration_seconds == pytest.approx(duration, abs=1e-3)
     network = SnippetNetwork(describe(str(tiny_extractor)), device="cpu", precision="fp32")
-    small = network.preprocessing(np.stack([frames[i] for i in wanted]))
+    small = network.preprocessing(torch.from_numpy(np.stack([frames[i] for i in wanted])))
     for j in range(rows):
         index = np.minimum(np.arange(8 * j, 8 * j + 16), len(wanted) - 1)
-        row = network.rows(small[index][None])[0]
+        row = network.rows(small[index][None])[0].numpy()
         # decord and PyAV may differ by a level of colour conversion.
         assert np.linalg.norm(row - features.data[j]) < 0.02 * np.linalg.norm(row) + 1e-6
 
@@ -133,7 +136,7 @@ def test_bad_input_is_one_sentence_each_and_the_others_are_done(tmp_path, tiny_e
     make_video(videos / "dot.mp4", 20, width=2, height=2)
     out = tmp_path / "features"
     run = extract(tiny_extractor, videos, tmp_path / "missing.mp4", "--out", out)
-    assert run.exit_code == 1
+    assert run.exit_code == 3
     assert "Traceback" not in run.output
     assert files_in(out) == ["good.rgb.npz"]
     causes = {
@@ -161,7 +164,7 @@ def test_two_files_with_one_id_fail_and_the_others_are_done(tmp_path, tiny_extra
     for name in ("a.mp4", "a.mkv", "caf\u00e9.mp4", "cafe\u0301.mp4", "b.mp4"):
         new_video(tmp_path / "in" / name, 20)
     run = extract(tiny_extractor, tmp_path / "in", "--out", tmp_path / "f")
-    assert run.exit_code == 1
+    assert run.exit_code == 3
     assert len([line for line in run.output.splitlines() if line.startswith("failed: ")]) == 4
     assert "both have the video id 'a'; rename one" in run.output
     assert files_in(tmp_path / "f") == ["b.rgb.npz"]
@@ -180,7 +183,7 @@ def test_names_of_any_bytes_and_length(tmp_path, tiny_extractor):
     command += ["--out", str(tmp_path / "f"), "--extractor", str(tiny_extractor)]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     run = subprocess.run(command, capture_output=True, check=False, env=environment)
-    assert run.returncode == 1
+    assert run.returncode == 3
     assert b"Traceback" not in run.stderr
     assert b"\x1b" not in run.stdout + run.stderr
     (line,) = [line for line in run.stderr.decode().splitlines() if line.startswith("failed: ")]
@@ -251,7 +254,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, tiny_extractor):
         (tmp_path / "in" / "socket.mkv").symlink_to(tmp_path / "s")
         given = ["/dev/null", tmp_path / "in" / "pipe.mp4", tmp_path / "in"]
         run = extract(tiny_extractor, *given, "--out", tmp_path / "f")
-    assert run.exit_code == 1
+    assert run.exit_code == 3
     causes = [line for line in run.output.splitlines() if line.startswith("failed: ")]
     assert len(causes) == 4
     assert all("not a regular file" in cause for cause in causes)
@@ -279,7 +282,7 @@ def test_a_bad_path_never_stops_the_others(tmp_path, tiny_extractor):
     (tmp_path / "none").mkdir()
     bad = [tmp_path / "missing.mp4", clip / "x.mp4", tmp_path / ("n" * 300), tmp_path / "none"]
     run = extract(tiny_extractor, *bad, clip, "--out", tmp_path / "f")
-    assert run.exit_code == 1
+    assert run.exit_code == 3
     causes = [line for line in run.output.splitlines() if line.startswith("failed: ")]
     assert len(causes) == 4
     assert "missing.mp4 does not exist" in causes[0]
@@ -301,22 +304,24 @@ def test_any_failure_costs_one_video(tmp_path, tiny_extractor, monkeypatch, plac
     for count, name in enumerate("abc", 20):
         new_video(tmp_path / "in" / f"{name}.mp4", count)
     owner, name, is_b = {
-        "network": (SnippetNetwork, "rows", None),
+        "network": (extract_module._Track, "features", 0),
         "decoder": (Decoder, "frames", 1),
         "store": (FeatureStore, "save", 1),
         "digest": (batch, "fast_digest", 0),
     }[place]
-    original, calls = getattr(owner, name), []
+    original = getattr(owner, name)
+
+    def path_of(argument):
+        return argument.run.job.path if place == "network" else argument
 
     def failing(*arguments, **options):
-        calls.append(name)
-        if len(calls) == 2 if is_b is None else Path(arguments[is_b]).stem == "b":
+        if Path(path_of(arguments[is_b])).stem == "b":
             raise error
         return original(*arguments, **options)
 
     monkeypatch.setattr(owner, name, failing)
     run = extract(tiny_extractor, tmp_path / "in", "--out", tmp_path / "f")
-    assert run.exit_code == 1
+    assert run.exit_code == 3
     (cause,) = [line for line in run.output.splitlines() if line.startswith("failed: ")]
     assert "/b.mp4" in cause
     assert words in cause
@@ -340,18 +345,24 @@ def test_a_network_that_does_not_fit_in_memory_is_one_sentence(
 def test_an_interrupt_keeps_what_is_done(tmp_path, tiny_extractor, monkeypatch):
     for name in "ab":
         new_video(tmp_path / "in" / f"{name}.mp4", 20)
-    frames = Decoder.frames
+    save = FeatureStore.save
 
-    def interrupted(self, path, **options):
-        if path.stem == "b":
-            raise KeyboardInterrupt
-        return frames(self, path, **options)
+    def interrupted(self, video_id, features):
+        save(self, video_id, features)
+        for _ in range(2):  # a second one at once changes nothing
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
 
-    monkeypatch.setattr(Decoder, "frames", interrupted)
-    run = extract(tiny_extractor, tmp_path / "in", "--out", tmp_path / "f")
-    assert run.exit_code == 1
-    assert "Aborted!" in run.output
-    assert files_in(tmp_path / "f") == ["a.rgb.npz"]
+    monkeypatch.setattr(FeatureStore, "save", interrupted)
+    arguments = tmp_path / "in", "--out", tmp_path / "f", "--decoders", 1
+    run = extract(tiny_extractor, *arguments)
+    assert run.exit_code == 130
+    assert "Extraction (stopped;" in run.output
+    assert "Traceback" not in run.output
+    assert len(files_in(tmp_path / "f")) == 1
+    monkeypatch.undo()
+    assert extract(tiny_extractor, *arguments).exit_code == 0
+    assert files_in(tmp_path / "f") == ["a.rgb.npz", "b.rgb.npz"]
 
 
 @pytest.mark.parametrize("out", ["/proc/nope", "a.mp4/sub", "gone/sub"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from conftest import edit_config, make_extractor
 from make_videos import make_video
@@ -38,8 +39,8 @@ def counted(monkeypatch):
 
     def solver(first_NHW, second_NHW, **_):
         counts["pairs"] += len(first_NHW)
-        first, second = first_NHW.astype(np.float32), second_NHW.astype(np.float32)
-        return np.stack([second - first, first / 20], axis=1)
+        first, second = first_NHW.float(), second_NHW.float()
+        return torch.stack([second - first, first / 20], dim=1)
 
     def counting_load(spec):
         counts["loaded"].append(spec.modality)
@@ -119,10 +120,10 @@ def test_flow_rows_are_those_of_the_frames(tmp_path, tiny_flow_extractor, counte
     with Decoder() as decoder:
         frames = np.concatenate([c.frames_NHWC for c in decoder.frames(clip, fps=RATE)])
     network = network_of(tiny_flow_extractor)
-    greys = network.preprocessing.greys(frames)
+    greys = network.preprocessing.greys(torch.from_numpy(frames))
     assert greys.shape == (21, 16, 24)
     fields = network.preprocessing.fields(flow_frames.tvl1(greys[:-1], greys[1:]))
-    fields = np.concatenate([fields, fields[-1:]])
+    fields = torch.cat([fields, fields[-1:]])
     for j in range(3):
         window = fields[np.minimum(np.arange(8 * j, 8 * j + 16), 20)]
         np.testing.assert_allclose(

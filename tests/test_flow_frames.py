@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from mmdist_e2e.extractors.flow import fields as flow_frames
-from mmdist_e2e.extractors.flow.fields import PAIRS_PER_CALL, FlowFrames, FlowPreprocessing, grey
+from mmdist_e2e.extractors.flow.fields import (
+    PAIRS_PER_CALL,
+    FlowFrames,
+    FlowPreprocessing,
+    Repeats,
+    grey,
+)
 from mmdist_e2e.structures import MmdistError
 
 SIDE = 16
@@ -26,8 +32,8 @@ def pairs(monkeypatch):
 
     def solver(first_NHW, second_NHW, **_):
         calls.append(len(first_NHW))
-        first, second = first_NHW.astype(np.float32), second_NHW.astype(np.float32)
-        return np.stack([second - first, first], axis=1)
+        first, second = first_NHW.float(), second_NHW.float()
+        return torch.stack([second - first, first], dim=1)
 
     monkeypatch.setattr(flow_frames, "tvl1", solver)
     return calls
@@ -42,11 +48,15 @@ def shades(values: list[int]) -> np.ndarray:
 def stream(
     frames: np.ndarray, chunk: int, *, repeats: bool = False, preprocessing=PLAIN
 ) -> np.ndarray:
-    flow = FlowFrames(preprocessing, repeats=repeats)
-    pieces = [f for i in range(0, len(frames), chunk) for f in flow.push(frames[i : i + chunk])]
-    pieces += list(flow.finish())
+    flow, found, pieces = FlowFrames(preprocessing), Repeats(), []
+    for begin in range(0, len(frames), chunk):
+        part = frames[begin : begin + chunk].copy()
+        repeats_N = found.find(part) if repeats else ()
+        pieces += flow.push(torch.from_numpy(part), repeats_N)
+        part[:] = 7  # a decoder uses its memory again
+    pieces += flow.finish()
     assert all(len(piece) <= PAIRS_PER_CALL for piece in pieces)
-    return np.concatenate(pieces)
+    return torch.cat(pieces).numpy()
 
 
 def brute_force(values: list[int], *, repeats: bool) -> list[tuple[int, int]]:
@@ -66,13 +76,13 @@ def test_grey_is_the_rounded_luma():
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
     weights = [Fraction(299, 1000), Fraction(587, 1000), Fraction(114, 1000)]
-    got = grey(frames)
+    got = grey(torch.from_numpy(frames)).numpy()
     assert got.dtype == np.uint8
     for pixel, value in zip(frames.reshape(-1, 3).tolist(), got.ravel().tolist(), strict=True):
         assert abs(sum(w * p for w, p in zip(weights, pixel, strict=True)) - value) <= 0.5
     pure = np.eye(3, dtype=np.uint8)[None, None] * 255
-    assert grey(pure).ravel().tolist() == [76, 150, 29]
-    assert grey(np.full((1, 2, 2, 3), 255, np.uint8)).min() == 255
+    assert grey(torch.from_numpy(pure)).ravel().tolist() == [76, 150, 29]
+    assert grey(torch.full((1, 2, 2, 3), 255, dtype=torch.uint8)).min() == 255
 
 
 @pytest.mark.parametrize("repeats", [False, True])
@@ -101,10 +111,12 @@ def test_still_repeats_have_the_flow_between_consecutive_samples(pairs, chunk):
         for shade_count in (1, 2, 3, 200):
             values = rng.integers(0, shade_count, count).tolist()
             pairs.clear()
-            fields = stream(shades(values), chunk, preprocessing=still)
+            fields = stream(shades(values), chunk, repeats=True, preprocessing=still)
             assert fields[:, 3, 5, 0].tolist() == np.diff(values).tolist()  # n − 1 of them
             assert sum(pairs) == np.count_nonzero(np.diff(values))
-    assert not stream(shades([7]), chunk, preprocessing=still).any()  # a row needs a field
+    assert not stream(
+        shades([7]), chunk, repeats=True, preprocessing=still
+    ).any()  # a row needs a field
 
 
 @pytest.mark.parametrize("shape", [(180, 320), (320, 180), (224, 300), (250, 240)])
@@ -115,7 +127,7 @@ def test_charades_fields_are_the_recipes(shape):
     )
     coarse = np.random.default_rng(5).uniform(-30, 30, (2, 8, 8)).astype(np.float32)
     flow = np.stack([cv2.resize(part, shape[::-1]) for part in coarse])
-    (field,) = charades.fields(flow[None])
+    (field,) = charades.fields(torch.from_numpy(flow[None])).numpy()
     for axis in range(2):
         stored = np.rint(255 * (flow[axis].clip(-20, 20).astype(np.float64) + 20) / 40)
         image, scale = stored.astype(np.uint8), 224 / min(shape)
@@ -124,34 +136,34 @@ def test_charades_fields_are_the_recipes(shape):
         top, left = (int(np.round((n - 224) / 2)) for n in image.shape)
         expected = image[top : top + 224, left : left + 224].astype(int)
         assert np.abs(field[..., axis].astype(int) - expected).max() <= 1
-    assert charades.greys(np.zeros((1, *shape, 3), np.uint8)).shape == (1, *shape)
+    assert charades.greys(torch.zeros((1, *shape, 3), dtype=torch.uint8)).shape == (1, *shape)
 
 
 def test_video_that_does_not_move_or_has_no_frame(pairs):
     for repeats in (False, True):
         assert not stream(shades([7]), 1, repeats=repeats).any()
-        assert list(FlowFrames(PLAIN, repeats=repeats).finish()) == []
+        assert list(FlowFrames(PLAIN).finish()) == []
     assert len(stream(shades([7] * 50), 8, repeats=True)) == 50
     assert pairs == []
 
 
 def test_memory_does_not_grow_with_length(pairs):
-    flow = FlowFrames(PLAIN, repeats=True)
+    flow, found = FlowFrames(PLAIN), Repeats()
     still = shades([1] * 100)
     for _ in range(100):
-        assert list(flow.push(still)) == []
+        assert list(flow.push(torch.from_numpy(still), found.find(still))) == []
     assert len(flow._greys) == 1
     moving = shades([0, 1] * 50)
     for _ in range(20):
-        for piece in flow.push(moving):
+        for piece in flow.push(torch.from_numpy(moving), found.find(moving)):
             assert len(piece) <= PAIRS_PER_CALL
         assert len(flow._greys) <= PAIRS_PER_CALL
 
 
-def ramp(height: int, width: int) -> np.ndarray:
+def ramp(height: int, width: int) -> torch.Tensor:
     """A flow of the column's and the row's number, [1, 2, H, W]."""
     rows, columns = np.mgrid[0:height, 0:width]
-    return np.stack([columns, rows])[None].astype(np.float32)
+    return torch.from_numpy(np.stack([columns, rows])[None].astype(np.float32))
 
 
 def test_field_is_cropped_from_the_center_and_clipped():
@@ -165,7 +177,7 @@ def test_field_is_cropped_from_the_center_and_clipped():
 
 def test_field_is_resized_whole_and_keeps_its_pixels():
     whole = FlowPreprocessing(shorter_side=32, size=16, bound=50.0)
-    fields = whole.fields(ramp(32, 48))[0].astype(np.float64)
+    fields = whole.fields(ramp(32, 48))[0].double().numpy()
     # Pixel centers: column c of 16 lies at 3 (c + ½) − ½ of 48; displacements are not scaled.
     inner = np.arange(2, 14)
     np.testing.assert_allclose(fields[8, 2:14, 0], 3 * (inner + 0.5) - 0.5, atol=0.02)
@@ -177,9 +189,9 @@ def test_network_reads_minus_one_to_one(quantise):
     preprocessing = FlowPreprocessing(shorter_side=16, size=16, quantise=quantise)
     flow = np.zeros((3, 2, 16, 16), np.float32)
     flow[0, 0], flow[0, 1], flow[1, 0], flow[1, 1] = 20, -20, 99, -3.3
-    fields = preprocessing.fields(flow)
-    assert fields.dtype == (np.uint8 if quantise else np.float16)
-    read = preprocessing.to_network(torch.from_numpy(fields[None]))
+    fields = preprocessing.fields(torch.from_numpy(flow))
+    assert fields.dtype == (torch.uint8 if quantise else torch.float16)
+    read = preprocessing.to_network(fields[None])
     assert read.shape == (1, 2, 3, 16, 16)
     assert read.dtype == torch.float32
     expected = [[1, 1, 0], [-1, -3.3 / 20, 0]]
@@ -198,7 +210,8 @@ def test_flow_is_in_pixels_of_the_shorter_side():
     frames = np.stack([texture[:, 16 - 4 * i : 112 - 4 * i] for i in range(3)])
     frames = np.repeat(frames[..., None], 3, axis=3)
     flow = FlowFrames(FlowPreprocessing(shorter_side=32, size=32, crop=32))
-    fields = np.concatenate([*flow.push(frames), *flow.finish()]).astype(np.float32)
+    pieces = [*flow.push(torch.from_numpy(frames)), *flow.finish()]
+    fields = torch.cat(pieces).float().numpy()
     assert fields.shape == (3, 32, 32, 2)
     inner = fields[:, 6:-6, 6:-6]
     assert np.abs(inner[..., 0].mean() - 2) < 0.2
@@ -226,6 +239,6 @@ def test_bad_preprocessing_is_refused(settings, words):
 
 def test_unknown_backend_is_one_sentence():
     flow = FlowFrames(PLAIN, backend="magic")
-    list(flow.push(shades([1, 2])))
+    list(flow.push(torch.from_numpy(shades([1, 2]))))
     with pytest.raises(MmdistError, match="'magic' is unknown"):
         list(flow.finish())

@@ -275,7 +275,7 @@ def test_rgb_rows_are_the_networks(tiny_extractor):
         windows.transpose(0, 4, 1, 2, 3) / 127.5 - 1,
         InceptionI3d(4, 3, 0.125),
     )
-    got = network.rows(windows)
+    got = network.rows(torch.from_numpy(windows)).numpy()
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5)
 
@@ -288,14 +288,18 @@ def test_flow_rows_are_the_networks(tiny_flow_extractor):
         fields.astype(np.float64).transpose(0, 4, 1, 2, 3) / 20,
         InceptionI3d(4, 2, 0.125),
     )
-    np.testing.assert_allclose(network.rows(fields), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        network.rows(torch.from_numpy(fields)), expected, rtol=1e-3, atol=1e-5
+    )
     assert network.info["flow_backend"] == "auto"
 
 
 def test_dense_rows_are_those_of_the_middle(tiny_extractor):
     spec = describe(str(tiny_extractor), mode="dense")
     network = SnippetNetwork(spec, device="cpu", precision="fp32")
-    frames = np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)
+    frames = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)
+    )
     every = network.dense_rows(Chunk(frames, 0, 5))
     assert every.shape == (5, 128)
     np.testing.assert_array_equal(network.dense_rows(Chunk(frames, 2, 4)), every[2:4])
@@ -309,11 +313,11 @@ def test_c3d_gives_the_layer_that_was_asked_for_and_its_pca(tiny_c3d, tmp_path, 
         tiny_c3d, windows.transpose(0, 4, 1, 2, 3) / 127.5 - 1, C3D(0, 1 / 64), layer=layer
     )
     spec = describe(str(tiny_c3d), layer=layer)
-    rows = SnippetNetwork(spec, device="cpu", precision="fp32").rows(windows)
+    rows = SnippetNetwork(spec, device="cpu", precision="fp32").rows(torch.from_numpy(windows))
     np.testing.assert_allclose(rows, expected, rtol=1e-3, atol=1e-6)
     mean, basis = save_pca(tmp_path / "pca.npz", 64)
     spec = describe(str(tiny_c3d), layer=layer, pca=tmp_path / "pca.npz")
-    reduced = SnippetNetwork(spec, device="cpu", precision="fp32").rows(windows)
+    reduced = SnippetNetwork(spec, device="cpu", precision="fp32").reduced(rows.numpy())
     np.testing.assert_allclose(reduced, (expected - mean) @ basis, rtol=1e-3, atol=1e-4)
 
 
@@ -335,7 +339,9 @@ def test_a_pytorchvideo_backbone_is_one_more_network(tmp_path):
     save_file(backbone.state_dict(), folder / "model.safetensors")
     windows = np.random.default_rng(0).integers(0, 256, (1, 4, 160, 160, 3), dtype=np.uint8)
     expected = oracle(folder, (windows.transpose(0, 4, 1, 2, 3) - 114.75) / 57.375, backbone)
-    rows = SnippetNetwork(describe(str(folder)), device="cpu", precision="fp32").rows(windows)
+    rows = SnippetNetwork(describe(str(folder)), device="cpu", precision="fp32").rows(
+        torch.from_numpy(windows)
+    )
     np.testing.assert_allclose(rows, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -353,7 +359,9 @@ def test_bf16_rows_agree_with_fp32(tiny_extractor, tiny_flow_extractor):
         (tiny_flow_extractor, rng.uniform(-20, 20, (3, 16, 32, 32, 2)).astype(np.float16)),
     ):
         full, half = (
-            SnippetNetwork(describe(str(folder)), device="cpu", precision=precision).rows(windows)
+            SnippetNetwork(describe(str(folder)), device="cpu", precision=precision).rows(
+                torch.from_numpy(windows)
+            )
             for precision in ("fp32", "bf16")
         )
         assert half.dtype == np.float32

@@ -307,7 +307,7 @@ def test_a_tiny_pretraining_gives_an_extractor(tmp_path, modality):
     network = SnippetNetwork(spec, device="cpu", precision="fp32")
     stream = network.input_stream()
     video = np.random.default_rng(0).integers(0, 256, (16, 96, 128, 3), dtype=np.uint8)
-    pieces = [*stream.push(video), *stream.finish()]
-    rows = network.rows(np.concatenate(pieces)[None])
+    pieces = [*stream.push(torch.from_numpy(video)), *stream.finish()]
+    rows = network.rows(torch.cat(pieces)[None])
     assert rows.shape == (1, 128)
     assert np.isfinite(rows).all()

@@ -243,7 +243,7 @@ def test_an_unguarded_script_in_a_hostile_folder(tmp_path: Path, videos: dict[st
         check=False,
         timeout=60,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "65\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "64\n1\n", "")
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")

@@ -526,8 +526,8 @@ class _Worker:
 
 def device_named(name: str) -> str:
     """One of "auto", "all", "cpu" and "cuda:N" for what a person writes. Raises MmdistError."""
-    match = re.fullmatch(r"(auto|all|cpu)|(?:cuda:?)?(\d*)", name.strip())
-    if match is None or not name.strip():
+    match = re.fullmatch(r"(auto|all|cpu)|cuda|(?:cuda:)?(\d+)", name.strip())
+    if match is None:
         raise MmdistError(f"The device {name!r} is unknown; valid: auto, all, cpu, N, cuda:N.")
     return match[1] or f"cuda:{int(match[2] or 0)}"
 

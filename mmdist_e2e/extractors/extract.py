@@ -20,7 +20,8 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +92,6 @@ class Result:
     video_seconds: float
 
 
-Progress = Callable[[Job, float], None]
-Save = Callable[[Job, Features], None]
-
-
 def extract_video(
     path: Path,
     networks: Sequence[SnippetNetwork],
@@ -131,67 +128,6 @@ def extract_video(
     return dict(result.features)
 
 
-class Conveyor:
-    """Several videos at once through networks on one device. Use as a context manager.
-
-    networks: by modality. decoders: how many videos are decoded at once, or the decoders to use,
-    which stay open. stall_seconds: of `Decoder`.
-    """
-
-    def __init__(
-        self,
-        networks: Mapping[str, SnippetNetwork],
-        *,
-        decoders: int | Sequence[Decoder] = 2,
-        stall_seconds: float = 60.0,
-    ) -> None:
-        (device,) = {network.device for network in networks.values()}
-        self._networks, self._device = networks, Device(device)
-        self._owned = isinstance(decoders, int)
-        if isinstance(decoders, int):
-            pin = self._device.pin
-            decoders = [Decoder(stall_seconds=stall_seconds, pin=pin) for _ in range(decoders)]
-        self._decoders = decoders
-        self._running: Generator[Result, None, None] | None = None
-
-    def __enter__(self) -> Conveyor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the run, dropping what is unfinished, and the conveyor's own decoders."""
-        if self._running is not None:
-            self._running.close()
-        if self._owned:
-            for decoder in self._decoders:
-                decoder.close()
-
-    def run(
-        self,
-        jobs: Iterable[Job],
-        *,
-        save: Save | None = None,
-        progress: Progress | None = None,
-    ) -> Iterator[Result]:
-        """Results of the jobs, as they complete. All failures of a job are in its result.
-
-        Args:
-            jobs: taken one by one as decoders become free, from other threads but never by two at
-                once; taking one may block.
-            save: called with each modality's features, in the writer's thread.
-            progress: called with the fraction of a job's frames that were taken, 0 to 1.
-
-        Raises what `jobs` or `progress` raise. Closing the iterator ends the run within seconds.
-        """
-        if self._running is not None:
-            self._running.close()
-        running = _Running(self._networks, self._device, self._decoders, iter(jobs))
-        self._running = running.results(save, progress)
-        return self._running
-
-
 class _Run:
     """One job on its way."""
 
@@ -213,7 +149,8 @@ class _Run:
             self.seconds[stage] += time.perf_counter() - begin
 
     def fail(self, error: Exception) -> None:
-        traceback.clear_frames(error.__traceback__)  # they hold frames and tensors
+        cause = error.__cause__ or error
+        traceback.clear_frames(cause.__traceback__)  # they hold frames and tensors
         self.failures.append(error)
 
     def result(self) -> Result:
@@ -247,7 +184,6 @@ class _Track:
             name = f"{self.run.job.path}: no {self.network.spec.modality} features."
             failure = MmdistError(f"{name} {cause_of(error)}")
             failure.__cause__ = error
-            traceback.clear_frames(error.__traceback__)
             self.run.fail(failure)
             self.left = True
             self.rows.clear()
@@ -275,112 +211,159 @@ class _Arrival:
     """
 
     tracks: Sequence[_Track]
-    frames_NHWC: Tensor | None
-    repeats_N: Sequence[bool]
     fraction: float
-    taken: threading.Event
+    frames_NHWC: Tensor | None = None
+    repeats_N: Sequence[bool] = ()
+    taken: threading.Event = field(default_factory=threading.Event)
     wait: Callable[[], object] = bool
 
 
-class _Ended(Exception):  # noqa: N818 - not an error
-    """The run has ended, and its threads do so too."""
+class Conveyor:
+    """Several videos at once through networks on one device. Use as a context manager.
 
-
-class _Running:
-    """One run of a conveyor: its threads and what is between them."""
+    networks: by modality. decoders: how many videos are decoded at once, or the decoders to use,
+    which stay open. stall_seconds: of `Decoder`.
+    """
 
     def __init__(
         self,
         networks: Mapping[str, SnippetNetwork],
-        device: Device,
-        decoders: Sequence[Decoder],
-        jobs: Iterator[Job],
+        *,
+        decoders: int | Sequence[Decoder] = 2,
+        stall_seconds: float = 60.0,
     ) -> None:
-        self.networks, self.device, self.decoders, self.jobs = networks, device, decoders, jobs
-        self.jobs_lock, self.stop = threading.Lock(), threading.Event()
+        (device,) = {network.device for network in networks.values()}
+        self._networks, self._device = networks, Device(device)
+        self._owned = isinstance(decoders, int)
+        if isinstance(decoders, int):
+            pin = self._device.pin
+            decoders = [Decoder(stall_seconds=stall_seconds, pin=pin) for _ in range(decoders)]
+        self._decoders = decoders
+        self._threads: list[threading.Thread] = []
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Conveyor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the run, dropping what is unfinished, and the conveyor's own decoders."""
+        self._end()
+        if self._owned:
+            for decoder in self._decoders:
+                decoder.close()
+
+    def run(
+        self,
+        jobs: Iterable[Job],
+        *,
+        save: Callable[[Job, Features], None] | None = None,
+        progress: Callable[[Job, float], None] | None = None,
+    ) -> Generator[Result]:
+        """Results of the jobs, as they complete. All failures of a job are in its result.
+
+        Args:
+            jobs: taken one by one as decoders become free, from other threads but never by two at
+                once; taking one may block.
+            save: called with each modality's features, in the writer's thread.
+            progress: called with the fraction of a job's frames that were taken, 0 to 1.
+
+        Raises what `jobs` or `progress` raise. Closing the generator, or the conveyor, ends the
+        run within seconds. Another run ends this one.
+        """
+        self._end()
+        self._stop = threading.Event()
         # From the feeders: arrivals, runs that were fed whole, what `jobs` raised, and None when
         # a feeder has ended. From the writer: results.
-        self.inbox: queue.SimpleQueue[_Arrival | _Run | Result | Exception | None]
-        self.inbox = queue.SimpleQueue()
-        self.unsaved: queue.Queue[tuple[_Track, Tensor, Callable[[], object]] | _Run | None]
-        self.unsaved = queue.Queue(UNSAVED)
-        self.fed: set[_Track] = set()  # tracks that get more frames
-        self.batches: dict[str, list[tuple[_Track, Tensor]]] = {name: [] for name in networks}
-
-    def results(self, save: Save | None, progress: Progress | None) -> Generator[Result]:
-        threads = [threading.Thread(target=self.write, args=(save,), daemon=True)]
-        for decoder in self.decoders:
-            threads.append(threading.Thread(target=self.feed, args=(decoder,), daemon=True))
-        feeders, unfinished = len(self.decoders), 0
+        self._inbox: queue.SimpleQueue[_Arrival | _Run | Result | BaseException | None]
+        self._inbox = queue.SimpleQueue()
+        self._unsaved: queue.Queue[tuple[_Track, Tensor, Callable[[], object]] | _Run | None]
+        self._unsaved = queue.Queue(UNSAVED)
+        self._fed: set[_Track] = set()  # tracks that get more frames
+        self._batches: dict[str, list[tuple[_Track, Tensor]]]
+        self._batches = {name: [] for name in self._networks}
+        self._jobs, self._jobs_lock = iter(jobs), threading.Lock()
+        calls = [partial(self._write, save), *(partial(self._feed, d) for d in self._decoders)]
+        self._threads = [threading.Thread(target=call, daemon=True) for call in calls]
+        feeders, unfinished = len(self._decoders), 0
         try:
-            for thread in threads:
+            for thread in self._threads:
                 thread.start()
-            while feeders or unfinished:
-                item = self.next_item()
+            while (feeders or unfinished) and not self._stop.is_set():
+                item = self._next_item()
                 if isinstance(item, Result):
                     unfinished -= 1
                     yield item
                 elif isinstance(item, _Arrival):
-                    self.take(item)
-                    if progress is not None and item.frames_NHWC is not None:
+                    self._take(item)
+                    if progress is not None:
                         progress(item.tracks[0].run.job, item.fraction)
                 elif isinstance(item, _Run):
                     unfinished += 1
                     item.fed = True
                     for track in item.tracks:
                         track.left |= not track.ended  # decoding failed
-                        self.fed.discard(track)
-                    self.settle(item)
+                    self._fed.difference_update(item.tracks)
+                    self._settle(item)
                 elif item is None:
                     feeders -= 1
                 else:
                     raise item
-                self.flush_ended()
         finally:
-            self.stop.set()
-            with suppress(queue.Full):
-                self.unsaved.put_nowait(None)
-            deadline = time.monotonic() + END_SECONDS
-            for thread in threads:
-                thread.join(POLL_SECONDS)
-            while any(t.is_alive() for t in threads) and time.monotonic() < deadline:
-                for decoder in self.decoders:
-                    decoder.close()  # what a feeder waits for
-                threads[-1].join(POLL_SECONDS)
+            self._end()
 
-    def next_item(self) -> _Arrival | _Run | Result | Exception | None:
-        """What comes next; batches that a video waits for are run before waiting for it."""
-        with suppress(queue.Empty):
-            return self.inbox.get_nowait()
-        for name, batch in self.batches.items():
-            if any(track.ended for track, _ in batch):
-                self.flush(name)
-        return self.inbox.get()
+    def _end(self) -> None:
+        """End the threads; a feeder may wait for its decoder."""
+        self._stop.set()
+        if self._threads:
+            with suppress(queue.Full):
+                self._unsaved.put_nowait(None)
+        deadline = time.monotonic() + END_SECONDS
+        while alive := [thread for thread in self._threads if thread.is_alive()]:
+            alive[-1].join(POLL_SECONDS)
+            if alive[-1].is_alive():
+                for decoder in self._decoders:
+                    decoder.close()
+            if time.monotonic() > deadline:
+                break
+        self._threads = []
+
+    def _next_item(self) -> _Arrival | _Run | Result | BaseException | None:
+        """What comes next, after running incomplete batches that are waited for in vain."""
+        idle = self._inbox.empty()
+        for name, batch in self._batches.items():
+            fed = any(track.network is self._networks[name] for track in self._fed)
+            if batch and (not fed or (idle and any(track.ended for track, _ in batch))):
+                self._flush(name)
+        return self._inbox.get()
 
     # The feeders' threads
 
-    def feed(self, decoder: Decoder) -> None:
+    def _feed(self, decoder: Decoder) -> None:
         """Decode one job after another."""
+        stop, inbox, jobs, lock = self._stop, self._inbox, self._jobs, self._jobs_lock
         try:
-            while not self.stop.is_set():
-                with self.jobs_lock:
-                    job = next(self.jobs, None)
-                if job is None:
+            while True:
+                with lock:
+                    job = None if stop.is_set() else next(jobs, None)
+                if job is None or stop.is_set():
                     break
                 run = _Run(job)
                 try:
-                    self.decode(run, decoder)
+                    self._decode(run, decoder)
                 except Exception as error:
                     run.fail(error)
-                self.inbox.put(run)
-        except Exception as error:
-            self.inbox.put(error)
+                inbox.put(run)
+        except BaseException as error:  # the caller's thread raises it
+            inbox.put(error)
         finally:
-            if self.stop.is_set():
+            if stop.is_set():
                 decoder.close()
-            self.inbox.put(None)
+            inbox.put(None)
 
-    def decode(self, run: _Run, decoder: Decoder) -> None:
+    def _decode(self, run: _Run, decoder: Decoder) -> None:
         """Hand over every frame of a video. Networks that see the same frames share a pass."""
         job = run.job
         source = job.source
@@ -389,7 +372,7 @@ class _Running:
             with suppress(OSError):  # the decoder says what is wrong
                 source = fast_digest(job.path) if job.path.is_file() else {}
         passes: dict[tuple[Any, ...], list[SnippetNetwork]] = {}
-        for network in (self.networks[modality] for modality in job.modalities):
+        for network in (self._networks[modality] for modality in job.modalities):
             key = network.spec.fps, network.spec.fps_policy, network.spec.longer_side
             passes.setdefault(key, []).append(network)
         for index, ((fps, policy, longer_side), networks) in enumerate(passes.items()):
@@ -407,69 +390,69 @@ class _Running:
             tracks = [_Track(run, network, stream, source) for network in networks]
             run.tracks += tracks
             repeats = Repeats() if any(n.needs_repeats for n in networks) else None
-            arrival = _Arrival(tracks, None, (), 0.0, threading.Event())
+            arrival = _Arrival(tracks, 0.0)
             arrival.taken.set()
             for chunk in stream:
                 run.seconds["decode"] = before + stream.seconds
                 repeats_N = repeats.find(chunk.frames_NHWC) if repeats else ()
-                frames_NHWC = self.device.upload(chunk.frames_NHWC)
-                if self.device.copies:
-                    self.wait(arrival)
+                frames_NHWC = self._device.upload(chunk.frames_NHWC)
+                if self._device.copies:
+                    self._wait(arrival)
                 done = min(float(chunk.times_N[-1]) / info.duration_seconds, 1.0)
                 fraction = (index + done) / len(passes)
-                arrival = _Arrival(tracks, frames_NHWC, repeats_N, fraction, threading.Event())
-                self.inbox.put(arrival)
-                if not self.device.copies:  # the frames are still in the decoder's slot
-                    self.wait(arrival)
+                arrival = _Arrival(tracks, fraction, frames_NHWC, repeats_N)
+                self._inbox.put(arrival)
+                if not self._device.copies:  # the frames are still in the decoder's slot
+                    self._wait(arrival)
                 if all(track.left for track in tracks):
                     stream.close()
                     break
-            self.wait(arrival)
-            self.inbox.put(_Arrival(tracks, None, (), 1.0, threading.Event()))
+            self._wait(arrival)
+            self._inbox.put(_Arrival(tracks, (index + 1) / len(passes)))
 
-    def wait(self, arrival: _Arrival) -> None:
+    def _wait(self, arrival: _Arrival) -> None:
         """Until frames have been used."""
         while not arrival.taken.wait(POLL_SECONDS):
-            if self.stop.is_set():
-                raise _Ended
+            if self._stop.is_set():
+                raise MmdistError("The run has ended.")
         arrival.wait()
 
     # The networks' thread
 
-    def take(self, arrival: _Arrival) -> None:
+    def _take(self, arrival: _Arrival) -> None:
         """Run frames, or the end of a video, through preprocessing and into windows."""
         for track in arrival.tracks:
             if track.left:
                 continue
             if arrival.frames_NHWC is not None:
-                self.fed.add(track)
+                self._fed.add(track)
                 with track.attempt():
-                    self.cut(track, track.inputs.push(arrival.frames_NHWC, arrival.repeats_N))
+                    self._cut(track, track.inputs.push(arrival.frames_NHWC, arrival.repeats_N))
             else:
                 with track.attempt():
-                    self.cut(track, track.inputs.finish())
+                    self._cut(track, track.inputs.finish())
                     for part in track.cutter.finish():
-                        self.submit(track, part)
+                        self._submit(track, part)
                 track.ended = True
                 if isinstance(track.inputs, FlowFrames):
                     track.run.seconds["flow"] += track.inputs.seconds
                     track.run.seconds["prepare"] -= track.inputs.seconds
             if track.ended or track.left:
-                self.fed.discard(track)
-                self.settle(track.run)
-        arrival.frames_NHWC, arrival.wait = None, self.device.mark()
+                self._fed.discard(track)
+                self._settle(track.run)
+        arrival.frames_NHWC, arrival.wait = None, self._device.mark()
         arrival.taken.set()
 
-    def cut(self, track: _Track, inputs: Iterator[Tensor]) -> None:
+    def _cut(self, track: _Track, inputs: Iterator[Tensor]) -> None:
         while True:
             with track.run.clock("prepare"):
                 piece_NHWC = next(inputs, None)
-            if piece_NHWC is None:
+            if piece_NHWC is None or track.left:
                 return
             for part in track.cutter.push(piece_NHWC):
-                self.submit(track, part)
+                self._submit(track, part)
 
-    def submit(self, track: _Track, part: Tensor | Chunk) -> None:
+    def _submit(self, track: _Track, part: Tensor | Chunk) -> None:
         """Run a dense chunk, or put a window into its network's batch."""
         if isinstance(part, Chunk):
             with track.run.clock("network"):
@@ -477,38 +460,33 @@ class _Running:
             return
         name = track.network.spec.modality
         track.waiting += 1
-        self.batches[name].append((track, part))
-        if len(self.batches[name]) == track.network.windows_per_call:
-            self.flush(name)
+        self._batches[name].append((track, part))
+        if len(self._batches[name]) == track.network.windows_per_call:
+            self._flush(name)
 
-    def flush_ended(self) -> None:
-        """Run the batches that no video adds to any more."""
-        for name, batch in self.batches.items():
-            if batch and not any(track.network is self.networks[name] for track in self.fed):
-                self.flush(name)
-
-    def flush(self, name: str) -> None:
+    def _flush(self, name: str) -> None:
         """Run a batch. If it fails, each video's windows on their own."""
-        batch = [pair for pair in self.batches[name] if not pair[0].left]
-        self.batches[name].clear()
+        batch = [pair for pair in self._batches[name] if not pair[0].left]
+        self._batches[name].clear()
         tracks = list(dict.fromkeys(track for track, _ in batch))
         try:
             if batch:
-                self.run_batch(batch)
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)
+                self._run_batch(batch)
+        except Exception:
             for track in tracks:
                 with track.attempt():
-                    self.run_batch([pair for pair in batch if pair[0] is track])
+                    if len(tracks) == 1:
+                        raise
+                    self._run_batch([pair for pair in batch if pair[0] is track])
         for track in tracks:
             track.waiting -= sum(owner is track for owner, _ in batch)
-            self.settle(track.run)
+            self._settle(track.run)
 
-    def run_batch(self, batch: Sequence[tuple[_Track, Tensor]]) -> None:
+    def _run_batch(self, batch: Sequence[tuple[_Track, Tensor]]) -> None:
         import torch
 
         network, windows = batch[0][0].network, [window for _, window in batch]
-        if self.device.copies:  # to one shape, which is compiled once
+        if self._device.copies:  # to one shape, which is compiled once
             windows += windows[-1:] * (network.windows_per_call - len(windows))
         begin = time.perf_counter()
         rows_BD = network.rows(torch.stack(windows))
@@ -517,7 +495,7 @@ class _Running:
             track.rows.append(rows_BD[index : index + 1])
             track.run.seconds["network"] += seconds
 
-    def settle(self, run: _Run) -> None:
+    def _settle(self, run: _Run) -> None:
         """Give complete tracks to the writer, then the complete run."""
         for track in run.tracks:
             if track.ended and not track.waiting and not track.left:
@@ -525,28 +503,40 @@ class _Running:
                     import torch
 
                     rows_SD = torch.cat(track.rows)
-                    self.unsaved.put((track, rows_SD, self.device.mark()))
+                    self._unsaved.put((track, rows_SD, self._device.mark()))
                     track.left = True
                     track.rows.clear()
         if run.fed and all(track.left for track in run.tracks):
-            self.unsaved.put(run)
+            self._unsaved.put(run)
             run.fed = False
 
     # The writer's thread
 
-    def write(self, save: Save | None) -> None:
-        while (item := self.unsaved.get()) is not None and not self.stop.is_set():
-            if isinstance(item, _Run):
-                self.inbox.put(item.result())
-                continue
-            track, rows_SD, wait = item
-            run = track.run
-            with run.clock("write"), track.attempt():
-                wait()
-                features = track.features(self.device.download(rows_SD))
-                try:
-                    if save is not None:
-                        save(run.job, features)
-                    run.features[features.modality] = features
-                except Exception as error:
-                    run.fail(error)
+    def _write(self, save: Callable[[Job, Features], None] | None) -> None:
+        inbox = self._inbox
+        try:
+            while (item := self._unsaved.get()) is not None and not self._stop.is_set():
+                if isinstance(item, _Run):
+                    inbox.put(item.result())
+                else:
+                    self._finish(*item, save)
+        except BaseException as error:  # the caller's thread raises it
+            inbox.put(error)
+
+    def _finish(
+        self,
+        track: _Track,
+        rows_SD: Tensor,
+        wait: Callable[[], object],
+        save: Callable[[Job, Features], None] | None,
+    ) -> None:
+        run = track.run
+        with run.clock("write"), track.attempt():
+            wait()
+            features = track.features(self._device.download(rows_SD))
+            try:
+                if save is not None:
+                    save(run.job, features)
+                run.features[features.modality] = features
+            except Exception as error:
+                run.fail(error)

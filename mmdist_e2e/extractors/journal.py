@@ -169,7 +169,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
-        write_atomically(path, os.fsencode(list_lines(failed.values())))
+        write_atomically(path, os.fsencode(list_lines(failed[name] for name in sorted(failed))))
         return path
 
     def _failure(self, video_id: str, modalities: Iterable[str]) -> Path:
