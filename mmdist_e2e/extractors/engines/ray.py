@@ -75,8 +75,9 @@ class RayEngine:
             check_choice("With --engine ray, which assigns the GPUs, the device", name, valid)
         os.environ.update({**ENVIRONMENT, **({} if address else LOOPBACK), **os.environ})
         self._ray, _ = (require(name, "ray", "--engine ray") for name in ("ray", "ray.data"))
-        self._store, self._address, self._devices = store, address, {*devices}
-        self._workers, self._options = max(1, workers), {"specs": specs, **options}
+        self._root, self._address, self._devices = store.root, address, {*devices}
+        self._workers = max(1, workers)
+        self._options = {"specs": specs, "store": store, **options}
         self._connected = False
         self._why = ""  # a round has ended early
 
@@ -97,7 +98,7 @@ class RayEngine:
         sizes = {video: _bytes_of(video.path) for video in videos}
         if progress is not None:
             progress.planned(sizes)
-        self._store.root.mkdir(parents=True, exist_ok=True)
+        self._root.mkdir(parents=True, exist_ok=True)
         outcomes: dict[int, Outcome] = {}
 
         def finished(index: int, **told: Any) -> None:
@@ -133,7 +134,6 @@ class RayEngine:
         if alone:
             self.close()  # whatever has failed, it starts anew
         with contextlib.ExitStack() as starting:
-            starting.callback(stop.set)
             silence = starting.enter_context(contextlib.ExitStack())
             silence.enter_context(_silence())
             actors, resources = self._connect()
@@ -142,7 +142,10 @@ class RayEngine:
             size = 1 if alone else max(1, size)
             blocks = [names[begin : begin + size] for begin in range(0, len(names), size)]
             data = self._dataset(blocks, min(actors, len(blocks)), resources, beat)
-            threading.Thread(target=_listen, args=(data, rows, stop), daemon=True).start()
+            listener = threading.Thread(target=_listen, args=(data, rows, stop), daemon=True)
+            listener.start()
+            starting.callback(listener.join, 3 * beat)  # without it, Ray's own end is noisy
+            starting.callback(stop.set)
             patience = START_SECONDS
             try:
                 while isinstance(row := rows.get(timeout=patience), dict):
@@ -163,8 +166,9 @@ class RayEngine:
         context.target_max_block_size = 1  # bytes: every row is delivered at once
         context.max_errored_blocks = -1  # a lost block does not end the others
         threads, gpu = int(resources["num_cpus"]), "num_gpus" in resources
-        options = {"decoders": min(8, max(2, threads - 1)) if gpu else None, **self._options}
-        options |= {"workers": 1, "devices": ["auto" if gpu else "cpu"], "store": self._store}
+        options = {**self._options, "workers": 1, "devices": ["auto" if gpu else "cpu"]}
+        if gpu and options.get("decoders") is None:
+            options["decoders"] = min(8, max(2, threads - 1))
         items = [{"block": json.dumps(block)} for block in blocks]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the last two arguments get other names in Ray 2.64
@@ -194,20 +198,25 @@ class RayEngine:
                     f"Ray could not be started or reached ({cause_of(error)}); check --address."
                 ) from error
             finally:
-                with contextlib.suppress(ValueError):  # not in the main thread
+                with contextlib.suppress(TypeError, ValueError):  # not in the main thread
                     signal.signal(signal.SIGTERM, handler)
             self._connected = True
             logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        able = [node for node in nodes if node.get("GPU") and self._devices != {"cpu"}]
-        if not able and "all" in self._devices:
+        gpus = [int(node.get("GPU", 0)) for node in nodes if self._devices != {"cpu"}]
+        actors = sum(gpus) * self._workers or self._workers
+        if not any(gpus) and "all" in self._devices:
             raise MmdistError("Ray has no GPU; use --devices cpu, or auto.")
-        shares = [int(node["GPU"]) * self._workers for node in able]
-        actors = sum(shares) or self._workers
-        able, shares = able or nodes, shares or [-(-actors // len(nodes))] * len(nodes)
-        cpus = min((n.get("CPU", 1) - 1) // share for n, share in zip(able, shares, strict=True))
-        gpus = {"num_gpus": 1 / self._workers} if "GPU" in able[0] and actors == sum(shares) else {}
-        return actors, {"num_cpus": max(1, int(cpus)), **gpus}
+        if not any(gpus):
+            share = -(-actors // len(nodes))
+            return actors, {"num_cpus": max(1, min(_free_cpus(n) // share for n in nodes))}
+        shares = [(n, count * self._workers) for n, count in zip(nodes, gpus, strict=True) if count]
+        cpus = max(1, min(_free_cpus(node) // share for node, share in shares))
+        return actors, {"num_cpus": cpus, "num_gpus": 1 / self._workers}
+
+
+def _free_cpus(node: Mapping[str, float]) -> int:
+    return int(node.get("CPU", 0)) - 1
 
 
 def _bytes_of(path: Path) -> int:
