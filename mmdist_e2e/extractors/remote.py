@@ -41,7 +41,7 @@ def _opened(url: str) -> Iterator[tuple[Any, str]]:
     try:
         import fsspec
 
-        yield fsspec.core.url_to_fs(url)
+        yield fsspec.core.url_to_fs(url, use_listings_cache=False)
     except MmdistError:
         raise
     except Exception as error:  # of many libraries
