@@ -223,7 +223,7 @@ class FeatureStore:
 
     def _path(self, video_id: str, modality: str) -> Path:
         *folders, name = video_id.split("/")
-        if {"", ".", ".."} & {*folders, name} or "\0" in video_id:
+        if {"", ".", ".."} & {*folders} or "\0" in video_id:
             raise MmdistError(
                 f"The video id {video_id!r} is no path inside {self.root}; ids are relative, "
                 f"without '.' and '..'."

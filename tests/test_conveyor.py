@@ -173,7 +173,7 @@ class SlowNetwork(SnippetNetwork):
 
 
 class SlowDecoder:
-    """Videos of CHUNKS chunks of 16 frames, each after a while."""
+    """Videos of CHUNKS chunks of 16 frames; a child works on each for a while, in two slots."""
 
     CHUNKS = 4
 
@@ -186,11 +186,15 @@ class SlowDecoder:
         return self
 
     def __iter__(self) -> Iterator[SimpleNamespace]:
+        done = time.monotonic()
+        free = [done, done]
         for index in range(self.CHUNKS):
-            time.sleep(self.seconds)
+            done = max(done, free[-2]) + self.seconds
+            time.sleep(max(0.0, done - time.monotonic()))
             frames_NHWC = np.full((16, 48, 64, 3), index, np.uint8)
             times_N = (16 * index + np.arange(16)) / RATE
             yield SimpleNamespace(frames_NHWC=frames_NHWC, times_N=times_N)
+            free.append(time.monotonic())
 
     def close(self) -> None:
         pass
@@ -229,8 +233,8 @@ def test_the_stages_run_at_the_same_time(
     device = stages["prepare"] + stages["flow"] + stages["network"]
     decode = 0.05 * SlowDecoder.CHUNKS * len(jobs)
     slowest, total = max(decode, device, stages["write"]), decode + device + stages["write"]
-    assert total > 2 * slowest
-    assert wall < 1.5 * slowest
+    # One after another they would take the total; 1.5 times the slowest where all are equal.
+    assert wall < slowest + (total - slowest) / 4
 
 
 def failing_rows(monkeypatch, error: Exception) -> None:
@@ -295,17 +299,15 @@ def test_what_cannot_be_read_or_saved_costs_one_video(tmp_path, videos, networks
 
 
 def test_a_decoder_that_dies_or_stalls_costs_one_video(tmp_path, videos, networks):
-    long = make_video(tmp_path / "long.mp4", 900, rate=RATE, width=320, height=240)
+    long = make_video(tmp_path / "long.mp4", 400, rate=RATE, width=160, height=120)
     for number in (signal.SIGKILL, signal.SIGSTOP):
-        with Conveyor(networks, decoders=2, stall_seconds=2.0) as conveyor:
+        with Conveyor(networks, decoders=1, stall_seconds=2.0) as conveyor:
             struck: list[int] = []
 
             def strike(job: Job, fraction: float, number=number, struck=struck, c=conveyor) -> None:
                 if job.key == "long" and not struck:
-                    for decoder in c._decoders:
-                        if decoder in c.reading:
-                            struck.append(decoder._child.pid)
-                            os.kill(struck[0], number)
+                    struck.append(c._decoders[0]._child.pid)
+                    os.kill(struck[0], number)
 
             results = results_of(conveyor, jobs_of([long, *videos], ("rgb",)), progress=strike)
         assert struck
@@ -316,7 +318,7 @@ def test_a_decoder_that_dies_or_stalls_costs_one_video(tmp_path, videos, network
 
 @pytest.mark.parametrize("way", ["generator", "conveyor", "interrupt"])
 def test_an_end_in_the_middle_is_prompt_and_leaves_nothing(tmp_path, networks, way):
-    long = make_video(tmp_path / "long.mp4", 900, rate=RATE, width=320, height=240)
+    long = make_video(tmp_path / "long.mp4", 400, rate=RATE, width=160, height=120)
     blocked = threading.Event()
 
     def jobs() -> Iterator[Job]:
@@ -326,14 +328,14 @@ def test_an_end_in_the_middle_is_prompt_and_leaves_nothing(tmp_path, networks, w
 
     def interrupt(job: Job, fraction: float) -> None:
         pids.extend(d._child.pid for d in conveyor._decoders if d._child is not None)
+        begin.append(time.monotonic())
         if way == "interrupt":
             raise KeyboardInterrupt
         if way == "conveyor":
-            begin.append(time.monotonic())
             conveyor.close()
 
     pids: list[int] = []
-    begin: list[float] = [time.monotonic()]
+    begin: list[float] = []
     conveyor = Conveyor(networks, decoders=3)
     results = conveyor.run(jobs(), progress=interrupt)
     if way == "generator":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,12 +19,20 @@ import pytest
 from click.testing import CliRunner
 from make_videos import make_video
 
+from mmdist_e2e.cli import common
 from mmdist_e2e.cli.main import main
 from mmdist_e2e.extractors import batch, worker
 from mmdist_e2e.extractors.batch import Engine, device_named, resolve_devices
 from mmdist_e2e.extractors.journal import Journal
 from mmdist_e2e.extractors.profiles import describe
-from mmdist_e2e.extractors.search import Video, find_videos, in_shard, list_lines, read_list
+from mmdist_e2e.extractors.search import (
+    Outcome,
+    Video,
+    find_videos,
+    in_shard,
+    list_lines,
+    read_list,
+)
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import MmdistError
 
@@ -313,7 +322,7 @@ def test_ids_of_a_list_are_relative_to_the_root_in_force(tmp_path, monkeypatch):
     assert "is a folder" in ids("data/s\n")[0]
     with pytest.raises(MmdistError, match=r"Line 2 .* no JSON string"):
         read_list(b'a.mp4\n"b.mp4\n')
-    for bad in ("../x", "/x", "a//b", "..", "a/../../b"):
+    for bad in ("../x", "/x", "a//b", "./b", "a/../../b", "a\0b"):
         with pytest.raises(MmdistError, match="no path inside"):
             FeatureStore(tmp_path).path(bad, "rgb")
 
@@ -364,6 +373,25 @@ def test_a_run_that_cannot_write_stops_soon(tmp_path, tiny_extractor, monkeypatc
     monkeypatch.undo()
     assert run(tiny_extractor, tmp_path / "f", tmp_path / "in", "--workers", 0)[0] == 0
     assert len(bytes_of(tmp_path / "f")) == 9
+
+
+def test_elsewhere_than_in_a_terminal_progress_is_lines(monkeypatch, capsys):
+    lines: list[str] = []
+    monkeypatch.setattr(common, "say", lines.append)
+    monkeypatch.setattr(common, "LINE_SECONDS", 0.05)
+    videos = [Video(name, Path(name)) for name in "abc"]
+    with common.ExtractionProgress(3) as progress:
+        progress.planned(dict.fromkeys(videos, 100))
+        progress.started(videos[0])
+        progress.finished(Outcome(videos[0], "done", video_seconds=3600.0, attempts=1))
+        progress.started(videos[1])
+        progress.advanced(videos[1], 0.5)
+        until(lambda: len(lines) > 1, 5)
+    pattern = (
+        r"1 of 3 videos, 0 failed, [\d.]+ videos/s, [\d.]+ hours of video per hour, "
+        r"\d+:\d\d:\d\d left; running: b"
+    )
+    assert re.fullmatch(pattern, lines[0]), lines[0]
 
 
 def test_devices(monkeypatch):

@@ -58,7 +58,9 @@ def both(tiny_extractor, tiny_flow_extractor) -> list[str]:
 
 
 def extract(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["extract", "--precision", "fp32", *map(str, arguments)])
+    return CliRunner().invoke(
+        main, ["extract", "--precision", "fp32", "--workers", "0", *map(str, arguments)]
+    )
 
 
 def network_of(folder: Path, **options: str) -> SnippetNetwork:
@@ -182,7 +184,7 @@ def test_what_another_modality_finished_is_kept(tmp_path, both, counted, monkeyp
     (cause,) = [line for line in run.output.splitlines() if line.startswith("failed: ")]
     assert cause.startswith(f"failed: {clip}: no flow features. ")
     assert "No solver." in cause
-    assert [p.name for p in (tmp_path / "f").iterdir()] == ["a.rgb.npz"]
+    assert [p.name for p in (tmp_path / "f").glob("*.npz")] == ["a.rgb.npz"]
     monkeypatch.setattr(flow_frames, "tvl1", solver)
     counted.update(loaded=[])
     assert extract(clip, "--out", tmp_path / "f", *both).exit_code == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,32 +185,31 @@ def extract_command(
     say(f"Features are written to {out}." if out == FEATURES else "")
     lines = Log(log) if log is not None else None
     stopped = error = None
-    with ExtractionProgress(len(problems) + len(videos), lines) as progress:
-        for problem in problems:
-            progress.finished(problem)
+    with _stoppable():
+        with ExtractionProgress(len(problems) + len(videos), lines) as progress:
+            for problem in problems:
+                progress.finished(problem)
+            try:
+                with extraction:
+                    extraction.run(videos, progress)
+            except _Stopped as signalled:
+                stopped = signalled
+            except MmdistError as raised:
+                error = raised
+        report = Report(progress.outcomes)
+        if report.outcomes or error is None:
+            results.print(_summary(report, modalities, stopped is not None))
+        if found.hidden:
+            results.print(f"Ignored {found.hidden} hidden files (names that start with a dot).")
+        if found.repeated:
+            results.print(f"Ignored {found.repeated} further names of the same files.")
         try:
-            with _stoppable(), extraction:
-                extraction.run(videos, progress)
-        except _Stopped as signalled:
-            stopped = signalled
+            failed = Journal(out).write_list(report.outcomes) if out.is_dir() else None
         except MmdistError as raised:
-            error = raised
-    report = Report(progress.outcomes)
-    if report.outcomes or error is None:
-        results.print(_summary(report, modalities, stopped is not None))
-    if found.hidden:
-        results.print(f"Ignored {found.hidden} hidden files (names that start with a dot).")
-    if found.repeated:
-        results.print(f"Ignored {found.repeated} further names of the same files.")
-    try:
-        failed = Journal(out).write_list(report.outcomes) if out.is_dir() else None
-    except MmdistError as raised:
-        error, failed = error or raised, None
-    if failed is not None and report.failed:
-        again = printable(str(failed))
-        say(
-            f"Failed videos are listed in {again}; to try them again: mmdist extract --list {again}"
-        )
+            error, failed = error or raised, None
+        if failed is not None and report.failed:
+            again = printable(str(failed))
+            say(f"To try the failed videos again: mmdist extract --list {again}")
     if stopped is not None:
         sys.exit(128 + stopped.number)
     if error is not None:
@@ -218,7 +218,7 @@ def extract_command(
     sys.exit(0 if not report.failed else 3 if good else 1)
 
 
-class _Stopped(BaseException):
+class _Stopped(KeyboardInterrupt):
     """A signal asked the run to end."""
 
     def __init__(self, number: int) -> None:
@@ -228,7 +228,7 @@ class _Stopped(BaseException):
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise _Stopped, once: while the run ends, which takes seconds, no more."""
+    """Ctrl-C and SIGTERM raise _Stopped, once; ending then takes seconds and is not disturbed."""
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number: int, _: object) -> None:
@@ -236,6 +236,9 @@ def _stoppable() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise _Stopped(number)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield

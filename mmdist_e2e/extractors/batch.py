@@ -152,6 +152,7 @@ class Engine:
             self._conveyor.close()
             self._conveyor = None
         self._modalities.clear()
+        self._barren = 0
         self.journal.close()
 
     def run(self, videos: Sequence[Video], progress: BatchProgress | None = None) -> Report:
@@ -233,9 +234,9 @@ class Engine:
     def _start(self, number: int, device: str) -> _Worker:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         cores, count = cores or 1, len(self._slots)
-        threads = None
-        if count > 1:
-            threads = min(max(1, cores // count), int(os.environ.get("OMP_NUM_THREADS") or cores))
+        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        share = min(cores // count, int(given) if given.isdigit() else cores)
+        threads = max(share, 1) if count > 1 else None  # one worker may do as it likes
         conveying = dict(self._conveying)
         if device != "cpu":
             conveying.setdefault("decoders", min(8, max(2, cores // count - 1)))
@@ -258,8 +259,8 @@ class Engine:
         match message.pop("say"):
             case "next":
                 worker.asking = True
-            case "at":
-                run.advanced(worker.tasks[message["key"]], message["fraction"])
+            case "at" if (task := worker.tasks.get(message["key"])) is not None:
+                run.advanced(task, message["fraction"])
             case "done":
                 self._barren = 0
                 run.finish(worker.tasks.pop(message.pop("key")), worker=worker.number, **message)

@@ -12,6 +12,7 @@ decision depends on a clock or on a file's time.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -113,15 +114,18 @@ class Journal:
 
     def running(self) -> list[str]:
         """Ids of the videos that runs are extracting now, sorted."""
-        return sorted(self._held())
+        return sorted(self._claimed())
 
-    def _held(self) -> Iterator[str]:
+    def _claimed(self, *, clean: bool = False) -> Iterator[str]:
+        """Ids of claims that are held. clean: delete those that a killed run has left."""
         for path in (self._folder / "claims").glob("*.lock"):
             with contextlib.suppress(OSError, ImportError, ValueError, LookupError):
                 descriptor = os.open(path, os.O_RDONLY)
                 try:
-                    if not _lock(descriptor, shared=True):
+                    if not _lock(descriptor, shared=not clean):
                         yield str(json.loads(os.pread(descriptor, 1 << 16, 0))["id"])
+                    elif clean:
+                        path.unlink()
                 finally:
                     os.close(descriptor)
 
@@ -148,7 +152,8 @@ class Journal:
                     self._failure(video_id, chosen).unlink()
 
     def close(self) -> None:
-        """Remove empty folders."""
+        """Remove what killed runs have left of claims, and empty folders."""
+        collections.deque(self._claimed(clean=True), maxlen=0)
         for folder in (self._folder / "claims", self._folder / "failures", self._folder):
             with contextlib.suppress(OSError):
                 folder.rmdir()

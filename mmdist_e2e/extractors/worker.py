@@ -192,10 +192,12 @@ def main() -> None:
     with Conveyor(networks, **start["conveyor"]) as conveyor:
         while True:
             for result in conveyor.run(jobs(), save=save, progress=progress):
-                if result.failures and any(n.device.type == "cuda" for n in networks.values()):
+                device = next(iter(networks.values())).device
+                if result.failures and device.type == "cuda":
                     import torch
 
-                    torch.cuda.synchronize()  # raises where a fault has ended the device's context
+                    # Raises where a fault has ended the device's context: another process must do.
+                    torch.cuda.synchronize(device)
                 channel.send(say="done", key=result.job.key, **facts(result))
                 names.pop(result.job.key)
                 spoke.pop(result.job.key, None)

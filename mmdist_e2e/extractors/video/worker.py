@@ -50,7 +50,7 @@ from mmdist_e2e.extractors.video.timeline import (
 
 FAULT_TOLERANCE = 1e-9  # share of repeated frames above which decord raises: any
 REWINDABLE = ("mov", "matroska", "webm", "avi")
-DECORD_BYTES = 2**30  # frames of a video that decord may pile up
+DECORD_BYTES = 2**28  # frames of a video that decord may pile up
 ROUNDING_SECONDS = 1e-3  # Matroska's tick: times in a file are this coarse
 TIE_SECONDS = 1e-6  # a time that falls between two samples belongs to the later one
 RATE_TOLERANCE = 1e-3  # relative; 25.01 fps is 25 fps
