@@ -16,7 +16,9 @@ import json
 import logging
 import os
 import queue
+import re
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -201,6 +203,9 @@ class RayEngine:
             options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
         if not ray.is_initialized():
             try:
+                if match := re.fullmatch(r"([\w.-]+):(\d+)", self._address or ""):
+                    # Ray tries a wrong address for minutes.
+                    socket.create_connection((match[1], int(match[2])), 10.0).close()
                 ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **options)
             except Exception as error:
                 raise MmdistError(
