@@ -198,10 +198,10 @@ def test_a_student_without_a_fitting_teacher_is_refused(both: Path, tmp_path: Pa
 def test_from_mp4_a_teacher_takes_both_and_a_student_rgb_alone(
     tiny_run: Path, tiny_extractor: Path, tiny_flow_extractor: Path, tmp_path: Path
 ) -> None:
-    extractors = ["--extractor", tiny_extractor, "--extractor", tiny_flow_extractor, "--workers", 0]
+    extractors = ["--extractor", tiny_extractor, "--extractor", tiny_flow_extractor]
     made = mmdist(
-        "extract", tiny_run / "videos", "--modality", "rgb,flow", *extractors, "--out",
-        tmp_path / "features",
+        "extract", tiny_run / "videos", "--modality", "rgb,flow", *extractors, "--workers", 0,
+        "--out", tmp_path / "features",
     )  # fmt: skip
     assert made.exit_code == 0, made.output
     data = ["--features", tmp_path / "features", "--train", tiny_run / "train.txt", "--carve", 0]

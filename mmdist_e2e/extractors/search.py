@@ -265,7 +265,8 @@ def list_lines(videos: Iterable[Video]) -> str:
         path = absolute(video.path)
         name = Path(*path.parts[-1 - video.id.count("/") :])
         same = video_key(name.as_posix().removesuffix(path.suffix)) == video.id
-        name = name if same else Path(path.name)
+        if name.is_absolute() or not same:  # not found in a folder: the id is the file's name
+            name = Path(path.name)
         root = path.parents[len(name.parts) - 1]
         by_root.setdefault(root, []).append(_quoted(name.as_posix()))
     lines = (
