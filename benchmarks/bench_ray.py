@@ -3,7 +3,7 @@
     python benchmarks/bench_ray.py --videos 2000 --workers 2
 
 Prints for each engine the seconds until the first and the last video is finished, the milliseconds
-per video between them, and the same for a rerun in which all are up to date. The files are compared.
+per video between them, and the same for a rerun in which all are up to date. Compares the files.
 """
 
 from __future__ import annotations
