@@ -193,12 +193,20 @@ def fast_digest(path: Path) -> dict[str, Any]:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise MmdistError(f"{path} is not a regular file; give a video file.")
-    size = status.st_size
-    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
-        for offset in sorted({0, max(0, size // 2), max(0, size - DIGEST_BLOCK_BYTES)}):
-            stream.seek(offset)
-            digest.update(stream.read(DIGEST_BLOCK_BYTES))
+
+        def read(begin: int, end: int) -> bytes:
+            stream.seek(begin)
+            return stream.read(end - begin)
+
+        return digest_of(status.st_size, read)
+
+
+def digest_of(size: int, read: Callable[[int, int], bytes]) -> dict[str, Any]:
+    """`fast_digest` of anything of which `read(begin, end)` gives a part; offsets in bytes."""
+    digest = hashlib.sha256(str(size).encode())
+    for begin in sorted({0, max(0, size // 2), max(0, size - DIGEST_BLOCK_BYTES)}):
+        digest.update(read(begin, min(begin + DIGEST_BLOCK_BYTES, size)))
     return {"bytes": size, "digest": digest.hexdigest()[:16]}
 
 

@@ -307,7 +307,7 @@ def test_any_failure_costs_one_video(tmp_path, tiny_extractor, monkeypatch, plac
         "network": (extract_module._Track, "features", 0),
         "decoder": (Decoder, "frames", 1),
         "store": (FeatureStore, "save", 1),
-        "digest": (batch, "fast_digest", 0),
+        "digest": (batch, "source_of", 0),
     }[place]
     original = getattr(owner, name)
 
