@@ -55,11 +55,33 @@ def write_atomically(path: Path, content: bytes | Callable[[IO[bytes]], None]) -
     After a kill or on a full disk, `path` is the whole old file or absent, never a part.
     Raises MmdistError when the disk is full or the folder cannot be made or written.
     """
-    with staged(path, overwrite=True) as temporary, temporary.open("xb") as stream:
+    with staged(path, overwrite=True) as temporary, _unnamed(temporary, path) as stream:
         if callable(content):
             content(stream)
         else:
             stream.write(content)
+
+
+@contextlib.contextmanager
+def _unnamed(temporary: Path, path: Path) -> Iterator[IO[bytes]]:
+    """A new file, which becomes `path` at the end. Until then a kill leaves none, on Linux.
+
+    Where a file without a name cannot be made, it is `temporary`, and the caller's to rename.
+    """
+    try:
+        descriptor = os.open(temporary.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except (AttributeError, OSError):
+        with temporary.open("xb") as stream:
+            yield stream
+        return
+    with os.fdopen(descriptor, "wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(descriptor)
+        # A source folder, though unused, makes Python follow the link.
+        source = f"/proc/self/fd/{descriptor}"
+        os.link(source, temporary, src_dir_fd=descriptor, follow_symlinks=True)
+        temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -171,12 +193,20 @@ def fast_digest(path: Path) -> dict[str, Any]:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise MmdistError(f"{path} is not a regular file; give a video file.")
-    size = status.st_size
-    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
-        for offset in sorted({0, max(0, size // 2), max(0, size - DIGEST_BLOCK_BYTES)}):
-            stream.seek(offset)
-            digest.update(stream.read(DIGEST_BLOCK_BYTES))
+
+        def read(begin: int, end: int) -> bytes:
+            stream.seek(begin)
+            return stream.read(end - begin)
+
+        return digest_of(status.st_size, read)
+
+
+def digest_of(size: int, read: Callable[[int, int], bytes]) -> dict[str, Any]:
+    """`fast_digest` of anything of which `read(begin, end)` gives a part; offsets in bytes."""
+    digest = hashlib.sha256(str(size).encode())
+    for begin in sorted({0, max(0, size // 2), max(0, size - DIGEST_BLOCK_BYTES)}):
+        digest.update(read(begin, min(begin + DIGEST_BLOCK_BYTES, size)))
     return {"bytes": size, "digest": digest.hexdigest()[:16]}
 
 

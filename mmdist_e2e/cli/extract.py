@@ -79,6 +79,14 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Videos that each worker decodes at the same time. Default: by the number of cores.",
 )
+@common.choice(
+    "--engine", "local", "ray", help="ray: Ray Data, on this machine or the cluster of --address."
+)
+@click.option(
+    "--address",
+    help="Of a running Ray cluster (HOST:6379, or auto). Its machines need this package, and share "
+    "the folders of videos, checkpoints and features. Without GPUs, --workers counts its actors.",
+)
 @common.choice("--precision", "auto", "fp32", "bf16", help="Number format of the networks.")
 @click.option(
     "--deadline",
@@ -115,6 +123,8 @@ def extract_command(
     extractors: tuple[str, ...],
     flow: str,
     devices: str,
+    engine: str,
+    address: str | None,
     list_file: IO[bytes] | None,
     root: Path | None,
     shard: str | None,
@@ -155,7 +165,15 @@ def extract_command(
             f"--modality flow or leave --flow out."
         )
     store = FeatureStore(out)
-    engine = Engine(specs, store, devices=devices.split(","), flow_backend=flow, **settings)
+    settings |= {"devices": devices.split(","), "flow_backend": flow}
+    if engine == "ray":
+        from mmdist_e2e.extractors.engines.ray import RayEngine
+
+        extraction: Engine | RayEngine = RayEngine(specs, store, address=address, **settings)
+    elif address is not None:
+        raise MmdistError("--address is of a Ray cluster; add --engine ray, or leave it out.")
+    else:
+        extraction = Engine(specs, store, **settings)
     listed = read_list(list_file.read(), root) if list_file is not None else []
     found = find_videos(given["paths"], lists=listed)
     videos = [video for video in found.videos if in_shard(video.id, part)]
@@ -172,8 +190,8 @@ def extract_command(
             for problem in problems:
                 progress.finished(problem)
             try:
-                with engine:
-                    engine.run(videos, progress)
+                with extraction:
+                    extraction.run(videos, progress)
             except _Stopped as signalled:
                 stopped = signalled
             except MmdistError as raised:

@@ -27,10 +27,11 @@ from typing import Any, Protocol, cast
 from mmdist_e2e.extractors.extract import Conveyor, Job
 from mmdist_e2e.extractors.journal import Claim, Failure, Journal, digest
 from mmdist_e2e.extractors.profiles import ExtractorSpec
+from mmdist_e2e.extractors.remote import absolute, source_of
 from mmdist_e2e.extractors.search import Outcome, Status, Video
-from mmdist_e2e.extractors.video.reader import Child, failure, unfit
+from mmdist_e2e.extractors.video.reader import Child
 from mmdist_e2e.extractors.worker import blame, facts, load_networks, saver
-from mmdist_e2e.store import FeatureStore, fast_digest
+from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import MmdistError
 
 LOOKING = 8  # threads that look which videos are up to date
@@ -363,9 +364,7 @@ class _Run:
         task = _Task(key, video, modalities, {}, "", known)
         outcome = None
         try:
-            if (problem := unfit(video.path)) is not None:
-                raise failure(video.path, f"{problem}.")  # noqa: TRY301
-            task.source = fast_digest(video.path)
+            task.source = source_of(video.path)
             if not self._overwrite:
                 task.modalities = self._stale(task)
             if not task.modalities:
@@ -446,7 +445,7 @@ class _Run:
     def _settle(self, task: _Task, outcome: Outcome) -> None:
         if outcome.status == "failed":
             lacking = [m for m in task.modalities if m not in outcome.rows]
-            path = os.path.abspath(task.video.path)  # noqa: PTH100 - links stay as they are
+            path = str(absolute(task.video.path))
             note = (task.video.id, path, lacking, task.what, outcome.error, outcome.cause)
             self._journal.note(Failure(*note, outcome.attempts, self._name))
         else:

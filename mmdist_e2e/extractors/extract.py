@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from mmdist_e2e.extractors.flow.fields import FlowFrames, Repeats
 from mmdist_e2e.extractors.flow.settings import MINIMUM_SIDE_PIXELS
+from mmdist_e2e.extractors.remote import fetched
 from mmdist_e2e.extractors.runner import Chunk, DenseChunks, Device, SnippetNetwork, Windows
 from mmdist_e2e.extractors.video.reader import Decoder, VideoError
 from mmdist_e2e.store import fast_digest
@@ -352,7 +353,8 @@ class Conveyor:
                     break
                 run = _Run(job)
                 try:
-                    self._decode(run, decoder)
+                    with fetched(job.path) as path:
+                        self._decode(run, path, decoder)
                 except Exception as error:
                     run.fail(error)
                 inbox.put(run)
@@ -363,28 +365,28 @@ class Conveyor:
                 decoder.close()
             inbox.put(None)
 
-    def _decode(self, run: _Run, decoder: Decoder) -> None:
+    def _decode(self, run: _Run, path: Path, decoder: Decoder) -> None:
         """Hand over every frame of a video. Networks that see the same frames share a pass."""
         job = run.job
         source = job.source
         if source is None:
             source = {}
             with suppress(OSError):  # the decoder says what is wrong
-                source = fast_digest(job.path) if job.path.is_file() else {}
+                source = fast_digest(path) if path.is_file() else {}
         passes: dict[tuple[Any, ...], list[SnippetNetwork]] = {}
         for network in (self._networks[modality] for modality in job.modalities):
             key = network.spec.fps, network.spec.fps_policy, network.spec.longer_side
             passes.setdefault(key, []).append(network)
         for index, ((fps, policy, longer_side), networks) in enumerate(passes.items()):
             stream = decoder.frames(
-                job.path, fps=fps, fps_policy=policy, longer_side=longer_side, copy=False
+                path, fps=fps, fps_policy=policy, longer_side=longer_side, copy=False
             )
             info, before = stream.info, run.seconds["decode"]
             run.video_seconds = info.duration_seconds
             if min(info.width, info.height) < MINIMUM_SIDE_PIXELS:
                 raise VideoError(
-                    job.path,
-                    f"{job.path} is {info.width}×{info.height} pixels; videos need at least "
+                    path,
+                    f"{path} is {info.width}×{info.height} pixels; videos need at least "
                     f"{MINIMUM_SIDE_PIXELS} pixels on each side.",
                 )
             tracks = [_Track(run, network, stream, source) for network in networks]

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmdist_e2e.extractors.remote import url_of
 from mmdist_e2e.extractors.search import Outcome, Video, list_lines, printable
 from mmdist_e2e.store import FOLDER, write_atomically, write_json
 from mmdist_e2e.structures import MODALITIES, MmdistError
@@ -168,8 +169,9 @@ class Journal:
         failed = {o.video.id: o.video for o in outcomes if o.status == "failed"}
         ours = {outcome.video.id for outcome in outcomes}
         for failure in self.failures():
-            if failure.id not in ours and os.path.lexists(failure.path):
-                failed[failure.id] = Video(failure.id, Path(failure.path))
+            video = Video(failure.id, Path(failure.path))
+            if failure.id not in ours and (os.path.lexists(video.path) or url_of(video.path)):
+                failed[failure.id] = video
         if not failed:
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from mmdist_e2e.extractors.remote import absolute, find, url_of
 from mmdist_e2e.store import FOLDER, VIDEO_SUFFIXES, video_key
 from mmdist_e2e.structures import MmdistError
 
@@ -85,8 +86,10 @@ def find_videos(paths: Iterable[Path], *, lists: Iterable[tuple[Path | None, Pat
     """
     search = _Search()
     for given in paths:
-        kind = search.kind(given)
-        if kind == "file":
+        kind = "url" if url_of(given) is not None else search.kind(given)
+        if kind == "url":
+            search.remote(given)
+        elif kind == "file":
             search.add(given.stem, given, given.is_symlink())
         elif kind == "folder":
             search.folder(given)
@@ -157,6 +160,20 @@ class _Search:
         if len(self.names) == begin and len(self.problems) == problems:
             valid = " ".join(VIDEO_SUFFIXES)
             self.fail(given, f"The folder {given} has no videos (files ending in {valid}).")
+
+    def remote(self, given: Path) -> None:
+        """Take a video by its URL, or all that lie under it."""
+        try:
+            paths = find(given)
+        except MmdistError as error:
+            self.fail(given, str(error))
+            return
+        for path in paths:
+            name = path.name if path == given else path.relative_to(given).as_posix()
+            self.add(name.removesuffix(path.suffix), path, False)
+        if not paths:
+            valid = " ".join(VIDEO_SUFFIXES)
+            self.fail(given, f"{url_of(given)} has no videos (files ending in {valid}).")
 
     def listed(self, root: Path | None, path: Path) -> None:
         """Take a file of a list; its id is relative to `root`, or its name if there is none."""
@@ -230,8 +247,9 @@ def read_list(data: bytes, root: Path | None = None) -> list[tuple[Path | None, 
             root = path
             continue
         # A relative path without a root is relative to the working directory, and so is its id.
-        start = root if root is not None or path.is_absolute() else Path()
-        found.append((start, Path(os.path.normpath(start / path)) if start is not None else path))
+        whole = path.is_absolute() or url_of(path) is not None
+        start = root if root is not None or whole else Path()
+        found.append((start, path if whole else Path(os.path.normpath((start or Path()) / path))))
     return found
 
 
@@ -244,7 +262,7 @@ def list_lines(videos: Iterable[Video]) -> str:
     """
     by_root: dict[Path, list[str]] = {}
     for video in videos:
-        path = Path(os.path.abspath(video.path))  # noqa: PTH100 - links stay as they are
+        path = absolute(video.path)
         name = Path(*path.parts[-1 - video.id.count("/") :])
         same = video_key(name.as_posix().removesuffix(path.suffix)) == video.id
         if name.is_absolute() or not same:  # not found in a folder: the id is the file's name
@@ -252,7 +270,9 @@ def list_lines(videos: Iterable[Video]) -> str:
         root = path.parents[len(name.parts) - 1]
         by_root.setdefault(root, []).append(_quoted(name.as_posix()))
     lines = (
-        line for root, names in by_root.items() for line in (ROOT_LINE + _quoted(str(root)), *names)
+        line
+        for root, names in by_root.items()
+        for line in (ROOT_LINE + _quoted(url_of(root) or str(root)), *names)
     )
     return "".join(f"{line}\n" for line in lines)
 

@@ -400,28 +400,33 @@ class Child:
 
 
 class Ring:
-    """SLOTS slots of frames in a memory-mapped file, in memory where the system has a place."""
+    """SLOTS slots of frames in a memory-mapped file, in memory where the system has a place.
+
+    On Linux it has no name in any folder, so a kill at any time leaves nothing behind.
+    """
 
     def __init__(self, slot_bytes: int, pin: Pin | None = None) -> None:
         self.slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         size = SLOTS * self.slot_bytes
-        for folder in ("/dev/shm", tempfile.gettempdir()):  # noqa: S108 - named by mkstemp
+        for folder in (None, "/dev/shm", tempfile.gettempdir()):  # noqa: S108 - named by mkstemp
             try:
-                descriptor, self.name = tempfile.mkstemp(prefix="mmdist-", dir=folder)
-            except OSError:
+                if folder is None:
+                    self._descriptor = os.memfd_create("mmdist")
+                    self.name = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+                else:
+                    self._descriptor, self.name = tempfile.mkstemp(prefix="mmdist-", dir=folder)
+            except (AttributeError, OSError):
                 continue
             try:
                 # Reserved now: in a container with a small /dev/shm a later write would be SIGBUS.
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(descriptor, 0, size)
+                    os.posix_fallocate(self._descriptor, 0, size)
                 else:
-                    os.ftruncate(descriptor, size)
-                self._map = mmap.mmap(descriptor, size)
+                    os.ftruncate(self._descriptor, size)
+                self._map = mmap.mmap(self._descriptor, size)
             except OSError:
                 self.unlink()
                 continue
-            finally:
-                os.close(descriptor)
             self._unpin = pin(np.frombuffer(self._map, np.uint8)) if pin else None
             return
         raise MmdistError(
@@ -435,9 +440,12 @@ class Ring:
         return flat.reshape(shape)
 
     def unlink(self) -> None:
-        """Take the name away: once both sides have it mapped, a kill leaves nothing behind."""
-        with contextlib.suppress(OSError):
-            Path(self.name).unlink()
+        """Take the name away, which is not needed once both sides have mapped the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            with contextlib.suppress(OSError):  # /proc names are gone already
+                Path(self.name).unlink()
 
     def close(self) -> None:
         self.unlink()

@@ -62,6 +62,9 @@ CUT_OFF = (
     "it may be cut off, so copy or download it again."
 )
 
+STILL_SECONDS = 3600.0  # a picture shown for longer is damage, or days of repeated frames
+MAXIMUM_PIXELS = 2**26  # of a picture, 8192×8192: an 8K video has half of them
+
 COVER = av.stream.Disposition.attached_pic
 
 
@@ -135,12 +138,25 @@ def video_stream(container: InputContainer) -> av.VideoStream:
     best = container.streams.best("video")
     for stream in [best, *container.streams.video]:
         if isinstance(stream, av.VideoStream) and not stream.disposition & COVER:
-            if not stream.codec_context:
+            coder = stream.codec_context
+            if not coder:
                 raise Unreadable(CUT_OFF)
+            if coder.width * coder.height > MAXIMUM_PIXELS:
+                raise Unreadable(
+                    f"has pictures of {coder.width}×{coder.height} pixels and may be damaged; at "
+                    f"most {MAXIMUM_PIXELS} pixels (8192×8192) can be read, so scale it down."
+                )
+            coder.options = {"max_pixels": str(MAXIMUM_PIXELS)}  # the pictures may differ
             return stream
     if container.streams.audio or best is not None:
         raise Unreadable("has no video stream, only sound; give a file with pictures.")
     raise Unreadable(NOT_VIDEO)
+
+
+def demuxed(container: InputContainer, stream: av.VideoStream) -> Iterator[Packet]:
+    """PyAV's packets; at the end it stumbles over streams that it met late in a file."""
+    with contextlib.suppress(IndexError):
+        yield from container.demux(stream)
 
 
 def packets(
@@ -156,7 +172,7 @@ def packets(
     shift, top = 0, 0
     last: int | None = None
     held: collections.deque[tuple[Packet, bool]] = collections.deque()
-    for packet in container.demux(stream):
+    for packet in demuxed(container, stream):
         shown = packet.dts if packet.pts is None else packet.pts
         restarts = False
         if packet.dts is None:  # Matroska's first packets; the order of display varies
@@ -378,21 +394,16 @@ def scan(path: Path, alive: Callable[[], None]) -> Index:
     end = max(max(ends) - zero, float(times_N[-1]) + length)
     plain = plain and exact and duration is not None
     shape = (0, 0, 3)
-    index = Index(
-        codec,
-        kind,
-        times_N,
-        end,
-        length,
-        exact,
-        plain,
-        shape,
-        len(moments),
-        claimed,
-        seconds,
-        zero,
-    )
-    return _with_pictures(path, index, gap, alive)
+    counts = len(moments), claimed, seconds
+    index = Index(codec, kind, times_N, end, length, exact, plain, shape, *counts, zero)
+    index = _with_pictures(path, index, gap, alive)
+    still = np.diff(index.times_N, prepend=0.0, append=index.duration_seconds).max()
+    if still > STILL_SECONDS:
+        raise Unreadable(
+            f"shows one picture for {still / 3600:.1f} hours, so its time stamps seem to be "
+            f"damaged; convert it with a video tool."
+        )
+    return index
 
 
 def _with_pictures(path: Path, index: Index, gap: float, alive: Callable[[], None]) -> Index:

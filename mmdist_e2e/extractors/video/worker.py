@@ -72,7 +72,7 @@ class Channel:
         self.job = -1
         self.resumed = self._spoke = time.monotonic()  # when work went on after waiting
         self._waiting: dict[str, Any] | None = None
-        self._ring: tuple[str, mmap.mmap] | None = None
+        self._ring: tuple[tuple[str, int], mmap.mmap] | None = None
         # Libraries that print must not break the protocol: their stdout becomes stderr.
         self._out = os.fdopen(os.dup(1), "wb", buffering=0)
         os.dup2(2, 1)
@@ -114,10 +114,10 @@ class Channel:
         return request
 
     def ring(self, name: str, size: int) -> mmap.mmap:
-        """The parent's ring; its name is gone from the file system once we have it."""
-        if self._ring is None or self._ring[0] != name:
+        """The parent's ring; its name is gone, or another's, once we have it."""
+        if self._ring is None or self._ring[0] != (name, size):
             with Path(name).open("r+b") as file:
-                self._ring = (name, mmap.mmap(file.fileno(), size))
+                self._ring = (name, size), mmap.mmap(file.fileno(), size)
         return self._ring[1]
 
     def expect(self, what: str) -> dict[str, Any]:
@@ -184,6 +184,7 @@ def uses_decord(
 
 def decode_decord(path: Path, index: Index) -> Iterator[Picture]:
     """All pictures from decord, which must be as many as the index has times."""
+    sys.modules["nvidia"] = None  # type: ignore[assignment]  # decord2 would load CUDA: 700 MB
     import decord
 
     # One thread: as fast as more on the videos measured, and the other cores are the parent's.

@@ -1,0 +1,1 @@
+"""Engines beside the local one in batch.py."""
