@@ -2,11 +2,10 @@
 
 The engine (batch.py) starts it and speaks with it in JSON lines on stdin and stdout:
 
-    → {"do": "start", …}            what to load: see `main`
+    → {"pickled": …}                what to load: see `main`
     ← {"say": "ready"} or {"say": "refused", "error": …}   networks are loaded, or cannot be
-    ← {"say": "next"}               give me a video; answered at once or when there is one
-    → {"do": "video", "key": …, "id": …, "path": …, "modalities": …, "source": …}
-    → {"do": "drain"}               none now: finish what you have, then ask again
+    ← {"say": "next"}               give me a video; answered when there is one
+    → {"key": …, "path": …, "modalities": …, "source": …}  a `Job`; the key is the video's id
     ← {"say": "at", "key": …, "fraction": …}
     ← {"say": "done", "key": …, …}  the rest is `facts`
     ← {"say": "alive"}              every ALIVE_SECONDS, from a thread of its own
@@ -29,7 +28,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,12 @@ class WriteError(MmdistError):
     """The features of a video cannot be written: probably nobody's can."""
 
 
-def saver(store: FeatureStore, names: Mapping[Any, str]) -> Callable[[Job, Features], None]:
-    """What writes a job's features; names: video ids by the job's key."""
+def saver(store: FeatureStore) -> Callable[[Job, Features], None]:
+    """What writes a job's features; the job's key is the video's id."""
 
     def save(job: Job, features: Features) -> None:
         try:
-            store.save(names[job.key], features)
+            store.save(str(job.key), features)
         except (MmdistError, OSError) as error:
             raise WriteError(cause_of(error)) from error
 
@@ -63,20 +62,19 @@ def saver(store: FeatureStore, names: Mapping[Any, str]) -> Callable[[Job, Featu
 
 
 def load_networks(
-    specs: Sequence[ExtractorSpec], modalities: Sequence[str], options: Mapping[str, str]
+    specs: Sequence[ExtractorSpec], options: Mapping[str, str]
 ) -> dict[str, SnippetNetwork]:
-    """The networks of these modalities. Raises MmdistError when one cannot be loaded."""
+    """The networks, by modality. Raises MmdistError when one cannot be loaded."""
     networks = {}
     for spec in specs:
-        if spec.modality in modalities:
-            try:
-                networks[spec.modality] = SnippetNetwork(spec, **options)
-            except MmdistError:
-                raise
-            except (MemoryError, OSError, RuntimeError) as error:
-                raise MmdistError(
-                    f"The extractor {spec.name!r} cannot be loaded ({cause_of(error)})."
-                ) from error
+        try:
+            networks[spec.modality] = SnippetNetwork(spec, **options)
+        except MmdistError:
+            raise
+        except (MemoryError, OSError, RuntimeError) as error:
+            raise MmdistError(
+                f"The extractor {spec.name!r} cannot be loaded ({cause_of(error)})."
+            ) from error
     return networks
 
 
@@ -153,31 +151,21 @@ class _Channel:
 def main() -> None:
     """Load what the first message names, then extract videos until stdin ends."""
     channel = _Channel()
-    start = channel.inbox.get()
-    specs, options = pickle.loads(base64.b64decode(start["pickled"]))  # noqa: S301 - our parent's
+    pickled = base64.b64decode(channel.inbox.get()["pickled"])
+    specs, options, store, conveying = pickle.loads(pickled)  # noqa: S301 - our parent's
     warnings.showwarning = lambda message, *_, **__: channel.send(say="warning", text=str(message))
-    if start["threads"] is not None:
-        import torch
-
-        torch.set_num_threads(start["threads"])
     try:
-        networks = load_networks(specs, start["modalities"], options)
+        networks = load_networks(specs, options)
     except MmdistError as error:
         channel.send(say="refused", error=str(error))
         return
-    names: dict[Any, str] = {}
-    write = saver(FeatureStore(Path(start["store"])), names)
-    spoke: dict[Any, float] = {}
+    write, spoke = saver(store), dict[Hashable, float]()
 
     def jobs() -> Iterator[Job]:
         while True:
             channel.send(say="next")
             message = channel.inbox.get()
-            if message["do"] == "drain":
-                return
-            names[message["key"]] = message["id"]
-            given = {name: message[name] for name in ("key", "modalities", "source")}
-            yield Job(path=Path(message["path"]), **given)
+            yield Job(path=Path(message.pop("path")), **message)
 
     def save(job: Job, features: Features) -> None:
         with channel.saving:
@@ -189,18 +177,16 @@ def main() -> None:
             channel.send(say="at", key=job.key, fraction=fraction)
 
     channel.send(say="ready")
-    with Conveyor(networks, **start["conveyor"]) as conveyor:
-        while True:
-            for result in conveyor.run(jobs(), save=save, progress=progress):
-                device = next(iter(networks.values())).device
-                if result.failures and device.type == "cuda":
-                    import torch
+    device = next(iter(networks.values())).device
+    with Conveyor(networks, **conveying) as conveyor:
+        for result in conveyor.run(jobs(), save=save, progress=progress):
+            if result.failures and device.type == "cuda":
+                import torch
 
-                    # Raises where a fault has ended the device's context: another process must do.
-                    torch.cuda.synchronize(device)
-                channel.send(say="done", key=result.job.key, **facts(result))
-                names.pop(result.job.key)
-                spoke.pop(result.job.key, None)
+                # Raises where a fault has ended the device's context: another process must do.
+                torch.cuda.synchronize(device)
+            channel.send(say="done", key=result.job.key, **facts(result))
+            spoke.pop(result.job.key, None)
 
 
 if __name__ == "__main__":
