@@ -22,8 +22,8 @@ from rich.console import Console
 import mmdist_e2e as mm
 from mmdist_e2e.cli import common
 from mmdist_e2e.cli.main import main
-from mmdist_e2e.extractors import batch, runner
 from mmdist_e2e.extractors import extract as extract_module
+from mmdist_e2e.extractors import remote, runner
 from mmdist_e2e.extractors.networks.i3d import InceptionI3d
 from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.extractors.runner import SnippetNetwork
@@ -196,8 +196,10 @@ def test_a_drawn_progress_shows_names_of_any_bytes(monkeypatch):
     drawn = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
     console = Console(file=drawn, force_terminal=True, width=80)
     monkeypatch.setattr(common, "notes", console)
+    monkeypatch.setattr(common, "DRAW_SECONDS", 0.01)
     with common.ExtractionProgress(1) as progress:
-        progress.started(Video("\x1b[2Jcaf\udce9\n", Path("x")))
+        progress.advanced(Video("\x1b[2Jcaf\udce9\n", Path("x")), 0.0)
+        time.sleep(0.2)
     drawn.flush()
     assert "\ufffd[2Jcaf\ufffd\ufffd" in drawn.buffer.getvalue().decode()
 
@@ -307,7 +309,7 @@ def test_any_failure_costs_one_video(tmp_path, tiny_extractor, monkeypatch, plac
         "network": (extract_module._Track, "features", 0),
         "decoder": (Decoder, "frames", 1),
         "store": (FeatureStore, "save", 1),
-        "digest": (batch, "fast_digest", 0),
+        "digest": (remote, "fast_digest", 0),
     }[place]
     original = getattr(owner, name)
 

@@ -37,9 +37,7 @@ from mmdist_e2e.structures import MmdistError
 LOOKING = 8  # threads that look which videos are up to date
 TICK_SECONDS = 0.5
 POLL_SECONDS = 1.0  # between looks whether another run has finished a video
-SILENT_SECONDS = 60.0  # a worker without a heartbeat is stuck
-LOADING_SECONDS = 600.0  # the same while libraries are loaded, perhaps over a network
-STUCK_DEADLINES, STUCK_SECONDS = 10, 600.0  # a worker without progress for both is stuck
+STUCK_DEADLINES, STUCK_SECONDS = 10, 600.0  # a worker that is silent for both is stuck
 DEATHS = 2  # of workers over one video, then it is given up
 # Deaths of workers in a row, then the run ends: of workers that had no video, and of any.
 IDLE_DEATHS, DEATHS_IN_A_ROW = 3, 20
@@ -267,7 +265,7 @@ class Engine:
         if message is None:
             self._bury(run, worker)
             return
-        worker.heard(message)
+        worker.heard()
         match message.pop("say"):
             case "next":
                 worker.asking = True
@@ -438,14 +436,8 @@ class _Run:
             f"{task.video.path} was given up: {DEATHS} worker processes died over it ({how}). The "
             f"file may be damaged, or memory too small."
         )
-        self._settle(
-            task,
-            Outcome(
-                *(task.video, "failed", {}, printable(cause), "WorkerDied"),
-                attempts=task.deaths,
-                worker=worker,
-            ),
-        )
+        told: dict[str, Any] = {"cause": printable(cause), "error": "WorkerDied", "worker": worker}
+        self._settle(task, Outcome(task.video, "failed", attempts=task.deaths, **told))
 
     def finish(self, task: _Task, *, cause: str, unwritable: bool, **told: Any) -> None:
         """Note what came of a video. Raises MmdistError when nothing can be written any more."""
@@ -499,7 +491,7 @@ class _Worker:
     ) -> None:
         self.number, self.tasks = number, dict[Hashable, _Task]()
         self.asking = self.alone = False
-        self._ready, self._silent, self._idle = False, 0.0, 0.0
+        self._ready, self._silent = False, 0.0
         # In a session of its own, so that a terminal's Ctrl-C is the engine's alone.
         self.child = Child(
             "mmdist_e2e.extractors.worker",
@@ -519,20 +511,14 @@ class _Worker:
         path, rest = str(task.video.path), {"modalities": task.modalities, "source": task.source}
         self.send(key=task.video.id, path=path, **rest)
 
-    def heard(self, message: Mapping[str, Any]) -> None:
-        self._silent = 0.0
-        if message["say"] != "alive":
-            self._ready, self._idle = True, 0.0
+    def heard(self) -> None:
+        self._ready, self._silent = True, 0.0
 
-    def stuck(self, passed: float, stuck_seconds: float) -> str | None:
+    def stuck(self, passed: float, limit: float) -> str | None:
         """Why the process must be killed, if it must; passed: seconds since the last call."""
-        self._silent += passed
-        self._idle = self._idle + passed if self.tasks or not self._ready else 0.0
-        if self._silent > (SILENT_SECONDS if self._ready else LOADING_SECONDS):
-            return f"no sign of life for {self._silent:.0f} seconds"
-        if self._idle > stuck_seconds:
-            return f"no progress for {self._idle:.0f} seconds"
-        return None
+        if self.tasks or not self._ready:
+            self._silent += passed
+        return f"no progress for {self._silent:.0f} seconds" if self._silent > limit else None
 
 
 def device_named(name: str) -> str:
@@ -544,19 +530,13 @@ def device_named(name: str) -> str:
 
 
 def resolve_devices(names: Sequence[str]) -> list[str]:
-    """The devices that the names mean, each once. Raises MmdistError for one that is missing."""
-    count = 0 if {*names} == {"cpu"} else gpu_count()
-    gpus, found = [f"cuda:{index}" for index in range(count)], list[str]()
-    for name in names:
-        if name.startswith("cuda") and name not in gpus:
-            valid = f"valid: cpu, auto, {', '.join(gpus)}" if gpus else "use cpu, or auto"
-            raise MmdistError(
-                f"The device {name!r} does not exist: torch finds {count} GPUs; {valid}."
-            )
-        if name == "all" and not gpus:
-            raise MmdistError("There is no GPU that torch finds; use --devices cpu, or auto.")
-        found += gpus if name in ("auto", "all") and gpus else ["cpu" if name == "auto" else name]
-    return list(dict.fromkeys(found))
+    """The devices that the names mean, each once. Raises MmdistError if "all" means none."""
+    count = gpu_count() if {"auto", "all"} & {*names} else 0
+    gpus = [f"cuda:{index}" for index in range(count)]
+    if "all" in names and not gpus:
+        raise MmdistError("There is no GPU that torch finds; use --devices cpu, or auto.")
+    meant = {"auto": gpus or ["cpu"], "all": gpus}
+    return list(dict.fromkeys(device for name in names for device in meant.get(name, [name])))
 
 
 def gpu_count() -> int:

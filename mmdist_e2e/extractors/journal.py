@@ -208,7 +208,10 @@ class Log:
         try:
             self._stream = path.open("a", encoding="ascii")
         except OSError as error:
-            raise MmdistError(f"The log {path} cannot be written ({error.strerror}).") from error
+            raise MmdistError(
+                f"The log {path} cannot be written ({error.strerror}); give a file in a "
+                f"folder that exists."
+            ) from error
 
     def write(self, outcome: Outcome) -> None:
         told = asdict(outcome)

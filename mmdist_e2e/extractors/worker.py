@@ -8,10 +8,10 @@ The engine (batch.py) starts it and speaks with it in JSON lines on stdin and st
     → {"key": …, "path": …, "modalities": …, "source": …}  a `Job`; the key is the video's id
     ← {"say": "at", "key": …, "fraction": …}
     ← {"say": "done", "key": …, …}  the rest is `facts`
-    ← {"say": "alive"}              every ALIVE_SECONDS, from a thread of its own
     ← {"say": "warning", "text": …}
 
-The end of stdin ends the process and its decoders at once, but never in the middle of a save.
+The end of stdin ends the process and its decoders at once, but never in the middle of a save. So
+does ORPHAN_SECONDS in native code that keeps the interpreter's lock.
 Importing this module does not import torch.
 """
 
@@ -39,7 +39,7 @@ from mmdist_e2e.extractors.search import printable
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, MmdistError
 
-ALIVE_SECONDS = 2.0
+ALIVE_SECONDS = 2.0  # between two looks whether threads run
 PROGRESS_SECONDS = 0.5  # between two messages about one video
 SAVE_SECONDS = 5.0  # that a save may still take when the parent is gone
 ORPHAN_SECONDS = 600  # a process that is stuck in native code ends by SIGALRM
@@ -108,7 +108,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 class _Channel:
-    """JSON lines with the parent. A thread reads, another one tells that we are alive."""
+    """JSON lines with the parent. A thread reads, another one keeps the alarm from ringing."""
 
     def __init__(self) -> None:
         # Libraries that print must not break the protocol: their stdout becomes stderr.
@@ -141,10 +141,8 @@ class _Channel:
         self.end()
 
     def _live(self) -> None:
-        while True:
-            if hasattr(signal, "alarm"):  # the default action needs no interpreter lock
-                signal.alarm(ORPHAN_SECONDS)
-            self.send(say="alive")
+        while hasattr(signal, "alarm"):
+            signal.alarm(ORPHAN_SECONDS)  # the default action needs no interpreter lock
             time.sleep(ALIVE_SECONDS)
 
 
