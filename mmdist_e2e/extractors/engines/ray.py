@@ -16,7 +16,9 @@ import json
 import logging
 import os
 import queue
+import re
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -29,6 +31,7 @@ from mmdist_e2e.extractors.batch import BatchProgress, Engine, Report
 from mmdist_e2e.extractors.extract import cause_of
 from mmdist_e2e.extractors.profiles import ExtractorSpec
 from mmdist_e2e.extractors.search import Outcome, Video
+from mmdist_e2e.extractors.video.reader import PACKAGE_PARENT
 from mmdist_e2e.store import FeatureStore, require
 from mmdist_e2e.structures import MmdistError, check_choice
 
@@ -73,7 +76,8 @@ class RayEngine:
         for name in devices:
             valid = ("auto", "all", "cpu")
             check_choice("With --engine ray, which assigns the GPUs, the device", name, valid)
-        os.environ.update({**ENVIRONMENT, **({} if address else LOOPBACK), **os.environ})
+        local = (address or "127.").startswith(("127.", "localhost"))
+        os.environ.update({**ENVIRONMENT, **(LOOPBACK if local else {}), **os.environ})
         self._ray, _ = (require(name, "ray", "--engine ray") for name in ("ray", "ray.data"))
         self._root, self._address, self._devices = store.root, address, {*devices}
         self._workers = max(1, workers)
@@ -146,15 +150,20 @@ class RayEngine:
             listener.start()
             starting.callback(listener.join, 3 * beat)  # without it, Ray's own end is noisy
             starting.callback(stop.set)
-            patience = START_SECONDS
+            patience, silent = START_SECONDS, True
             try:
                 while isinstance(row := rows.get(timeout=patience), dict):
                     silence.close()
-                    patience = SILENT_SECONDS + 5 * beat
+                    patience, silent = SILENT_SECONDS + 5 * beat, False
                     yield row
-                self._why = f" ({cause_of(row)})" if row is not None else ""
+                self._why = "" if row is None else f" ({str(row).strip().splitlines()[-1]})"
             except queue.Empty:
                 self._why = f" (silent for {patience:.0f} seconds)"
+            if silent:
+                raise MmdistError(
+                    f"Ray's actors do not start{self._why}; the cluster's machines need the same "
+                    f"Python, Ray and mmdist-e2e as this one, and room for an actor."
+                )
 
     def _dataset(
         self, blocks: Sequence[Any], actors: int, resources: Mapping[str, float], beat: float
@@ -190,8 +199,13 @@ class RayEngine:
             options = {"address": "local", "_node_ip_address": "127.0.0.1"}
             options |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
             options["num_cpus"] = max(os.cpu_count() or 1, self._workers) + 1  # one stays free
+            paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
         if not ray.is_initialized():
             try:
+                if match := re.fullmatch(r"([\w.-]+):(\d+)", self._address or ""):
+                    # Ray tries a wrong address for minutes.
+                    socket.create_connection((match[1], int(match[2])), 10.0).close()
                 ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **options)
             except Exception as error:
                 raise MmdistError(
