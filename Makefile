@@ -12,13 +12,14 @@ SEEDS ?= 5
 ABLATION_SEEDS ?= 3
 SET ?=
 
-.PHONY: help install demo test lint types bench world clean
+.PHONY: help install demo test lint types bench floors world clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   install into .venv and ground a sentence in the example clip"
 	@echo "make test   install and run all tests"
-	@echo "make lint   ruff;  make types  strict mypy;  make bench  all benchmarks"
+	@echo "make lint   ruff;  make types  strict mypy"
+	@echo "make bench  all benchmarks that need no other code;  make floors  the quick ones"
 	@echo "make world  the whole chain: render, pretrain, extract, probe, every row of TABLES"
 
 install: $(STAMP)
@@ -44,7 +45,11 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/check.py --all
+
+# Ratios of the quick benchmarks against benchmarks/floors.json; under a minute on two idle cores.
+floors: $(STAMP)
+	$(BIN)/python benchmarks/check.py
 
 # Every step resumes a killed run; delete $(WORK) to start again. SET: settings of every row, like
 # SET="epochs=1 hidden=32".

@@ -54,6 +54,7 @@ def main() -> None:
     print(f"first query of a new Grounder: {first:.1f} ms")
     print(f"{CALLS} queries, other cores idle: median {idle[0]:.1f} ms, slowest {idle[1]:.1f} ms")
     print(f"{CALLS} queries, other cores busy: median {busy[0]:.1f} ms, slowest {busy[1]:.1f} ms")
+    print(f"query, other cores idle over busy: ratio {idle[0] / busy[0]:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Three recipes at Charades-STA's scale on a GPU: the CPU's loss first, then a training's time.
 
-    python benchmarks/gpu_train.py
+    python benchmarks/gpu_train.py [--device cpu]      on a CPU: a few queries, for the code alone
 
 10,602 queries of 5,338 videos, L 200, 1024-d features (the teacher reads two such modalities),
 batches of 32, 15 epochs; random features, words and teacher's answers, which cost what real ones
@@ -10,12 +10,13 @@ teacher. The alternative is the same step in fp32.
 
 from __future__ import annotations
 
+import argparse
 import copy
-import time
 from dataclasses import replace
 
 import numpy as np
 import torch
+from common import best_seconds
 
 from mmdist_e2e.grounding.config import RECIPES, Recipe
 from mmdist_e2e.grounding.data.annotations import Annotation
@@ -25,14 +26,15 @@ from mmdist_e2e.grounding.data.text import Sentence
 from mmdist_e2e.grounding.losses import BatchLoss, Taught
 from mmdist_e2e.grounding.train import Trainer
 
-QUERIES, VIDEOS, L, FEATURES, WORDS, WORD_DIM, VOCABULARY = 10_602, 5_338, 200, 1024, 9, 300, 1111
+SIZES = {"cuda": (10_602, 5_338), "cpu": (32, 32)}  # queries, videos
+L, FEATURES, WORDS, WORD_DIM, VOCABULARY, WARM_UP_QUERIES = 200, 1024, 9, 300, 1111, 640
 TARGET_SECONDS, TOLERANCE = 300, 1e-3  # of the three recipes together; of a loss term
 
 
-def items() -> list[Item]:
+def items(queries: int, videos: int) -> list[Item]:
     rng = np.random.default_rng(0)
     made = []
-    for i in range(QUERIES):
+    for i in range(queries):
         count = int(rng.integers(WORDS - 5, WORDS + 6))
         sentence = Sentence(
             tokens=tuple(str(word) for word in rng.integers(0, VOCABULARY, count)),
@@ -40,23 +42,23 @@ def items() -> list[Item]:
             content_W=rng.random(count) < 0.5,
             vectors_WE=rng.standard_normal((count, WORD_DIM), dtype=np.float32),
         )
-        video = i % VIDEOS
+        video = i % videos
         made.append(Item(Annotation(f"v{video}", 30.0, 1.0, 9.0, ""), 30.0, sentence, video))
     return made
 
 
-def answers() -> Taught:
+def answers(queries: int) -> Taught:
     generator = torch.Generator().manual_seed(1)
-    spans = torch.rand(2, QUERIES, generator=generator).clamp(0.1, 0.9)
-    maps_QL = torch.rand(QUERIES, L, generator=generator) * 2 - 1
+    spans = torch.rand(2, queries, generator=generator).clamp(0.1, 0.9)
+    maps_QL = torch.rand(queries, L, generator=generator) * 2 - 1
     return Taught(*spans, maps_QL)
 
 
-def table_of(modalities: int) -> FeatureTable:
+def table_of(modalities: int, videos: int) -> FeatureTable:
     names = ("rgb", "flow")[:modalities]
     return FeatureTable(
-        tuple(f"v{i}" for i in range(VIDEOS)),
-        torch.randn(VIDEOS, L, modalities * FEATURES, generator=torch.Generator().manual_seed(0)),
+        tuple(f"v{i}" for i in range(videos)),
+        torch.randn(videos, L, modalities * FEATURES, generator=torch.Generator().manual_seed(0)),
         {},
         {name: {} for name in names},
         dict.fromkeys(names, FEATURES),
@@ -64,21 +66,21 @@ def table_of(modalities: int) -> FeatureTable:
 
 
 @torch.no_grad()
-def check(recipe: Recipe, queries: list[Item], table: FeatureTable) -> None:
+def check(recipe: Recipe, queries: list[Item], table: FeatureTable, device: str) -> None:
     """One batch without dropout, fp32: every term on the GPU is the CPU's."""
     plain = recipe.overridden({"dropout": 0.0, "precision": "fp32"})
-    known = answers() if plain.distill else None
+    known = answers(len(queries)) if plain.distill else None
     trainer = Trainer(plain, queries, table, seed=0, answers=known)
     batch = next(batches(queries, table, 32, range(32)))
     masked = draw_masks(batch, torch.Generator().manual_seed(0))
     found = {}
-    for device in ("cpu", "cuda"):
-        model = copy.deepcopy(trainer.model).to(device)
-        moved = replace(batch, **{k: v.to(device) for k, v in vars(batch).items()})
+    for where in ("cpu", device):
+        model = copy.deepcopy(trainer.model).to(where)
+        moved = replace(batch, **{k: v.to(where) for k, v in vars(batch).items()})
         taught = known.of(moved.items_B) if known else None
         terms = BatchLoss(model, plain)(moved, masked.to(device), 0.5, taught)
-        found[device] = {name: float(value) for name, value in terms.items()}
-    worst = max(abs(found["cpu"][name] - found["cuda"][name]) for name in found["cpu"])
+        found[where] = {name: float(value) for name, value in terms.items()}
+    worst = max(abs(found["cpu"][name] - found[device][name]) for name in found["cpu"])
     print(f"{recipe.name}: largest difference of a loss term from the CPU's: {worst:.1e}")
     assert worst < TOLERANCE, found
 
@@ -86,24 +88,25 @@ def check(recipe: Recipe, queries: list[Item], table: FeatureTable) -> None:
 def epoch_seconds(
     recipe: Recipe, precision: str, queries: list[Item], table: FeatureTable
 ) -> float:
-    known = answers() if recipe.distill else None
+    known = answers(len(queries)) if recipe.distill else None
     recipe = recipe.overridden({"precision": precision})
     trainer = Trainer(recipe, queries, table, seed=0, answers=known)
-    whole, trainer.items = trainer.items, queries[:640]
+    whole, trainer.items = trainer.items, queries[:WARM_UP_QUERIES]
     trainer.run_epoch()
     trainer.items = whole
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    trainer.run_epoch()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    device = str(trainer.table.data_VLF.device)
+    return best_seconds(trainer.run_epoch, 1, device)
 
 
 def main() -> None:
-    queries = items()
+    parser = argparse.ArgumentParser(description="Time to train three recipes.")
+    parser.add_argument("--device", default="cuda", choices=SIZES)
+    device = parser.parse_args().device
+    count, videos = SIZES[device]
+    queries = items(count, videos)
     total = dict.fromkeys(("fp32", "bf16"), 0.0)
     for name, modalities in (("baseline", 1), ("teacher", 2), ("student", 1)):
-        table = table_of(modalities)
+        table = table_of(modalities, videos)
         recipe = RECIPES[name](
             feature_dim=modalities * FEATURES,
             word_dim=WORD_DIM,
@@ -111,14 +114,15 @@ def main() -> None:
             length=L,
             channels=(FEATURES,) * modalities,
         )
-        check(recipe, queries, table)
-        table = table.to("cuda")
+        check(recipe, queries, table, device)
+        table = table.to(device)
         for precision in total:
-            torch.cuda.reset_peak_memory_stats()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             epoch = epoch_seconds(recipe, precision, queries, table)
             seconds = epoch * recipe.training.epochs
             total[precision] += seconds
-            memory = torch.cuda.max_memory_allocated() / 2**30
+            memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
             print(
                 f"{name}, {precision}: {epoch:.2f} s an epoch, {seconds:.0f} s for "
                 f"{recipe.training.epochs}, peak {memory:.1f} GiB"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmdist_e2e.extractors.flow.settings import TVL1Settings
+from mmdist_e2e.extractors.flow.settings import PRIMAL_STEP, TVL1Settings
 
 Image = np.ndarray
 
@@ -62,17 +62,17 @@ def divergence(p: Image, q: Image) -> Image:
     return p - left + q - above
 
 
-def threshold(rho: Image, gx: Image, gy: Image, bound: float) -> tuple[Image, Image]:
-    square = gx**2 + gy**2
+def prox(rho: Image, gx: Image, gy: Image, s: TVL1Settings) -> tuple[Image, Image]:
+    """The primal step's move along the gradient: three cases, as published for the threshold."""
+    square, theta = gx**2 + gy**2, s.theta + PRIMAL_STEP
+    bound = s.lambda_ * theta
     scale = np.where(
         rho < -bound * square,
         bound,
-        np.where(
-            rho > bound * square, -bound, np.where(square > 1e-6, -rho / (square + 1e-300), 0)
-        ),
+        np.where(rho > bound * square, -bound, -rho / np.maximum(square, 1e-6)),
     )
-    flat = square <= 1e-6
-    return np.where(flat, 0, scale * gx), np.where(flat, 0, scale * gy)
+    scale = np.where(square <= 1e-6, 0, scale) * PRIMAL_STEP / theta
+    return scale * gx, scale * gy
 
 
 def solve(first: Image, second: Image, sizes: list[tuple[int, int]], s: TVL1Settings) -> Image:
@@ -81,13 +81,14 @@ def solve(first: Image, second: Image, sizes: list[tuple[int, int]], s: TVL1Sett
     for size in sizes[1:]:
         firsts.append(resize(firsts[-1], size))
         seconds.append(resize(seconds[-1], size))
-    flow = np.zeros((2, *sizes[-1]))
+    flow, dual = np.zeros((2, *sizes[-1])), np.zeros((2, 2, *sizes[-1]))
     for level in reversed(range(len(sizes))):
         if flow.shape[1:] != sizes[level]:
             flow = np.stack([resize(part, sizes[level]) / s.scale_step for part in flow])
+            dual = np.stack([[resize(part, sizes[level]) for part in pair] for pair in dual])
+            dual[:, 0, :, -1] = dual[:, 1, -1] = 0
         height, width = sizes[level]
         y, x = np.mgrid[:height, :width].astype(np.float64)
-        dual = np.zeros((2, 2, height, width))
         planes = (seconds[level], *gradients(seconds[level]))
         for _ in range(s.warps):
             px = np.clip(x + flow[0], -2, width + 1)
@@ -95,13 +96,12 @@ def solve(first: Image, second: Image, sizes: list[tuple[int, int]], s: TVL1Sett
             warped, gx, gy = (sample(plane, px, py) for plane in planes)
             constant = warped - gx * flow[0] - gy * flow[1] - firsts[level]
             for _ in range(s.iterations):
-                rho = constant + gx * flow[0] + gy * flow[1]
-                steps = threshold(rho, gx, gy, s.lambda_ * s.theta)
-                for c in range(2):
-                    flow[c] += steps[c] + s.theta * divergence(*dual[c])
-                    dx = np.diff(flow[c], axis=1, append=flow[c][:, -1:])
-                    dy = np.diff(flow[c], axis=0, append=flow[c][-1:])
-                    taut = s.tau / s.theta
-                    shrink = 1 + taut * np.hypot(dx, dy)
-                    dual[c] = (dual[c] + taut * np.stack([dx, dy])) / shrink
+                before = flow.copy()
+                flow += PRIMAL_STEP * np.stack([divergence(*pair) for pair in dual])
+                flow += prox(constant + gx * flow[0] + gy * flow[1], gx, gy, s)
+                for c, bar in enumerate(2 * flow - before):
+                    dx = np.diff(bar, axis=1, append=bar[:, -1:])
+                    dy = np.diff(bar, axis=0, append=bar[-1:])
+                    dual[c] += np.stack([dx, dy]) / (8 * PRIMAL_STEP)
+                    dual[c] /= np.maximum(np.hypot(*dual[c]), 1)
     return flow

@@ -80,7 +80,8 @@ def test_the_native_solver_is_the_plain_algorithm(height, width):
     texture, other = textured(3)[:height, :width], textured(4)[:height, :width]
     first = texture.astype(np.uint8)
     second = (0.8 * np.roll(texture, (1, -2), (0, 1)) + 0.2 * other).astype(np.uint8)
-    settings = TVL1Settings(iterations=7, warps=3, epsilon=0.0)
+    # Where a pixel leaves the image the solution jumps; more scales amplify float32's rounding.
+    settings = TVL1Settings(iterations=7, warps=3, scales=2, epsilon=0.0)
     sizes = pyramid(height, width, settings)
     expected = flow_reference.solve(first, second, sizes, settings)
     got = tvl1(first[None], second[None], settings=settings)[0]
@@ -253,19 +254,30 @@ import torch
 from mmdist_e2e.extractors.flow import gpu, tvl1
 from mmdist_e2e.extractors.flow.settings import TVL1Settings, pyramid
 
-gpu.TILE_H, gpu.TILE_W, gpu.ITERATIONS_A_LAUNCH = 16, 32, 3
+gpu.MINIMUM_ROWS = 32
 device = sys.argv[1]
 rng = np.random.default_rng(0)
-coarse = rng.uniform(0, 255, (3, 8, 8))
-first = np.kron(coarse, np.ones((4, 5))).astype(np.uint8)
+coarse = rng.uniform(0, 255, (1, 8, 13))
+first = np.kron(coarse, np.ones((4, 6))).astype(np.uint8)[..., :77]
 second = np.roll(first, (1, -1), (1, 2))
-settings = TVL1Settings(iterations=5, warps=2, scales=2, epsilon=0.0)
-sizes = pyramid(*first.shape[1:], settings)
-tensors = (torch.from_numpy(images).to(device) for images in (first, second))
-got = gpu.solve(*tensors, sizes, settings).cpu().numpy()
-expected = tvl1(first, second, settings=settings)
-assert np.abs(expected).max() > 0.3
-np.testing.assert_allclose(got, expected, atol=2e-3)
+tensors = [torch.from_numpy(images).to(device) for images in (first, second)]
+
+def difference(scales):
+    settings = TVL1Settings(iterations=5, warps=scales, scales=scales, epsilon=0.0)
+    sizes = pyramid(*first.shape[1:], settings)
+    got = gpu.solve(*tensors, sizes, settings).cpu().numpy()
+    expected = tvl1(first, second, settings=settings)
+    assert np.abs(expected).max() > 0.3
+    return got, np.abs(got - expected)
+
+got, one_scale = difference(1)
+assert one_scale.max() < 1e-3, one_scale.max()  # dual variables and gradients are halves
+_, two_scales = difference(2)
+# The solution jumps where a pixel leaves the image, so rounding is amplified there.
+assert two_scales.mean() < 5e-4 and np.quantile(two_scales, 0.98) < 3e-3, two_scales.mean()
+gpu.MINIMUM_ROWS = 18  # segments of a strip do not show in the result
+again, _ = difference(1)
+assert (again == got).all()
 print("agrees")
 """
 
@@ -304,24 +316,68 @@ def test_the_triton_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path, m
     from mmdist_e2e.extractors.flow import gpu
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    numbers = {"height": "i32", "width": "i32", "tiles_x": "i32"}
+    numbers = dict.fromkeys(("height", "width", "stride8", "strips", "rows"), "i32")
+    numbers |= dict.fromkeys(("step", "bound", "prox", "dual_step"), "fp32")
+    numbers |= dict.fromkeys(("dual", "dual_out", "gradient"), "*i32")
     for kernel, constants, warps in (
         (gpu._warp_kernel, {"BLOCK": gpu.WARP_BLOCK}, 4),
-        (
-            gpu._iterate_kernel,
-            {"ITERATIONS": 6, "MARGIN": 6, "TH": gpu.TILE_H, "TW": gpu.TILE_W},
-            gpu.WARPS,
-        ),
+        (gpu._iterate_kernel, {"ITERATIONS": gpu.ITERATIONS_A_LAUNCH, "MARGIN": 4}, 1),
     ):
-        floats = dict.fromkeys(("bound", "theta", "taut"), "fp32")
         types_ = {
-            name: {**numbers, **floats, **dict.fromkeys(constants, "constexpr")}.get(name, "*fp32")
+            name: {**numbers, **dict.fromkeys(constants, "constexpr")}.get(name, "*fp32")
             for name in kernel.arg_names
         }
         places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        aligned = {
+            (place,): [["tt.divisibility", 16]]  # as torch allocates
+            for place, name in enumerate(kernel.arg_names)
+            if types_[name].startswith("*")
+        }
         compiled = triton.compile(
-            ASTSource(kernel, types_, places),
+            ASTSource(kernel, types_, places, aligned),
             target=GPUTarget("cuda", 90, 32),
             options={"num_warps": warps},
         )
         assert compiled.asm["cubin"]
+        assert compiled.metadata.shared == 0
+        assert "bar.sync" not in compiled.asm["ptx"]
+        # The neighbours of a pair of columns: p11 and p21 on the left, u and v on the right.
+        shuffles = compiled.asm["ptx"].count("shfl.sync")
+        assert shuffles == (4 * gpu.ITERATIONS_A_LAUNCH if kernel is gpu._iterate_kernel else 0)
+
+
+def test_the_triton_kernels_are_compiled_once_for_all_resolutions(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    torch = pytest.importorskip("torch")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from mmdist_e2e.extractors.flow import gpu
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    variants: dict[str, set[str]] = {"_warp_kernel": set(), "_iterate_kernel": set()}
+
+    def recorded(kernel):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+
+        class Launcher:
+            def __getitem__(self, grid):
+                assert all(0 < n < 2**31 for n in grid)
+                return lambda *args, **named: variants[kernel.__name__].add(
+                    str(bind(*args, **named)[1:])
+                )
+
+        return Launcher()
+
+    for name in variants:
+        monkeypatch.setattr(gpu, name, recorded(getattr(gpu, name)))
+    settings = TVL1Settings(iterations=10, epsilon=0.0)
+    for count, height, width in ((1, 16, 17), (2, 64, 96), (1, 128, 171), (3, 50, 256)):
+        images = torch.zeros((count, height, width), dtype=torch.uint8)
+        gpu.solve(images, images, pyramid(height, width, settings), settings)
+    # Launches of four iterations, and of the last two.
+    assert {name: len(found) for name, found in variants.items()} == {
+        "_warp_kernel": 1,
+        "_iterate_kernel": 2,
+    }

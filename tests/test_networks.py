@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdist_e2e.extractors import profiles
 from mmdist_e2e.extractors import runner as networks
+from mmdist_e2e.extractors.flow.settings import NATIVE_SOLVER
 from mmdist_e2e.extractors.networks.c3d import C3D
 from mmdist_e2e.extractors.networks.i3d import InceptionI3d
 from mmdist_e2e.extractors.profiles import describe, profile_of
@@ -149,7 +150,13 @@ def test_matters_of_a_plain_rgb_extractor_are_those_that_models_have_recorded(ti
 def test_matters_name_what_changes_the_features(tiny_flow_extractor, tiny_c3d, tmp_path):
     flow = describe(str(tiny_flow_extractor), mode="dense", fps_policy="exact").matters
     assert (flow["mode"], flow["fps_policy"]) == ("dense", "exact")
-    settings = {"algorithm": "tvl1", "shorter_side": 16, "bound": 20.0, "quantise": False}
+    settings = {
+        "algorithm": "tvl1",
+        "native": NATIVE_SOLVER,
+        "shorter_side": 16,
+        "bound": 20.0,
+        "quantise": False,
+    }
     assert settings.items() <= flow["flow"].items()
     assert {"tau", "scales", "warps", "iterations", "epsilon"} <= set(flow["flow"])
     assert json.loads(json.dumps(flow)) == flow  # as it comes back from a feature file

@@ -303,8 +303,10 @@ class Engine:
                 f"finished a video (the last one: {how}); free some memory, or extract in one "
                 f"process with --workers 0."
             )
+        # SIGKILL comes from outside; it accuses a video only if the worker had no other.
+        accused = len(worker.tasks) == 1 or "SIGKILL" not in how
         for task in worker.tasks.values():
-            run.lost(task, how, worker.number)
+            run.lost(task, how, worker.number, accused=accused)
 
 
 @dataclass(eq=False)
@@ -317,6 +319,7 @@ class _Task:
     what: str = ""
     known: Failure | None = None
     deaths: int = 0
+    accused: int = 0  # of how many of them
     claim: Claim | None = None
 
 
@@ -424,17 +427,18 @@ class _Run:
         if self._progress is not None:
             self._progress.advanced(self.tasks[key].video, fraction)
 
-    def lost(self, task: _Task, how: str, worker: int) -> None:
-        """A worker process died over a video, which is tried once more, alone, or given up."""
+    def lost(self, task: _Task, how: str, worker: int, *, accused: bool) -> None:
+        """A worker process died over a video, which is tried again, alone, or given up."""
         task.deaths += 1
+        task.accused += accused
         if not self._overwrite:  # what it has saved stays
             task.modalities = self._stale(task) or task.modalities
-        if task.deaths < DEATHS:
+        if task.accused < DEATHS:
             self.suspects.append(task)
             return
         cause = (
-            f"{task.video.path} was given up: {DEATHS} worker processes died over it ({how}). The "
-            f"file may be damaged, or memory too small."
+            f"{task.video.path} was given up: {task.deaths} worker processes died over it ({how}). "
+            f"The file may be damaged, or memory too small."
         )
         told: dict[str, Any] = {"cause": printable(cause), "error": "WorkerDied", "worker": worker}
         self._settle(task, Outcome(task.video, "failed", attempts=task.deaths, **told))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from mmdist_e2e.extractors.flow.fields import FlowPreprocessing, center, enlarged
-from mmdist_e2e.extractors.flow.settings import TVL1Settings
+from mmdist_e2e.extractors.flow.settings import NATIVE_SOLVER, TVL1Settings
 from mmdist_e2e.extractors.networks.pca import Pca
 from mmdist_e2e.extractors.video.reader import FpsPolicy
 from mmdist_e2e.structures import MODALITIES, MmdistError, check_choice
@@ -196,7 +196,8 @@ class ExtractorSpec:
         preprocessing = json.loads(json.dumps(asdict(self.preprocessing)))  # lists, no tuples
         preprocessing = {k: v for k, v in preprocessing.items() if ADDED.get(k, ...) != v}
         if isinstance(self.preprocessing, FlowPreprocessing):
-            matters["flow"] = {"algorithm": "tvl1", **preprocessing, **asdict(TVL1Settings())}
+            matters["flow"] = {"algorithm": "tvl1", "native": NATIVE_SOLVER, **preprocessing}
+            matters["flow"] |= asdict(TVL1Settings())
         elif "fps_policy" in self.config:
             matters["preprocessing"] = preprocessing
         if self.pca is not None:

@@ -5,7 +5,7 @@ Shapes: N pairs, H height, W width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,38 +17,18 @@ from mmdist_e2e.structures import MmdistError, check_choice
 if TYPE_CHECKING:
     from torch import Tensor
 
+Images = TypeVar("Images", "NDArray[Any]", "Tensor")
 BACKENDS = ("auto", "native", "opencv", "opencv-cuda")
 
 
-@overload
 def tvl1(
-    first_NHW: NDArray[np.uint8],
-    second_NHW: NDArray[np.uint8],
+    first_NHW: Images,
+    second_NHW: Images,
     *,
     backend: str = "auto",
     settings: TVL1Settings | None = None,
     device: str = "cpu",
-) -> NDArray[np.float32]: ...
-
-
-@overload
-def tvl1(
-    first_NHW: Tensor,
-    second_NHW: Tensor,
-    *,
-    backend: str = "auto",
-    settings: TVL1Settings | None = None,
-) -> Tensor: ...
-
-
-def tvl1(
-    first_NHW: Any,
-    second_NHW: Any,
-    *,
-    backend: str = "auto",
-    settings: TVL1Settings | None = None,
-    device: str = "cpu",
-) -> Any:
+) -> Images:
     """Flow from each first image to its second.
 
     Args:
@@ -65,7 +45,8 @@ def tvl1(
     below 16 pixels.
     """
     check_choice("The flow backend", backend, BACKENDS)
-    kinds = {_kind(images) for images in (first_NHW, second_NHW)}
+    stacks = first_NHW, second_NHW
+    kinds = {f"{x.dtype} {tuple(x.shape)} on {getattr(x, 'device', 'cpu')}" for x in stacks}
     if len(kinds) > 1 or first_NHW.ndim != 3 or not str(first_NHW.dtype).endswith("uint8"):
         raise MmdistError(
             f"Flow needs two stacks of grey images [N, H, W] of one shape, uint8 with intensities "
@@ -85,7 +66,7 @@ def tvl1(
             from mmdist_e2e.extractors.flow import gpu
 
             return gpu.solve(first_NHW, second_NHW, sizes, settings)
-        arrays = (images.cpu().numpy() for images in (first_NHW, second_NHW))  # views on a CPU
+        arrays = (images.cpu().numpy() for images in stacks)  # views on a CPU
         flow_N2HW = tvl1(*arrays, backend=backend, settings=settings)
         return torch.from_numpy(flow_N2HW).to(first_NHW.device)
     if backend.startswith("opencv"):
@@ -94,13 +75,8 @@ def tvl1(
     if device.startswith("cuda"):
         import torch
 
-        tensors = (torch.tensor(images, device=device) for images in (first_NHW, second_NHW))
+        tensors = (torch.tensor(images, device=device) for images in stacks)
         return tvl1(*tensors, settings=settings).cpu().numpy()
     from mmdist_e2e.extractors.flow import cpu
 
     return cpu.solve(first_NHW, second_NHW, sizes, settings)
-
-
-def _kind(images: Any) -> str:
-    device = "" if isinstance(images, np.ndarray) else f" on {images.device}"
-    return f"{images.dtype} {tuple(images.shape)}{device}"

@@ -1,6 +1,12 @@
 """TV-L1 on the CPU, compiled by Numba: users need no compiler.
 
-The algorithm is that of OpenCV's CUDA class (Zach, Pock & Bischof 2007; Sánchez et al. 2013).
+The energy, pyramid and warps are those of OpenCV's CUDA class (Zach, Pock & Bischof 2007; Sánchez
+et al. 2013). Within a warp we iterate as Chambolle & Pock (2011), and the dual variables p of a
+level start from those of the coarser one: both save iterations.
+
+    u ← prox(u + σ div p)            prox of the data term: one clipped step along ∇I
+    p ← p + ∇(2 u − u before)/(8 σ), then p / max(1, |p|)
+
 Two things make it fast. Every loop runs over a row without branches, so that it becomes vector
 instructions. And all iterations of a warp pass over the image as one wavefront: iteration k is
 one row behind iteration k − 1, so the rows in use stay in the core's cache.
@@ -9,12 +15,12 @@ one row behind iteration k − 1, so the rows in use stay in the core's cache.
     iteration 1 works on rows  … s − 1                p of row s − 1 needs u of rows s − 1 and s:
     iteration 2 works on rows  … s − 2                in this order each step is in place.
 
-Layout: `fields` is [10, H + 1, S], S > W: u, v; the warped image's gradient, 1/|∇I|² and ρ's
-constant; p11, p12, p21, p22. Row r of a dual variable is stored in row r + 1 and column x in
-column x + 1; their first row and column stay zero, which is the boundary of the divergence. Rows
-are processed in whole blocks of BLOCK columns, since the rest of a vector loop runs one by one.
-Columns from W on hold unused numbers, except u[W], which repeats u[W − 1] so that the gradient is
-zero there.
+Layout: `fields` is [12, H + 1, S], S > W: u, v; the warped image's gradient, 1/|∇I|² (times a
+factor of the prox) and ρ's constant; p11, p12, p21, p22; ū, v̄. Row r of a dual variable is stored
+in row r + 1 and column x in column x + 1; their first row and column stay zero, which is the
+boundary of the divergence. Rows are processed in whole blocks of BLOCK columns, since the rest of a
+vector loop runs one by one. Columns from W on hold unused numbers, except ū[W], which repeats
+ū[W − 1] so that the gradient is zero there.
 """
 
 from __future__ import annotations
@@ -30,6 +36,8 @@ from numba import config, njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from mmdist_e2e.extractors.flow.settings import PRIMAL_STEP
+
 if TYPE_CHECKING:
     from mmdist_e2e.extractors.flow.settings import TVL1Settings
 
@@ -42,52 +50,53 @@ _compiled = njit(fastmath=True, nogil=True, error_model="numpy")
 
 
 @_compiled
-def _primal_row(r, width, fields, bound, theta):
-    """Thresholding step of row r, then u ← u + θ div p."""
+def _primal_row(r, width, fields, sigma, bound):
+    """Primal step of row r, and its extrapolation."""
     u, v, gx, gy, inverse, rest = fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]
     p11, p12, p21, p22 = fields[6], fields[7], fields[8], fields[9]
+    bar_u, bar_v = fields[10], fields[11]
+    two = np.float32(2)
     for x in range(width):
         a, b, ix, iy = u[r, x], v[r, x], gx[r, x], gy[r, x]
-        # ρ/|∇I|² clipped to ±λθ is the three-case threshold in one.
-        step = (rest[r, x] + ix * a + iy * b) * inverse[r, x]
-        step = min(max(step, -bound), bound)
         div1 = (p11[r + 1, x + 1] - p11[r + 1, x]) + (p12[r + 1, x + 1] - p12[r, x + 1])
         div2 = (p21[r + 1, x + 1] - p21[r + 1, x]) + (p22[r + 1, x + 1] - p22[r, x + 1])
-        u[r, x] = a - step * ix + theta * div1
-        v[r, x] = b - step * iy + theta * div2
+        new_a, new_b = a + sigma * div1, b + sigma * div2
+        # ρ/|∇I|², clipped, is the three-case threshold in one.
+        step = (rest[r, x] + ix * new_a + iy * new_b) * inverse[r, x]
+        step = min(max(step, -bound), bound)
+        new_a -= step * ix
+        new_b -= step * iy
+        u[r, x], v[r, x] = new_a, new_b
+        bar_u[r, x], bar_v[r, x] = two * new_a - a, two * new_b - b
 
 
 @_compiled
-def _dual_row(r, below, width, fields, taut):
-    """Dual step p ← (p + τ/θ ∇u) / (1 + τ/θ |∇u|) in row r; `below` is r in the last row."""
-    u, v = fields[0], fields[1]
-    p11, p12, p21, p22 = fields[6], fields[7], fields[8], fields[9]
+def _dual_row(r, below, width, fields, sigma):
+    """Dual step of row r; `below` is r in the last row."""
     one = np.float32(1)
-    for x in range(width):
-        a, b = u[r, x], v[r, x]
-        ax, ay = u[r, x + 1] - a, u[below, x] - a
-        bx, by = v[r, x + 1] - b, v[below, x] - b
-        shrink1 = one / (one + taut * np.sqrt(ax * ax + ay * ay))
-        shrink2 = one / (one + taut * np.sqrt(bx * bx + by * by))
-        p11[r + 1, x + 1] = (p11[r + 1, x + 1] + taut * ax) * shrink1
-        p12[r + 1, x + 1] = (p12[r + 1, x + 1] + taut * ay) * shrink1
-        p21[r + 1, x + 1] = (p21[r + 1, x + 1] + taut * bx) * shrink2
-        p22[r + 1, x + 1] = (p22[r + 1, x + 1] + taut * by) * shrink2
+    for c in range(2):
+        bar, p, q = fields[10 + c], fields[6 + 2 * c], fields[7 + 2 * c]
+        for x in range(width):
+            a = bar[r, x]
+            ax = p[r + 1, x + 1] + sigma * (bar[r, x + 1] - a)
+            ay = q[r + 1, x + 1] + sigma * (bar[below, x] - a)
+            shrink = one / np.sqrt(max(ax * ax + ay * ay, one))
+            p[r + 1, x + 1], q[r + 1, x + 1] = ax * shrink, ay * shrink
 
 
 @_compiled
-def _iterate(height, width, iterations, fields, bound, theta, taut):
+def _iterate(height, width, iterations, fields, sigma, bound, dual_sigma):
     """All iterations of one warp, as a wavefront over the rows."""
     whole = (width + BLOCK - 1) // BLOCK * BLOCK
     for s in range(height + iterations):
         for k in range(max(0, s - height), min(iterations, s + 1)):
             r = s - k
             if r < height:
-                _primal_row(r, whole, fields, bound, theta)
-                fields[0, r, width] = fields[0, r, width - 1]
-                fields[1, r, width] = fields[1, r, width - 1]
+                _primal_row(r, whole, fields, sigma, bound)
+                fields[10, r, width] = fields[10, r, width - 1]
+                fields[11, r, width] = fields[11, r, width - 1]
             if r > 0:
-                _dual_row(r - 1, min(r, height - 1), whole, fields, taut)
+                _dual_row(r - 1, min(r, height - 1), whole, fields, dual_sigma)
 
 
 @_compiled
@@ -188,8 +197,8 @@ def _sample(typing_context, flat, offset, stride, tx, ty):
 
 
 @_compiled
-def _warp(first, second4, height, width, fields):
-    """Second image and gradients at x + u; ρ's constant I₁(x + u) − ∇I·u − I₀ and 1/|∇I|²."""
+def _warp(first, second4, height, width, fields, prox):
+    """Second image and gradients at x + u; ρ's constant I₁(x + u) − ∇I·u − I₀ and prox/|∇I|²."""
     u, v, gx, gy, inverse, rest = fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]
     flat, stride = second4.reshape(-1), 4 * second4.shape[1]
     margin = np.float32(PAD - 1)
@@ -206,7 +215,7 @@ def _warp(first, second4, height, width, fields):
             )
             square = ix * ix + iy * iy
             gx[y, x], gy[y, x] = ix, iy
-            inverse[y, x] = np.float32(1) / square if square > FLAT else np.float32(0)
+            inverse[y, x] = prox / square if square > FLAT else np.float32(0)
             rest[y, x] = i - ix * a - iy * b - first[y, x]
 
 
@@ -219,7 +228,7 @@ def _cached(function):
 
 
 @_cached
-def _solve(first, second, heights, widths, warps, iterations, upscale, lambda_, theta, tau, out):
+def _solve(first, second, heights, widths, warps, iterations, upscale, sigma, bound, prox, out):
     """One pair, coarse to fine; the pyramid is the given sizes, finest first."""
     levels = len(heights)
     stride = (widths[0] + BLOCK - 1) // BLOCK * BLOCK + BLOCK
@@ -231,20 +240,25 @@ def _solve(first, second, heights, widths, warps, iterations, upscale, lambda_, 
                 images[side, s - 1], heights[s - 1], widths[s - 1], heights[s], widths[s],
                 np.float32(1), images[side, s],
             )  # fmt: skip
-    fields = np.zeros((10, heights[0] + 1, stride), np.float32)
+    fields = np.zeros((12, heights[0] + 1, stride), np.float32)
     second4 = np.empty((heights[0] + 2 * PAD, widths[0] + 2 * PAD, 4), np.float32)
     for s in range(levels - 1, -1, -1):
         height, width = heights[s], widths[s]
+        coarse = fields.copy()
+        fields[:] = np.float32(0)
         if s < levels - 1:
-            coarse = fields[:2].copy()
+            below = heights[s + 1], widths[s + 1], height, width
             for c in range(2):
-                _resize(coarse[c], heights[s + 1], widths[s + 1], height, width, upscale, fields[c])
-        fields[2:] = np.float32(0)  # dual variables, and what lies beyond the width
-        fields[:2, :, width:] = np.float32(0)
+                _resize(coarse[c], *below, upscale, fields[c])
+            for c in range(6, 10):
+                _resize(coarse[c, 1:, 1:], *below, np.float32(1), fields[c, 1:, 1:])
+            # Nothing flows over the right and the lower border.
+            fields[6, :, width] = fields[8, :, width] = np.float32(0)
+            fields[7, height] = fields[9, height] = np.float32(0)
         _with_gradients(images[1, s], height, width, second4)
         for _ in range(warps):
-            _warp(images[0, s], second4, height, width, fields)
-            _iterate(height, width, iterations, fields, lambda_ * theta, theta, tau / theta)
+            _warp(images[0, s], second4, height, width, fields, prox)
+            _iterate(height, width, iterations, fields, sigma, bound, np.float32(0.125) / sigma)
     out[:] = fields[:2, : heights[0], : widths[0]]
 
 
@@ -266,8 +280,9 @@ def solve(
     flow_N2HW = np.empty((len(first_NHW), 2, *first_NHW.shape[1:]), dtype=np.float32)
     heights, widths = (np.array(side, dtype=np.int64) for side in zip(*sizes, strict=True))
     numbers: list[Any] = [settings.warps, settings.native_iterations]
-    numbers += [np.float32(x) for x in (1 / settings.scale_step, settings.lambda_)]
-    numbers += [np.float32(x) for x in (settings.theta, settings.tau)]
+    numbers += [np.float32(x) for x in (1 / settings.scale_step, PRIMAL_STEP)]
+    prox = PRIMAL_STEP / (PRIMAL_STEP + settings.theta)
+    numbers += [np.float32(x) for x in (PRIMAL_STEP * settings.lambda_, prox)]
 
     def one(index: int) -> None:
         first, second = (x[index].astype(np.float32) for x in (first_NHW, second_NHW))

@@ -9,17 +9,21 @@ from mmdist_e2e.structures import MmdistError
 MINIMUM_SIDE_PIXELS = 16
 
 # OpenCV stops early when its updates become small. The native solver runs this many iterations per
-# warp instead: on real videos the result is closer to the converged flow (docs/flow.md).
-NATIVE_ITERATIONS = 36
+# warp instead, with this primal step: on real videos the result is closer to the converged flow
+# (docs/flow.md). Other numbers give other features, so the provenance of flow holds them.
+NATIVE_ITERATIONS = 40
+PRIMAL_STEP = 0.6
+NATIVE_SOLVER = f"Chambolle-Pock, {NATIVE_ITERATIONS} iterations, primal step {PRIMAL_STEP}"
 
 
 @dataclass(frozen=True)
 class TVL1Settings:
     """Parameters of the solver, for intensities 0–255; the defaults of OpenCV's CUDA class.
 
-    tau: time step. lambda_: weight of the data term. theta: coupling. scales, scale_step: the
-    pyramid. warps, iterations: per scale and per warp. epsilon: OpenCV stops when the mean squared
-    update of the flow is below ε², the native solver after `NATIVE_ITERATIONS`; 0 disables both.
+    tau: time step, of OpenCV only. lambda_: weight of the data term. theta: coupling. scales,
+    scale_step: the pyramid. warps, iterations: per scale and per warp. epsilon: OpenCV stops when
+    the mean squared update of the flow is below ε², the native solver after `NATIVE_ITERATIONS`; 0
+    disables both.
     """
 
     tau: float = 0.25

@@ -175,11 +175,12 @@ def uses_decord(
     It cannot scale a frame from the decoder's own pixel format.
     """
     rewindable = any(kind in index.container.split(",") for kind in REWINDABLE)
+    whole = index.packets >= (index.claimed or 0)  # decord does not tell what is missing inside
     fits = math.prod(index.shape) * len(index.times_N) <= DECORD_BYTES
     named = "%" not in path.name and str(path).encode(errors="replace").decode() == str(path)
     source_M = np.searchsorted(index.times_N, shown_M, side="right") - 1
     every = len(np.unique(source_M.clip(0))) == len(index.times_N)
-    return longer_side is None and index.plain and rewindable and fits and named and every
+    return longer_side is None and index.plain and whole and rewindable and fits and named and every
 
 
 def decode_decord(path: Path, index: Index) -> Iterator[Picture]:
