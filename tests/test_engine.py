@@ -246,7 +246,7 @@ def test_a_video_of_a_run_that_died_is_done_by_the_other(tmp_path, tiny_extracto
     assert held is not None
     assert Journal(store.root).claim("a") is None
     assert Journal(store.root).running() == ["a"]
-    threading.Timer(1.5, held.release).start()
+    threading.Timer(1.5, held.close).start()
     begun = time.monotonic()
     engine = Engine([describe(str(tiny_extractor))], store, devices=["cpu"])
     with engine:
@@ -528,7 +528,7 @@ def test_a_stale_claim_is_removed_and_a_new_one_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(batch_journal, "_lock", late)
     journal.close()
     assert path.exists()
-    claims[1].release()
+    claims[1].close()
     path.touch()
     journal.close()
     assert not path.exists()
@@ -555,7 +555,7 @@ def test_status_counts_causes_and_running(tmp_path, tiny_extractor):
     assert "now\ufffd" in text
     assert "bad (rgb): " in text
     assert claim is not None
-    claim.release()
+    claim.close()
     assert Journal(out).running() == []
     gone = CliRunner().invoke(main, ["status", str(tmp_path / "none")])
     assert (gone.exit_code, gone.output.count("\n")) == (1, 1)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmdist_e2e.extractors.extract import Conveyor, Job
-from mmdist_e2e.extractors.journal import Claim, Failure, Journal, digest
+from mmdist_e2e.extractors.journal import Failure, Journal, digest
 from mmdist_e2e.extractors.profiles import ExtractorSpec
 from mmdist_e2e.extractors.remote import absolute, source_of
 from mmdist_e2e.extractors.search import Outcome, Status, Video, printable
@@ -320,7 +320,7 @@ class _Task:
     known: Failure | None = None
     deaths: int = 0
     accused: int = 0  # of how many of them
-    claim: Claim | None = None
+    claim: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 class _Run:
@@ -397,10 +397,12 @@ class _Run:
         """The next video, claimed. None if there is none now."""
         while self._queue:
             task = self._queue.popleft()
-            task.claim = self._journal.claim(task.video.id)
-            if task.claim is None:
+            claim = self._journal.claim(task.video.id)
+            if claim is None:
                 self._held.append(task)
-            elif (outcome := self._by_another_run(task)) is not None:
+                continue
+            task.claim = claim
+            if (outcome := self._by_another_run(task)) is not None:
                 self._settle(task, outcome)
             else:
                 self.advanced(task.video.id, 0.0)
@@ -467,16 +469,14 @@ class _Run:
         with self._counting:
             self._outcomes[task.video.id] = outcome
             self.left -= task.video.id in self.tasks
-        if task.claim is not None:
-            task.claim.release()
+        task.claim.close()
         if self._progress is not None:
             self._progress.finished(outcome)
 
     def release(self) -> None:
         """Give up the claims of what is not finished."""
         for task in self.tasks.values():
-            if task.claim is not None:
-                task.claim.release()
+            task.claim.close()
 
 
 class _Worker:

@@ -53,20 +53,6 @@ class Failure:
     run: str
 
 
-class Claim:
-    """A video that this process alone extracts, until `release` or its end."""
-
-    def __init__(self, path: Path, descriptor: int | None) -> None:
-        self._path, self._descriptor = path, descriptor
-
-    def release(self) -> None:
-        if self._descriptor is not None:
-            with contextlib.suppress(OSError):
-                self._path.unlink()  # while it is locked: see `Journal.claim`
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
 class Journal:
     """Claims and failures of one output folder."""
 
@@ -74,32 +60,28 @@ class Journal:
         self.root = root
         self._folder = root / FOLDER
 
-    def claim(self, video_id: str) -> Claim | None:
-        """Claim a video; None if another run, or another one in this process, has it.
+    def claim(self, video_id: str) -> contextlib.ExitStack | None:
+        """Claim a video, until the stack is closed; None if another run, or one here, has it.
 
         Where the file system has no locks, a warning says so, and every claim succeeds.
         """
         path = self._folder / "claims" / f"{digest(video_id)}.lock"
         try:
             while True:
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-                except FileNotFoundError:
-                    continue  # another run has just removed the empty folder
-                try:
+                with contextlib.ExitStack() as claim:
+                    try:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                    except FileNotFoundError:
+                        continue  # another run has just removed the empty folder
+                    claim.callback(os.close, descriptor)
                     if not _lock(descriptor):
-                        os.close(descriptor)
                         return None
                     if os.fstat(descriptor).st_nlink:  # else its owner has just removed it
-                        content = json.dumps({"id": video_id}).encode()
                         os.ftruncate(descriptor, 0)
-                        os.pwrite(descriptor, content, 0)
-                        return Claim(path, descriptor)
-                except BaseException:
-                    os.close(descriptor)
-                    raise
-                os.close(descriptor)
+                        os.pwrite(descriptor, json.dumps({"id": video_id}).encode(), 0)
+                        claim.callback(_remove, path)  # while it is locked
+                        return claim.pop_all()
         except (OSError, ImportError) as error:
             # The text must be the same for all videos: a warning is shown once for a text.
             warnings.warn(
@@ -107,7 +89,7 @@ class Journal:
                 f"several runs on this folder would do the same videos.",
                 stacklevel=2,
             )
-            return Claim(path, None)
+            return contextlib.ExitStack()
 
     def running(self) -> list[str]:
         """Ids of the videos that runs are extracting now, sorted."""
@@ -144,8 +126,7 @@ class Journal:
         """Delete the record of a video, unless it is about other modalities too."""
         failure = self.failure_of(video_id)
         if failure is not None and {*failure.modalities} <= {*modalities}:
-            with contextlib.suppress(OSError):
-                self._failure(video_id).unlink()
+            _remove(self._failure(video_id))
 
     def close(self) -> None:
         """Remove what killed runs have left of claims, and empty folders."""
@@ -169,14 +150,18 @@ class Journal:
             if failure.id not in ours and (os.path.lexists(video.path) or url_of(video.path)):
                 failed[failure.id] = video
         if not failed:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            _remove(path)
             return None
         write_atomically(path, os.fsencode(list_lines(failed[name] for name in sorted(failed))))
         return path
 
     def _failure(self, video_id: str) -> Path:
         return self._folder / "failures" / f"{digest(video_id)}.json"
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _lock(descriptor: int, *, shared: bool = False) -> bool:
