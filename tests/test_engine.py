@@ -484,13 +484,48 @@ def test_a_list_without_videos_is_done(tmp_path, tiny_extractor):
     assert [code for code, _ in shards] == [0, 0]
 
 
-def test_a_log_in_no_folder_is_one_sentence(tmp_path, tiny_extractor):
+def test_the_folder_of_a_log_is_made(tmp_path, tiny_extractor):
     make(tmp_path / "in", "a")
-    arguments = (tmp_path / "in", "--log", tmp_path / "none" / "log", "--workers", 0)
-    code, output = run(tiny_extractor, tmp_path / "f", *arguments)
+    arguments = (tmp_path / "in", "--workers", 0, "--log")
+    assert run(tiny_extractor, tmp_path / "f", *arguments, tmp_path / "f" / "x" / "log")[0] == 0
+    assert len(log_of(tmp_path / "f" / "x" / "log")) == 1
+    bad = tmp_path / "in" / "a.mp4" / "log"
+    code, output = run(tiny_extractor, tmp_path / "f", *arguments, bad)
     assert code == 1
     assert output.count("\n") == 1
-    assert "none/log cannot be written (No such file or directory)" in output
+    assert f"{bad} cannot be written ({bad.parent}: File exists)" in output
+
+
+def test_workers_that_cannot_start_are_one_sentence(tmp_path, tiny_extractor, monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    make(tmp_path / "in", "a")
+    monkeypatch.setattr(batch, "Child", fails)
+    code, output = run(tiny_extractor, tmp_path / "f", tmp_path / "in")
+    assert code == 1
+    assert "worker process cannot be started (Cannot allocate memory)" in output.splitlines()[-1]
+    assert not (tmp_path / "f" / ".mmdist").exists()
+
+
+def test_what_a_dead_worker_saved_is_not_made_again(tmp_path, tiny_extractor):
+    make(tmp_path / "in", "a", "b")
+    store, spec = FeatureStore(tmp_path / "f"), describe(str(tiny_extractor))
+    videos = find_videos([tmp_path / "in"]).videos
+    with Engine([spec], store, devices=["cpu"]) as engine:
+        engine.run(videos[:1])
+        begun = batch._Run(engine, videos, None)
+        task = begun.take()
+        assert (task.video.id, task.modalities) == ("b", ["rgb"])
+        begun._matters["flow"] = {}
+        task.modalities = ["rgb", "flow"]
+        task.claim.close()
+        engine.run(videos)  # as if our worker had saved these rows
+        for _ in range(2):
+            begun.lost(task, "signal SIGSEGV", 0, accused=True)
+    (failure,) = Journal(store.root).failures()
+    assert failure.modalities == ["flow"]
+    assert failure.attempts == 2
 
 
 @pytest.mark.slow

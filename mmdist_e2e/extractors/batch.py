@@ -135,7 +135,7 @@ class Engine:
         self._workers: dict[int, _Worker] = {}
         self._slots: list[str] = []  # the device of each worker
         self._events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
-        self._deaths = 0  # of workers in a row
+        self._deaths = self._idle_deaths = 0  # of workers in a row
         if workers == 0 and len(self._devices) > 1:
             raise MmdistError(
                 f"Without worker processes one device is used, not {len(self._devices)}; ask for "
@@ -152,20 +152,21 @@ class Engine:
         """End the workers, within seconds, and give the networks' memory back."""
         for worker in self._workers.values():
             worker.child.hang_up()
+        deadline = time.monotonic() + END_SECONDS
         for worker in self._workers.values():
-            worker.child.end(END_SECONDS)
+            worker.child.end(max(0.0, deadline - time.monotonic()))
         self._workers.clear()
         if self._conveyor is not None:
             self._conveyor.close()
             self._conveyor = None
         self._modalities.clear()
-        self._deaths = 0
+        self._deaths = self._idle_deaths = 0
         self.journal.close()
 
     def run(self, videos: Sequence[Video], progress: BatchProgress | None = None) -> Report:
         """Extract what is not up to date in one pass per video, the largest files first.
 
-        The ids of the videos differ.
+        videos: with different ids.
 
         Stored features are kept when they were made in the same way from the same file. Whatever
         goes wrong in one video (damage, too little memory, a crash) fails that video with its
@@ -259,7 +260,13 @@ class Engine:
             conveying.setdefault("decoders", min(8, max(2, cores // count - 1)))
         options = {**self._options, "device": device}
         what = pickle.dumps((self._needed(), options, self.store, conveying))
-        return _Worker(number, what, environment, self._events)
+        try:
+            return _Worker(number, what, environment, self._events)
+        except OSError as error:
+            raise MmdistError(
+                f"A worker process cannot be started ({error.strerror}); free some memory, or "
+                f"extract in one process with --workers 0."
+            ) from error
 
     def _hear(self, run: _Run, worker: _Worker, message: dict[str, Any] | None) -> None:
         if message is None:
@@ -272,7 +279,7 @@ class Engine:
             case "at" if message["key"] in worker.tasks:
                 run.advanced(**message)
             case "done":
-                self._deaths = 0
+                self._deaths = self._idle_deaths = 0
                 run.finish(worker.tasks.pop(message.pop("key")), worker=worker.number, **message)
             case "warning":
                 warnings.warn(message["text"], stacklevel=2)
@@ -297,11 +304,12 @@ class Engine:
         how = problem or died
         del self._workers[worker.number]
         self._deaths += 1
-        if self._deaths >= (DEATHS_IN_A_ROW if worker.tasks else IDLE_DEATHS):
+        self._idle_deaths = 0 if worker.tasks else self._idle_deaths + 1
+        if self._deaths == DEATHS_IN_A_ROW or self._idle_deaths == IDLE_DEATHS:
             raise MmdistError(
-                f"The run stops, since {self._deaths} worker processes in a row ended before they "
-                f"finished a video (the last one: {how}); free some memory, or extract in one "
-                f"process with --workers 0."
+                f"The run stops, since {self._idle_deaths or self._deaths} worker processes in a "
+                f"row ended before they finished a video (the last one: {how}); free some memory, "
+                f"or extract in one process with --workers 0."
             )
         # SIGKILL comes from outside; it accuses a video only if the worker had no other.
         accused = len(worker.tasks) == 1 or "SIGKILL" not in how

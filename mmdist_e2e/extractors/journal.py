@@ -185,18 +185,17 @@ def _read(path: Path) -> Failure | None:
 class Log:
     """A file of JSON lines, one for each video as it finishes.
 
-    Raises MmdistError when it cannot be opened. When it cannot be written any more, a warning says
-    so and the run continues.
+    Its folder is made if it is missing. Raises MmdistError when it cannot be opened. When it cannot
+    be written any more, a warning says so and the run continues.
     """
 
     def __init__(self, path: Path) -> None:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = path.open("a", encoding="ascii")
         except OSError as error:
-            raise MmdistError(
-                f"The log {path} cannot be written ({error.strerror}); give a file in a "
-                f"folder that exists."
-            ) from error
+            why = f"{error.filename}: {error.strerror}"
+            raise MmdistError(f"The log {path} cannot be written ({why}).") from error
 
     def write(self, outcome: Outcome) -> None:
         told = asdict(outcome)
