@@ -496,6 +496,23 @@ def test_the_folder_of_a_log_is_made(tmp_path, tiny_extractor):
     assert f"{bad} cannot be written ({bad.parent}: File exists)" in output
 
 
+def test_settings_of_a_worker_yield_to_the_users(tmp_path, tiny_extractor, monkeypatch):
+    monkeypatch.setattr(batch, "_Worker", lambda number, what, environment, events: environment)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(8)})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    store = FeatureStore(tmp_path / "f")
+    engine = Engine([describe(str(tiny_extractor))], store, devices=["cpu"], workers=2)
+    engine._slots = ["cpu"]
+    alone = engine._start(0, "cpu")
+    assert (alone["OMP_WAIT_POLICY"], alone["MALLOC_TOP_PAD_"]) == ("ACTIVE", str(2**26))
+    assert "OMP_NUM_THREADS" not in alone
+    for given, expected in (("", "4"), ("3,2", "3"), ("16", "4")):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        engine._slots = ["cpu"] * 2
+        assert engine._start(0, "cpu")["OMP_NUM_THREADS"] == expected
+
+
 def test_workers_that_cannot_start_are_one_sentence(tmp_path, tiny_extractor, monkeypatch):
     def fails(*_: object, **__: object) -> None:
         raise OSError(12, "Cannot allocate memory")
