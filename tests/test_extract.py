@@ -22,8 +22,8 @@ from rich.console import Console
 import mmdist_e2e as mm
 from mmdist_e2e.cli import common
 from mmdist_e2e.cli.main import main
+from mmdist_e2e.extractors import batch, runner
 from mmdist_e2e.extractors import extract as extract_module
-from mmdist_e2e.extractors import remote, runner
 from mmdist_e2e.extractors.networks.i3d import InceptionI3d
 from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.extractors.runner import SnippetNetwork
@@ -309,7 +309,7 @@ def test_any_failure_costs_one_video(tmp_path, tiny_extractor, monkeypatch, plac
         "network": (extract_module._Track, "features", 0),
         "decoder": (Decoder, "frames", 1),
         "store": (FeatureStore, "save", 1),
-        "digest": (remote, "fast_digest", 0),
+        "digest": (batch, "source_of", 0),
     }[place]
     original = getattr(owner, name)
 

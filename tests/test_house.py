@@ -41,6 +41,8 @@ ONLY_HERE = {  # library -> the files that may know it
     "numba": {"extractors/flow/cpu.py"},
     "triton": {"extractors/flow/gpu.py"},
     "pytorchvideo": {"extractors/networks/pytorchvideo.py"},
+    "ray": {"extractors/engines/ray.py"},
+    "fsspec": {"extractors/remote.py"},
 }
 
 
