@@ -196,8 +196,10 @@ def test_a_drawn_progress_shows_names_of_any_bytes(monkeypatch):
     drawn = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
     console = Console(file=drawn, force_terminal=True, width=80)
     monkeypatch.setattr(common, "notes", console)
+    monkeypatch.setattr(common, "DRAW_SECONDS", 0.01)
     with common.ExtractionProgress(1) as progress:
-        progress.started(Video("\x1b[2Jcaf\udce9\n", Path("x")))
+        progress.advanced(Video("\x1b[2Jcaf\udce9\n", Path("x")), 0.0)
+        time.sleep(0.2)
     drawn.flush()
     assert "\ufffd[2Jcaf\ufffd\ufffd" in drawn.buffer.getvalue().decode()
 

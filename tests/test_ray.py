@@ -267,7 +267,7 @@ class FakeEngine:
     def run(self, videos: list[Video], progress: Any) -> None:
         progress.planned(dict.fromkeys(videos, 1))
         for video in videos:
-            progress.started(video)
+            progress.advanced(video, 0.0)
             time.sleep(0.05)
             if video.id in ("crash", "refuse"):
                 raise (RuntimeError if video.id == "crash" else MmdistError)("out of luck")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich import progress
 from rich.console import Console
+from rich.text import Text
 
 from mmdist_e2e.grounding.config import PRESETS
 from mmdist_e2e.grounding.data.annotations import PROTOCOLS
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 # A file or a pipe has no width: lines of tables are not wrapped there.
 PIPE_WIDTH = 200
-LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
-results = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+LINE_SECONDS, DRAW_SECONDS = 60.0, 0.5  # between two lines of progress; in a terminal
+results = Console(highlight=False, width=None if sys.stdout and sys.stdout.isatty() else PIPE_WIDTH)
 notes = Console(stderr=True, highlight=False)
 
 
@@ -37,24 +38,8 @@ def say(line: str) -> None:
         notes.print(line, markup=False, soft_wrap=True)
 
 
-class _Bars(progress.Progress):
-    """Bars with a description, a count, the time and `columns`; drawn only in a terminal."""
-
-    def __init__(self, *columns: progress.ProgressColumn) -> None:
-        super().__init__(
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            *columns,
-            console=notes,
-            transient=True,
-            disable=not notes.is_terminal,
-        )
-
-
 class ExtractionProgress:
-    """What an extraction has done so far: bars in a terminal, elsewhere a line a minute.
+    """What an extraction has done so far: a line that changes in a terminal, else one a minute.
 
     Called by the engine from any thread. outcomes: of the videos that are finished.
     log: a file to which they are written.
@@ -66,83 +51,81 @@ class ExtractionProgress:
         self._total, self._begun = total, time.monotonic()
         self._sizes: Mapping[Video, int] = {}
         self._running: dict[Video, float] = {}  # fractions done
-        self._bars = _Bars()
-        self._all = self._bars.add_task("videos", total=total)
-        self._how = self._bars.add_task("", total=0)
+        self._drawn = notes.status("")
         self._over = threading.Event()
         self._lines = threading.Thread(target=self._say_now_and_then, daemon=True)
 
     def __enter__(self) -> ExtractionProgress:
-        self._bars.start()
-        if not notes.is_terminal:
-            self._lines.start()
+        if notes.is_terminal:
+            self._drawn.start()
+        self._lines.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._bars.stop()
+        self._lines.join()
+        self._drawn.stop()
         if not notes.is_terminal and any(outcome.attempts for outcome in self.outcomes):
             say(self.line())
 
     def planned(self, sizes: Mapping[Video, int]) -> None:
         self._sizes, self._begun = sizes, time.monotonic()
 
-    def started(self, video: Video) -> None:
-        self._running[video] = 0.0
-        self._draw()
-
     def advanced(self, video: Video, fraction: float) -> None:
-        if video in self._running:
-            self._running[video] = fraction
-        self._draw()
+        self._running[video] = fraction
 
     def finished(self, outcome: Outcome) -> None:
         self._running.pop(outcome.video, None)
         self.outcomes.append(outcome)
         if self._log is not None:
             self._log.write(outcome)
-        self._bars.advance(self._all)
         if outcome.status == "failed":
             say(f"failed: {outcome.cause}")
-        self._draw()
 
     def line(self) -> str:
         """How many videos are done, how fast, for how long still, and which are running."""
         hours = max(time.monotonic() - self._begun, 1e-3) / 3600
-        ours = [outcome for outcome in self.outcomes if outcome.attempts]
-        failed = sum(outcome.status == "failed" for outcome in self.outcomes)
-        seconds = sum(outcome.video_seconds for outcome in ours)
-        running = dict(self._running)
-        done = sum((self._sizes.get(o.video, 0) for o in self.outcomes), 0.0)
-        done += sum(self._sizes.get(video, 0) * part for video, part in running.items())
-        share = done / max(sum(self._sizes.values()), 1)
-        parts = [f"{len(self.outcomes)} of {self._total} videos, {failed} failed"]
+        outcomes, running = [*self.outcomes], dict(self._running)
+        ours = [outcome for outcome in outcomes if outcome.attempts]
+        failed = sum(outcome.status == "failed" for outcome in outcomes)
+        parts = [f"{len(outcomes)} of {self._total} videos, {failed} failed"]
         if ours:
+            seconds = sum(outcome.video_seconds for outcome in ours)
             parts.append(f"{len(ours) / hours / 3600:.2f} videos/s")
             parts.append(f"{seconds / 3600 / hours:.1f} hours of video per hour")
+        done = sum((self._sizes.get(outcome.video, 0) for outcome in outcomes), 0.0)
+        done += sum(self._sizes.get(video, 0) * part for video, part in running.items())
+        share = done / max(sum(self._sizes.values()), 1)
         if 0 < share < 1:
             left = timedelta(seconds=round(hours * 3600 * (1 - share) / share))
             parts.append(f"{left} left")
         names = ", ".join(video.label[-40:] for video in running)
         return ", ".join(parts) + (f"; running: {names}" if names else "")
 
-    def _draw(self) -> None:
-        if notes.is_terminal:
-            self._bars.update(self._how, description=self.line())
-
     def _say_now_and_then(self) -> None:
-        while not self._over.wait(LINE_SECONDS):
-            say(self.line())
+        while not self._over.wait(DRAW_SECONDS if notes.is_terminal else LINE_SECONDS):
+            if notes.is_terminal:
+                self._drawn.update(Text(self.line()))
+            else:
+                say(self.line())
 
 
-class StepDisplay(_Bars):
+class StepDisplay(progress.Progress):
     """A bar that restarts with each step; called with (step, done, total).
 
     logged: where there is no terminal for a bar, print a line for each step.
     """
 
     def __init__(self, *, logged: bool = True) -> None:
-        super().__init__()
+        super().__init__(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            console=notes,
+            transient=True,
+            disable=not notes.is_terminal,
+        )
         self._logged = logged and not notes.is_terminal
         self._step = self.add_task("loading")
         self._said = ""

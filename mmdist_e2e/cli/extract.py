@@ -25,6 +25,33 @@ if TYPE_CHECKING:
     from mmdist_e2e.extractors.profiles import ExtractorSpec
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal asked the run to end."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise _Stopped, once; ending then takes seconds and is not disturbed."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, _: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise _Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except _Stopped as stopped:
+        sys.exit(128 + stopped.args[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @click.command("extract")
 @click.argument("paths", nargs=-1, type=common.PATH)
 @click.option(
@@ -116,6 +143,7 @@ if TYPE_CHECKING:
     help="File to which a JSON object is appended for each video as it finishes: id, path, status, "
     "rows, cause, error, seconds by stage, video_seconds, attempts, worker.",
 )
+@_stoppable()
 def extract_command(
     paths: tuple[Path, ...],
     modality: str | None,
@@ -164,7 +192,7 @@ def extract_command(
             f"--flow {flow} chooses the optical flow solver, but no flow is extracted; add "
             f"--modality flow or leave --flow out."
         )
-    store = FeatureStore(out)
+    store, lines = FeatureStore(out), Log(log) if log is not None else None
     settings |= {"devices": devices.split(","), "flow_backend": flow}
     if engine == "ray":
         from mmdist_e2e.extractors.engines.ray import RayEngine
@@ -183,68 +211,34 @@ def extract_command(
     for spec in specs:
         say(f"{spec.modality} by {spec.name}: trained on {spec.trained_on}.")
     say(f"Features are written to {out}." if out == FEATURES else "")
-    lines = Log(log) if log is not None else None
-    stopped = error = None
-    with _stoppable():
-        with ExtractionProgress(len(problems) + len(videos), lines) as progress:
-            for problem in problems:
-                progress.finished(problem)
-            try:
-                with extraction:
-                    extraction.run(videos, progress)
-            except _Stopped as signalled:
-                stopped = signalled
-            except MmdistError as raised:
-                error = raised
-        report = Report(progress.outcomes)
-        if report.outcomes or error is None:
-            results.print(_summary(report, modalities, stopped is not None))
-        if found.hidden:
-            results.print(f"Ignored {found.hidden} hidden files (names that start with a dot).")
-        if found.repeated:
-            results.print(f"Ignored {found.repeated} further names of the same files.")
+    error: _Stopped | MmdistError | None = None
+    with ExtractionProgress(len(problems) + len(videos), lines) as progress:
+        for problem in problems:
+            progress.finished(problem)
         try:
-            failed = Journal(out).write_list(report.outcomes) if out.is_dir() else None
-        except MmdistError as raised:
-            error, failed = error or raised, None
-        if failed is not None and report.failed:
-            again = printable(str(failed))
-            say(f"To try the failed videos again: mmdist extract --list {again}")
-    if stopped is not None:
-        sys.exit(128 + stopped.number)
+            with extraction:
+                extraction.run(videos, progress)
+        except (_Stopped, MmdistError) as raised:
+            error = raised
+    report = Report(progress.outcomes)
+    stopped = isinstance(error, _Stopped)
+    if report.outcomes or stopped or error is None:
+        results.print(_summary(report, modalities, stopped))
+    if found.hidden:
+        results.print(f"Ignored {found.hidden} hidden files (names that start with a dot).")
+    if found.repeated:
+        results.print(f"Ignored {found.repeated} further names of the same files.")
+    try:
+        failed = Journal(out).write_list(report.outcomes) if out.is_dir() else None
+    except MmdistError as raised:
+        error, failed = error or raised, None
+    if failed is not None and report.failed:
+        again = printable(str(failed))
+        say(f"To try the failed videos again: mmdist extract --list {again}")
     if error is not None:
         raise error
     good = report.count("done") + report.count("skipped")
     sys.exit(0 if not report.failed else 3 if good else 1)
-
-
-class _Stopped(KeyboardInterrupt):
-    """A signal asked the run to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise _Stopped, once; ending then takes seconds and is not disturbed."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(number: int, _: object) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise _Stopped(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
-        return
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def parse_shard(text: str) -> tuple[int, int]:

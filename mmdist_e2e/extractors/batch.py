@@ -18,17 +18,17 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from mmdist_e2e.extractors.extract import Conveyor, Job
-from mmdist_e2e.extractors.journal import Claim, Failure, Journal, digest
+from mmdist_e2e.extractors.journal import Failure, Journal, digest
 from mmdist_e2e.extractors.profiles import ExtractorSpec
 from mmdist_e2e.extractors.remote import absolute, source_of
-from mmdist_e2e.extractors.search import Outcome, Status, Video
+from mmdist_e2e.extractors.search import Outcome, Status, Video, printable
 from mmdist_e2e.extractors.video.reader import Child
 from mmdist_e2e.extractors.worker import blame, facts, load_networks, saver
 from mmdist_e2e.store import FeatureStore
@@ -37,13 +37,20 @@ from mmdist_e2e.structures import MmdistError
 LOOKING = 8  # threads that look which videos are up to date
 TICK_SECONDS = 0.5
 POLL_SECONDS = 1.0  # between looks whether another run has finished a video
-SILENT_SECONDS = 60.0  # a worker without a heartbeat is stuck
-LOADING_SECONDS = 600.0  # the same while libraries are loaded, perhaps over a network
-STUCK_DEADLINES, STUCK_SECONDS = 10, 600.0  # a worker without progress for both is stuck
+STUCK_DEADLINES, STUCK_SECONDS = 10, 600.0  # a worker that is silent for both is stuck
 DEATHS = 2  # of workers over one video, then it is given up
-BARREN = 3  # deaths in a row of workers that had no video, then the run ends
+# Deaths of workers in a row, then the run ends: of workers that had no video, and of any.
+IDLE_DEATHS, DEATHS_IN_A_ROW = 3, 20
 UNWRITABLE = 5  # videos in a row that could not be written, then the run ends
 END_SECONDS = 6.0  # a worker may finish a save; then it is killed
+ENVIRONMENT = {  # of workers, for glibc and libgomp; what the user has set stays
+    # Threads that spin while they wait take the cores from the decoders.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Else every large activation is given back and faulted in again: 15 % of dense I3D's time.
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 
 
 @dataclass
@@ -64,11 +71,11 @@ class BatchProgress(Protocol):
     """What a caller may show; called from any thread.
 
     planned: the videos that are not up to date, and their sizes in bytes. advanced: the fraction
-    of a running video that is done. finished: also called for videos that are up to date.
+    of a running video that is done, 0 as it starts. finished: also called for videos that are up
+    to date.
     """
 
     def planned(self, sizes: Mapping[Video, int]) -> None: ...
-    def started(self, video: Video) -> None: ...
     def advanced(self, video: Video, fraction: float) -> None: ...
     def finished(self, outcome: Outcome) -> None: ...
 
@@ -128,7 +135,7 @@ class Engine:
         self._workers: dict[int, _Worker] = {}
         self._slots: list[str] = []  # the device of each worker
         self._events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
-        self._barren = 0
+        self._deaths = self._idle_deaths = 0  # of workers in a row
         if workers == 0 and len(self._devices) > 1:
             raise MmdistError(
                 f"Without worker processes one device is used, not {len(self._devices)}; ask for "
@@ -145,18 +152,21 @@ class Engine:
         """End the workers, within seconds, and give the networks' memory back."""
         for worker in self._workers.values():
             worker.child.hang_up()
+        deadline = time.monotonic() + END_SECONDS
         for worker in self._workers.values():
-            worker.child.end(END_SECONDS)
+            worker.child.end(max(0.0, deadline - time.monotonic()))
         self._workers.clear()
         if self._conveyor is not None:
             self._conveyor.close()
             self._conveyor = None
         self._modalities.clear()
-        self._barren = 0
+        self._deaths = self._idle_deaths = 0
         self.journal.close()
 
     def run(self, videos: Sequence[Video], progress: BatchProgress | None = None) -> Report:
         """Extract what is not up to date in one pass per video, the largest files first.
+
+        videos: with different ids.
 
         Stored features are kept when they were made in the same way from the same file. Whatever
         goes wrong in one video (damage, too little memory, a crash) fails that video with its
@@ -165,7 +175,7 @@ class Engine:
         is extracting is left to it, and done here only if that run dies.
 
         Raises MmdistError when every video would fail: a network cannot be loaded, a device does
-        not exist, workers cannot start, nothing can be written any more.
+        not exist, workers cannot start or all die, nothing can be written any more.
         """
         run = _Run(self, videos, progress)
         try:
@@ -188,22 +198,27 @@ class Engine:
         if run.modalities <= self._modalities:
             return
         self.close()
-        modalities = sorted(run.modalities)
-        self._modalities = {*modalities}
+        self._modalities = {*run.modalities}
         if self._per_device:
             devices = resolve_devices(self._devices)
             self._slots = [device for device in devices for _ in range(self._per_device)]
-            return
-        device = self._devices[0].replace("all", "auto")
-        networks = load_networks(self.specs, modalities, {**self._options, "device": device})
-        self._conveyor = Conveyor(networks, **self._conveying)
+        else:
+            device = self._devices[0].replace("all", "auto")
+            networks = load_networks(self._needed(), {**self._options, "device": device})
+            self._conveyor = Conveyor(networks, **self._conveying)
+
+    def _needed(self) -> list[ExtractorSpec]:
+        return [spec for spec in self.specs if spec.modality in self._modalities]
 
     def _run_here(self, run: _Run) -> None:
         assert self._conveyor is not None
-        save = saver(self.store, {key: task.video.id for key, task in run.tasks.items()})
+
+        def progress(job: Job, fraction: float) -> None:
+            run.advanced(job.key, fraction)
+
         while run.left:
-            for result in self._conveyor.run(run.jobs(), save=save, progress=run.advanced):
-                run.finish(run.tasks[cast(int, result.job.key)], **facts(result))
+            for result in self._conveyor.run(run.jobs(), save=saver(self.store), progress=progress):
+                run.finish(run.tasks[result.job.key], **facts(result))
             if run.left:
                 time.sleep(POLL_SECONDS)
                 run.look_again()
@@ -234,35 +249,37 @@ class Engine:
     def _start(self, number: int, device: str) -> _Worker:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         cores, count = cores or 1, len(self._slots)
-        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-        share = min(cores // count, int(given) if given.isdigit() else cores)
-        threads = max(share, 1) if count > 1 else None  # one worker may do as it likes
+        environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+        if count > 1:  # one worker may do as it likes
+            given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+            threads = max(1, min(cores // count, int(given) if given.isdigit() else cores))
+            limits = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+            environment |= dict.fromkeys(limits, str(threads))
         conveying = dict(self._conveying)
         if device != "cpu":
             conveying.setdefault("decoders", min(8, max(2, cores // count - 1)))
         options = {**self._options, "device": device}
-        start = {
-            "do": "start",
-            "pickled": base64.b64encode(pickle.dumps((self.specs, options))).decode(),
-            "modalities": sorted(self._modalities),
-            "store": str(self.store.root),
-            "threads": threads,
-            "conveyor": conveying,
-        }
-        return _Worker(number, start, threads, self._events)
+        what = pickle.dumps((self._needed(), options, self.store, conveying))
+        try:
+            return _Worker(number, what, environment, self._events)
+        except OSError as error:
+            raise MmdistError(
+                f"A worker process cannot be started ({error.strerror}); free some memory, or "
+                f"extract in one process with --workers 0."
+            ) from error
 
     def _hear(self, run: _Run, worker: _Worker, message: dict[str, Any] | None) -> None:
         if message is None:
             self._bury(run, worker)
             return
-        worker.heard(message)
+        worker.heard()
         match message.pop("say"):
             case "next":
                 worker.asking = True
-            case "at" if (task := worker.tasks.get(message["key"])) is not None:
-                run.advanced(task, message["fraction"])
+            case "at" if message["key"] in worker.tasks:
+                run.advanced(**message)
             case "done":
-                self._barren = 0
+                self._deaths = self._idle_deaths = 0
                 run.finish(worker.tasks.pop(message.pop("key")), worker=worker.number, **message)
             case "warning":
                 warnings.warn(message["text"], stacklevel=2)
@@ -270,103 +287,92 @@ class Engine:
                 raise MmdistError(message["error"])
 
     def _give(self, run: _Run, worker: _Worker) -> None:
-        """Answer a worker's request, unless it has nothing to do and must wait."""
-        task = None if worker.alone and worker.tasks else run.take()
-        worker.alone = task is None
-        if task is None and not worker.tasks and run.suspects:
+        """Answer a worker's request, if there is a video for it; else it waits."""
+        if worker.alone and worker.tasks:
+            return
+        task = run.take()
+        worker.alone = task is None and not worker.tasks and bool(run.suspects)
+        if worker.alone:
             task = run.suspects.popleft()
-            run.started(task)
+            run.advanced(task.video.id, 0.0)
         if task is not None:
             worker.give(task)
-        elif worker.tasks:
-            worker.send(do="drain")
 
     def _bury(self, run: _Run, worker: _Worker, problem: str | None = None) -> None:
         """Sort out the videos of a worker that died or must be killed."""
-        how = worker.child.end()
-        how = problem or how
+        died = worker.child.end()
+        how = problem or died
         del self._workers[worker.number]
-        self._barren = 0 if worker.tasks else self._barren + 1
-        if self._barren == BARREN:
+        self._deaths += 1
+        self._idle_deaths = 0 if worker.tasks else self._idle_deaths + 1
+        if self._deaths == DEATHS_IN_A_ROW or self._idle_deaths == IDLE_DEATHS:
             raise MmdistError(
-                f"The worker processes end before they extract anything (the last one: {how}); "
-                f"free some memory, or extract in one process with --workers 0."
+                f"The run stops, since {self._idle_deaths or self._deaths} worker processes in a "
+                f"row ended before they finished a video (the last one: {how}); free some memory, "
+                f"or extract in one process with --workers 0."
             )
         # SIGKILL comes from outside; it accuses a video only if the worker had no other.
         accused = len(worker.tasks) == 1 or "SIGKILL" not in how
         for task in worker.tasks.values():
-            task.deaths.append(how)
-            task.accused += accused
-            if task.accused < DEATHS:
-                run.suspects.append(task)
-                continue
-            died = len(task.deaths)
-            run.finish(
-                task,
-                cause=f"{task.video.path} was given up: {died} worker processes died over it "
-                f"({how}). The file may be damaged, or memory too small.",
-                error="WorkerDied",
-                worker=worker.number,
-            )
+            run.lost(task, how, worker.number, accused=accused)
 
 
 @dataclass(eq=False)
 class _Task:
-    """A video to extract. known: runs whose records of its failures are older than this run."""
+    """A video to extract. known: the record of its failure when this run began."""
 
-    key: int
     video: Video
     modalities: list[str]
-    source: Mapping[str, Any]
-    what: str
-    known: set[str]
-    deaths: list[str] = field(default_factory=list)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    what: str = ""
+    known: Failure | None = None
+    deaths: int = 0
     accused: int = 0  # of how many of them
-    claim: Claim | None = None
+    claim: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 class _Run:
     """The state of one run: what is left, who has it, and what came of the rest.
 
-    tasks: by key, the index of the video. suspects: whose worker died. Without workers, `take` and
-    `advanced` are called from the conveyor's threads, one at a time.
+    tasks: by the video's id. suspects: whose worker died. Without workers, `take` and `advanced`
+    are called from the conveyor's threads, one at a time.
     """
 
     def __init__(
         self, engine: Engine, videos: Sequence[Video], progress: BatchProgress | None
     ) -> None:
-        self._store, self._specs, self._overwrite = engine.store, engine.specs, engine.overwrite
+        self._store, self._overwrite = engine.store, engine.overwrite
         self._journal, self._progress = engine.journal, progress
         self._name = secrets.token_hex(6)
         self._matters = {spec.modality: spec.matters for spec in engine.specs}
-        self._outcomes: dict[int, Outcome] = {}
+        self._videos, self._outcomes = videos, dict[Hashable, Outcome]()
         self._counting, self._unwritable = threading.Lock(), 0
+        self.tasks: dict[Hashable, _Task] = {}
         self.suspects: collections.deque[_Task] = collections.deque()
         self._held: list[_Task] = []  # by other runs
+        self.left = 0
         pool = ThreadPoolExecutor(LOOKING)
         try:
-            looks = list(pool.map(self._look, range(len(videos)), videos))
+            for task, outcome in pool.map(self._look, videos):
+                if outcome is None:
+                    self.tasks[task.video.id] = task
+                else:
+                    self._settle(task, outcome)
         finally:
             pool.shutdown(cancel_futures=True)
-        self.tasks = {task.key: task for task, outcome in looks if outcome is None}
-        if progress is not None:
-            progress.planned({t.video: t.source["bytes"] for t in self.tasks.values()})
-        self.left = len(self.tasks)
-        for task, outcome in looks:
-            if outcome is not None:
-                self._settle(task, outcome)
         longest = sorted(self.tasks.values(), key=lambda task: -task.source["bytes"])
+        if progress is not None:
+            progress.planned({task.video: task.source["bytes"] for task in longest})
+        self.left = len(longest)
         self._queue = collections.deque(longest)
         self.modalities = {m for task in longest for m in task.modalities}
 
     def report(self) -> Report:
-        return Report([self._outcomes[key] for key in sorted(self._outcomes)])
+        return Report([self._outcomes[video.id] for video in self._videos])
 
-    def _look(self, key: int, video: Video) -> tuple[_Task, Outcome | None]:
+    def _look(self, video: Video) -> tuple[_Task, Outcome | None]:
         """What is to be done for a video, and the outcome if that is nothing."""
-        modalities = [spec.modality for spec in self._specs]
-        known = {failed.run for failed in self._journal.failures_of(video.id)}
-        task = _Task(key, video, modalities, {}, "", known)
+        task = _Task(video, [*self._matters], known=self._journal.failure_of(video.id))
         outcome = None
         try:
             task.source = source_of(video.path)
@@ -393,19 +399,21 @@ class _Run:
     def jobs(self) -> Iterator[Job]:
         """Jobs until there are none that can be done now."""
         while (task := self.take()) is not None:
-            yield Job(task.key, task.video.path, task.modalities, task.source)
+            yield Job(task.video.id, task.video.path, task.modalities, task.source)
 
     def take(self) -> _Task | None:
         """The next video, claimed. None if there is none now."""
         while self._queue:
             task = self._queue.popleft()
-            task.claim = self._journal.claim(task.video.id)
-            if task.claim is None:
+            claim = self._journal.claim(task.video.id)
+            if claim is None:
                 self._held.append(task)
-            elif (outcome := self._by_another_run(task)) is not None:
+                continue
+            task.claim = claim
+            if (outcome := self._by_another_run(task)) is not None:
                 self._settle(task, outcome)
             else:
-                self.started(task)
+                self.advanced(task.video.id, 0.0)
                 return task
         return None
 
@@ -420,27 +428,38 @@ class _Run:
             task.modalities = self._stale(task)
             if not task.modalities:
                 return Outcome(task.video, "skipped", {}, "by another run")
-        for failed in self._journal.failures_of(task.video.id):
-            if failed.what == task.what and failed.run not in {*task.known, self._name}:
-                return Outcome(task.video, "failed", {}, failed.cause, failed.error)
+        failed = self._journal.failure_of(task.video.id)
+        if failed is not None and failed != task.known and failed.what == task.what:
+            return Outcome(task.video, "failed", {}, failed.cause, failed.error)
         return None
 
-    def started(self, task: _Task) -> None:
+    def advanced(self, key: Hashable, fraction: float) -> None:
         if self._progress is not None:
-            self._progress.started(task.video)
+            self._progress.advanced(self.tasks[key].video, fraction)
 
-    def advanced(self, task: _Task | Job, fraction: float) -> None:
-        if self._progress is not None:
-            self._progress.advanced(self.tasks[cast(int, task.key)].video, fraction)
-
-    def finish(self, task: _Task, *, cause: str, unwritable: bool = False, **told: Any) -> None:
-        """Note what came of a video. Raises MmdistError when nothing can be written any more."""
-        attempts = len(task.deaths) + (told["error"] != "WorkerDied")
-        status: Status = "failed" if cause else "done"
-        self._settle(task, Outcome(task.video, status, cause=cause, attempts=attempts, **told))
-        self._unwritable = (
-            self._unwritable + 1 if unwritable else 0 if not cause else self._unwritable
+    def lost(self, task: _Task, how: str, worker: int, *, accused: bool) -> None:
+        """A worker process died over a video, which is tried again, alone, or given up."""
+        task.deaths += 1
+        task.accused += accused
+        if not self._overwrite:  # what it has saved stays
+            task.modalities = self._stale(task) or task.modalities
+        if task.accused < DEATHS:
+            self.suspects.append(task)
+            return
+        cause = (
+            f"{task.video.path} was given up: {task.deaths} worker processes died over it ({how}). "
+            f"The file may be damaged, or memory too small."
         )
+        told: dict[str, Any] = {"cause": printable(cause), "error": "WorkerDied", "worker": worker}
+        self._settle(task, Outcome(task.video, "failed", attempts=task.deaths, **told))
+
+    def finish(self, task: _Task, *, cause: str, unwritable: bool, **told: Any) -> None:
+        """Note what came of a video. Raises MmdistError when nothing can be written any more."""
+        status: Status = "failed" if cause else "done"
+        told["attempts"] = task.deaths + 1
+        self._settle(task, Outcome(task.video, status, cause=cause, **told))
+        if unwritable or not cause:
+            self._unwritable = self._unwritable + 1 if unwritable else 0
         if self._unwritable == UNWRITABLE:
             raise MmdistError(
                 f"The run stops, since {UNWRITABLE} videos in a row could not be written. The last "
@@ -456,18 +475,16 @@ class _Run:
         else:
             self._journal.forget(task.video.id, self._matters)
         with self._counting:
-            self._outcomes[task.key] = outcome
-            self.left -= task.key in self.tasks
-        if task.claim is not None:
-            task.claim.release()
+            self._outcomes[task.video.id] = outcome
+            self.left -= task.video.id in self.tasks
+        task.claim.close()
         if self._progress is not None:
             self._progress.finished(outcome)
 
     def release(self) -> None:
         """Give up the claims of what is not finished."""
         for task in self.tasks.values():
-            if task.claim is not None:
-                task.claim.release()
+            task.claim.close()
 
 
 class _Worker:
@@ -480,22 +497,21 @@ class _Worker:
     def __init__(
         self,
         number: int,
-        start: dict[str, Any],
-        threads: int | None,
+        what: bytes,
+        environment: Mapping[str, str],
         events: queue.Queue[tuple[_Worker, dict[str, Any] | None]],
     ) -> None:
-        self.number, self.tasks = number, dict[int, _Task]()
+        self.number, self.tasks = number, dict[Hashable, _Task]()
         self.asking = self.alone = False
-        self._ready, self._silent, self._idle = False, 0.0, 0.0
-        limits = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS") if threads is not None else ()
+        self._ready, self._silent = False, 0.0
         # In a session of its own, so that a terminal's Ctrl-C is the engine's alone.
         self.child = Child(
             "mmdist_e2e.extractors.worker",
-            dict.fromkeys(limits, str(threads)),
+            environment,
             hear=lambda message: events.put((self, message)),
             leader=True,
         )
-        self.send(**start)
+        self.send(pickled=base64.b64encode(what).decode())
 
     def send(self, **message: Any) -> None:
         self.asking = False
@@ -503,30 +519,18 @@ class _Worker:
             self.child.send(message)
 
     def give(self, task: _Task) -> None:
-        self.tasks[task.key] = task
-        self.send(
-            do="video",
-            key=task.key,
-            id=task.video.id,
-            path=str(task.video.path),
-            modalities=task.modalities,
-            source=task.source,
-        )
+        self.tasks[task.video.id] = task
+        path, rest = str(task.video.path), {"modalities": task.modalities, "source": task.source}
+        self.send(key=task.video.id, path=path, **rest)
 
-    def heard(self, message: Mapping[str, Any]) -> None:
-        self._silent = 0.0
-        if message["say"] != "alive":
-            self._ready, self._idle = True, 0.0
+    def heard(self) -> None:
+        self._ready, self._silent = True, 0.0
 
-    def stuck(self, passed: float, stuck_seconds: float) -> str | None:
+    def stuck(self, passed: float, limit: float) -> str | None:
         """Why the process must be killed, if it must; passed: seconds since the last call."""
-        self._silent += passed
-        self._idle = self._idle + passed if self.tasks or not self._ready else 0.0
-        if self._silent > (SILENT_SECONDS if self._ready else LOADING_SECONDS):
-            return f"no sign of life for {self._silent:.0f} seconds"
-        if self._idle > stuck_seconds:
-            return f"no progress for {self._idle:.0f} seconds"
-        return None
+        if self.tasks or not self._ready:
+            self._silent += passed
+        return f"no progress for {self._silent:.0f} seconds" if self._silent > limit else None
 
 
 def device_named(name: str) -> str:
@@ -538,19 +542,13 @@ def device_named(name: str) -> str:
 
 
 def resolve_devices(names: Sequence[str]) -> list[str]:
-    """The devices that the names mean, each once. Raises MmdistError for one that is missing."""
-    count = 0 if {*names} == {"cpu"} else gpu_count()
-    gpus, found = [f"cuda:{index}" for index in range(count)], list[str]()
-    for name in names:
-        if name.startswith("cuda") and name not in gpus:
-            valid = f"valid: cpu, auto, {', '.join(gpus)}" if gpus else "use cpu, or auto"
-            raise MmdistError(
-                f"The device {name!r} does not exist: torch finds {count} GPUs; {valid}."
-            )
-        if name == "all" and not gpus:
-            raise MmdistError("There is no GPU that torch finds; use --devices cpu, or auto.")
-        found += gpus if name in ("auto", "all") and gpus else ["cpu" if name == "auto" else name]
-    return list(dict.fromkeys(found))
+    """The devices that the names mean, each once. Raises MmdistError if "all" means none."""
+    count = gpu_count() if {"auto", "all"} & {*names} else 0
+    gpus = [f"cuda:{index}" for index in range(count)]
+    if "all" in names and not gpus:
+        raise MmdistError("There is no GPU that torch finds; use --devices cpu, or auto.")
+    meant = {"auto": gpus or ["cpu"], "all": gpus}
+    return list(dict.fromkeys(device for name in names for device in meant.get(name, [name])))
 
 
 def gpu_count() -> int:

@@ -2,9 +2,9 @@
 
 In the output folder OUT:
 
-    .mmdist/claims/DIGEST.lock            locked by the run that is extracting a video: {"id": …}
-    .mmdist/failures/DIGEST.rgb+flow.json why a video lacks these modalities: see `Failure`
-    failed.txt                            the videos that failed, as `mmdist extract --list` reads
+    .mmdist/claims/DIGEST.lock    locked by the run that is extracting a video: {"id": …}
+    .mmdist/failures/DIGEST.json  why a video lacks modalities: see `Failure`
+    failed.txt                    the videos that failed, as `mmdist extract --list` reads
 
 DIGEST is of the video's id. A lock is the operating system's (flock): it ends with its process. No
 decision depends on a clock or on a file's time.
@@ -15,11 +15,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,7 @@ from typing import Any
 from mmdist_e2e.extractors.remote import url_of
 from mmdist_e2e.extractors.search import Outcome, Video, list_lines, printable
 from mmdist_e2e.store import FOLDER, write_atomically, write_json
-from mmdist_e2e.structures import MODALITIES, MmdistError
-
-SETS = [c for n in (1, 2) for c in itertools.combinations(MODALITIES, n)]
+from mmdist_e2e.structures import MmdistError
 
 
 def digest(value: Any) -> str:
@@ -56,20 +53,6 @@ class Failure:
     run: str
 
 
-class Claim:
-    """A video that this process alone extracts, until `release` or its end."""
-
-    def __init__(self, path: Path, descriptor: int | None) -> None:
-        self._path, self._descriptor = path, descriptor
-
-    def release(self) -> None:
-        if self._descriptor is not None:
-            with contextlib.suppress(OSError):
-                self._path.unlink()  # while it is locked: see `Journal.claim`
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
 class Journal:
     """Claims and failures of one output folder."""
 
@@ -77,32 +60,28 @@ class Journal:
         self.root = root
         self._folder = root / FOLDER
 
-    def claim(self, video_id: str) -> Claim | None:
-        """Claim a video; None if another run, or another one in this process, has it.
+    def claim(self, video_id: str) -> contextlib.ExitStack | None:
+        """Claim a video, until the stack is closed; None if another run, or one here, has it.
 
         Where the file system has no locks, a warning says so, and every claim succeeds.
         """
         path = self._folder / "claims" / f"{digest(video_id)}.lock"
         try:
             while True:
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-                except FileNotFoundError:
-                    continue  # another run has just removed the empty folder
-                try:
+                with contextlib.ExitStack() as claim:
+                    try:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                    except FileNotFoundError:
+                        continue  # another run has just removed the empty folder
+                    claim.callback(os.close, descriptor)
                     if not _lock(descriptor):
-                        os.close(descriptor)
                         return None
                     if os.fstat(descriptor).st_nlink:  # else its owner has just removed it
-                        content = json.dumps({"id": video_id}).encode()
                         os.ftruncate(descriptor, 0)
-                        os.pwrite(descriptor, content, 0)
-                        return Claim(path, descriptor)
-                except BaseException:
-                    os.close(descriptor)
-                    raise
-                os.close(descriptor)
+                        os.pwrite(descriptor, json.dumps({"id": video_id}).encode(), 0)
+                        claim.callback(_remove, path)  # while it is locked
+                        return claim.pop_all()
         except (OSError, ImportError) as error:
             # The text must be the same for all videos: a warning is shown once for a text.
             warnings.warn(
@@ -110,7 +89,7 @@ class Journal:
                 f"several runs on this folder would do the same videos.",
                 stacklevel=2,
             )
-            return Claim(path, None)
+            return contextlib.ExitStack()
 
     def running(self) -> list[str]:
         """Ids of the videos that runs are extracting now, sorted."""
@@ -124,32 +103,30 @@ class Journal:
                 try:
                     if not _lock(descriptor, shared=not clean):
                         yield str(json.loads(os.pread(descriptor, 1 << 16, 0))["id"])
-                    elif clean:
+                    elif clean and os.fstat(descriptor).st_nlink:  # see `claim`
                         path.unlink()
                 finally:
                     os.close(descriptor)
 
-    def failures_of(self, video_id: str) -> list[Failure]:
-        """The failures of one video that are recorded."""
-        return list(_read(self._failure(video_id, chosen) for chosen in SETS))
+    def failure_of(self, video_id: str) -> Failure | None:
+        """The failure of a video, if one is recorded."""
+        return _read(self._failure(video_id))
 
     def failures(self) -> list[Failure]:
         """All failures that are recorded, by id."""
-        found = _read((self._folder / "failures").glob("*.json"))
-        return sorted(found, key=lambda failure: failure.id)
+        found = map(_read, (self._folder / "failures").glob("*.json"))
+        return sorted(filter(None, found), key=lambda failure: failure.id)
 
     def note(self, failure: Failure) -> None:
-        """Record a failure in place of older ones. What cannot be written is left out."""
-        self.forget(failure.id, failure.modalities)
+        """Record a failure in place of an older one. What cannot be written is left out."""
         with contextlib.suppress(MmdistError):
-            write_json(self._failure(failure.id, failure.modalities), asdict(failure))
+            write_json(self._failure(failure.id), asdict(failure))
 
     def forget(self, video_id: str, modalities: Iterable[str]) -> None:
-        """Delete the records of a video that are about these modalities and no others."""
-        for chosen in SETS:
-            if {*chosen} <= {*modalities}:
-                with contextlib.suppress(OSError):
-                    self._failure(video_id, chosen).unlink()
+        """Delete the record of a video, unless it is about other modalities too."""
+        failure = self.failure_of(video_id)
+        if failure is not None and {*failure.modalities} <= {*modalities}:
+            _remove(self._failure(video_id))
 
     def close(self) -> None:
         """Remove what killed runs have left of claims, and empty folders."""
@@ -173,14 +150,18 @@ class Journal:
             if failure.id not in ours and (os.path.lexists(video.path) or url_of(video.path)):
                 failed[failure.id] = video
         if not failed:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            _remove(path)
             return None
         write_atomically(path, os.fsencode(list_lines(failed[name] for name in sorted(failed))))
         return path
 
-    def _failure(self, video_id: str, modalities: Iterable[str]) -> Path:
-        return self._folder / "failures" / f"{digest(video_id)}.{'+'.join(modalities)}.json"
+    def _failure(self, video_id: str) -> Path:
+        return self._folder / "failures" / f"{digest(video_id)}.json"
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _lock(descriptor: int, *, shared: bool = False) -> bool:
@@ -194,43 +175,38 @@ def _lock(descriptor: int, *, shared: bool = False) -> bool:
     return True
 
 
-def _read(paths: Iterable[Path]) -> Iterator[Failure]:
-    for path in paths:
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            yield Failure(**json.loads(path.read_bytes()))
+def _read(path: Path) -> Failure | None:
+    try:
+        return Failure(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 class Log:
     """A file of JSON lines, one for each video as it finishes.
 
-    Raises MmdistError when it cannot be opened. When it cannot be written any more, a warning says
-    so and the run continues.
+    Its folder is made if it is missing. Raises MmdistError when it cannot be opened. When it cannot
+    be written any more, a warning says so and the run continues.
     """
 
     def __init__(self, path: Path) -> None:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = path.open("a", encoding="ascii")
         except OSError as error:
-            raise MmdistError(f"The log {path} cannot be written ({error.strerror}).") from error
+            why = f"{error.filename}: {error.strerror}"
+            raise MmdistError(f"The log {path} cannot be written ({why}).") from error
 
     def write(self, outcome: Outcome) -> None:
-        line: Mapping[str, Any] = {
-            **asdict(outcome),
-            "video": None,
-            "id": outcome.video.id,
-            "path": str(outcome.video.path),
-        }
-        ordered = ("id", "path", *(name for name in line if name not in ("id", "path", "video")))
+        told = asdict(outcome)
+        video = told.pop("video")
+        line = {"id": video["id"], "path": str(video["path"]), **told}
         try:
             # One write for each line, so that the lines of several runs do not mix.
-            self._stream.write(json.dumps({name: line[name] for name in ordered}) + "\n")
+            self._stream.write(json.dumps(line) + "\n")
             self._stream.flush()
         except OSError as error:
             warnings.warn(
                 f"The log {printable(self._stream.name)} cannot be written ({error.strerror}).",
                 stacklevel=2,
             )
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.close()

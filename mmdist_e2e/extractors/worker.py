@@ -2,17 +2,16 @@
 
 The engine (batch.py) starts it and speaks with it in JSON lines on stdin and stdout:
 
-    → {"do": "start", …}            what to load: see `main`
+    → {"pickled": …}                what to load: see `main`
     ← {"say": "ready"} or {"say": "refused", "error": …}   networks are loaded, or cannot be
-    ← {"say": "next"}               give me a video; answered at once or when there is one
-    → {"do": "video", "key": …, "id": …, "path": …, "modalities": …, "source": …}
-    → {"do": "drain"}               none now: finish what you have, then ask again
+    ← {"say": "next"}               give me a video; answered when there is one
+    → {"key": …, "path": …, "modalities": …, "source": …}  a `Job`; the key is the video's id
     ← {"say": "at", "key": …, "fraction": …}
     ← {"say": "done", "key": …, …}  the rest is `facts`
-    ← {"say": "alive"}              every ALIVE_SECONDS, from a thread of its own
     ← {"say": "warning", "text": …}
 
-The end of stdin ends the process and its decoders at once, but never in the middle of a save.
+The end of stdin ends the process and its decoders at once, but never in the middle of a save. So
+does ORPHAN_SECONDS in native code that keeps the interpreter's lock.
 Importing this module does not import torch.
 """
 
@@ -29,7 +28,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from mmdist_e2e.extractors.search import printable
 from mmdist_e2e.store import FeatureStore
 from mmdist_e2e.structures import Features, MmdistError
 
-ALIVE_SECONDS = 2.0
+ALIVE_SECONDS = 2.0  # between two looks whether threads run
 PROGRESS_SECONDS = 0.5  # between two messages about one video
 SAVE_SECONDS = 5.0  # that a save may still take when the parent is gone
 ORPHAN_SECONDS = 600  # a process that is stuck in native code ends by SIGALRM
@@ -50,12 +49,12 @@ class WriteError(MmdistError):
     """The features of a video cannot be written: probably nobody's can."""
 
 
-def saver(store: FeatureStore, names: Mapping[Any, str]) -> Callable[[Job, Features], None]:
-    """What writes a job's features; names: video ids by the job's key."""
+def saver(store: FeatureStore) -> Callable[[Job, Features], None]:
+    """What writes a job's features; the job's key is the video's id."""
 
     def save(job: Job, features: Features) -> None:
         try:
-            store.save(names[job.key], features)
+            store.save(str(job.key), features)
         except (MmdistError, OSError) as error:
             raise WriteError(cause_of(error)) from error
 
@@ -63,20 +62,19 @@ def saver(store: FeatureStore, names: Mapping[Any, str]) -> Callable[[Job, Featu
 
 
 def load_networks(
-    specs: Sequence[ExtractorSpec], modalities: Sequence[str], options: Mapping[str, str]
+    specs: Sequence[ExtractorSpec], options: Mapping[str, str]
 ) -> dict[str, SnippetNetwork]:
-    """The networks of these modalities. Raises MmdistError when one cannot be loaded."""
+    """The networks, by modality. Raises MmdistError when one cannot be loaded."""
     networks = {}
     for spec in specs:
-        if spec.modality in modalities:
-            try:
-                networks[spec.modality] = SnippetNetwork(spec, **options)
-            except MmdistError:
-                raise
-            except (MemoryError, OSError, RuntimeError) as error:
-                raise MmdistError(
-                    f"The extractor {spec.name!r} cannot be loaded ({cause_of(error)})."
-                ) from error
+        try:
+            networks[spec.modality] = SnippetNetwork(spec, **options)
+        except MmdistError:
+            raise
+        except (MemoryError, OSError, RuntimeError) as error:
+            raise MmdistError(
+                f"The extractor {spec.name!r} cannot be loaded ({cause_of(error)})."
+            ) from error
     return networks
 
 
@@ -110,7 +108,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 class _Channel:
-    """JSON lines with the parent. A thread reads, another one tells that we are alive."""
+    """JSON lines with the parent. A thread reads, another one keeps the alarm from ringing."""
 
     def __init__(self) -> None:
         # Libraries that print must not break the protocol: their stdout becomes stderr.
@@ -143,41 +141,29 @@ class _Channel:
         self.end()
 
     def _live(self) -> None:
-        while True:
-            if hasattr(signal, "alarm"):  # the default action needs no interpreter lock
-                signal.alarm(ORPHAN_SECONDS)
-            self.send(say="alive")
+        while hasattr(signal, "alarm"):
+            signal.alarm(ORPHAN_SECONDS)  # the default action needs no interpreter lock
             time.sleep(ALIVE_SECONDS)
 
 
 def main() -> None:
     """Load what the first message names, then extract videos until stdin ends."""
     channel = _Channel()
-    start = channel.inbox.get()
-    specs, options = pickle.loads(base64.b64decode(start["pickled"]))  # noqa: S301 - our parent's
+    pickled = base64.b64decode(channel.inbox.get()["pickled"])
+    specs, options, store, conveying = pickle.loads(pickled)  # noqa: S301 - our parent's
     warnings.showwarning = lambda message, *_, **__: channel.send(say="warning", text=str(message))
-    if start["threads"] is not None:
-        import torch
-
-        torch.set_num_threads(start["threads"])
     try:
-        networks = load_networks(specs, start["modalities"], options)
+        networks = load_networks(specs, options)
     except MmdistError as error:
         channel.send(say="refused", error=str(error))
         return
-    names: dict[Any, str] = {}
-    write = saver(FeatureStore(Path(start["store"])), names)
-    spoke: dict[Any, float] = {}
+    write, spoke = saver(store), dict[Hashable, float]()
 
     def jobs() -> Iterator[Job]:
         while True:
             channel.send(say="next")
             message = channel.inbox.get()
-            if message["do"] == "drain":
-                return
-            names[message["key"]] = message["id"]
-            given = {name: message[name] for name in ("key", "modalities", "source")}
-            yield Job(path=Path(message["path"]), **given)
+            yield Job(path=Path(message.pop("path")), **message)
 
     def save(job: Job, features: Features) -> None:
         with channel.saving:
@@ -189,18 +175,16 @@ def main() -> None:
             channel.send(say="at", key=job.key, fraction=fraction)
 
     channel.send(say="ready")
-    with Conveyor(networks, **start["conveyor"]) as conveyor:
-        while True:
-            for result in conveyor.run(jobs(), save=save, progress=progress):
-                device = next(iter(networks.values())).device
-                if result.failures and device.type == "cuda":
-                    import torch
+    device = next(iter(networks.values())).device
+    with Conveyor(networks, **conveying) as conveyor:
+        for result in conveyor.run(jobs(), save=save, progress=progress):
+            if result.failures and device.type == "cuda":
+                import torch
 
-                    # Raises where a fault has ended the device's context: another process must do.
-                    torch.cuda.synchronize(device)
-                channel.send(say="done", key=result.job.key, **facts(result))
-                names.pop(result.job.key)
-                spoke.pop(result.job.key, None)
+                # Raises where a fault has ended the device's context: another process must do.
+                torch.cuda.synchronize(device)
+            channel.send(say="done", key=result.job.key, **facts(result))
+            spoke.pop(result.job.key, None)
 
 
 if __name__ == "__main__":

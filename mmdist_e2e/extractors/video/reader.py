@@ -308,6 +308,7 @@ SLOTS = 2  # one chunk is decoded while the parent works on the other
 CHUNK_FRAMES = 64  # at most: small frames may be enlarged, each to 150 kB
 PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 GRACE_SECONDS = 0.2
+KILLED_SECONDS = 10.0  # that the end of a killed process is waited for
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
 Messages = queue.Queue[dict[str, Any] | None]
 
@@ -454,7 +455,7 @@ class Ring:
 
 
 def _read_messages(stdout: IO[bytes], hear: Callable[[dict[str, Any] | None], None]) -> None:
-    with stdout:
+    with stdout, contextlib.suppress(ValueError):  # death may cut a line short
         for line in stdout:
             hear(json.loads(line))
     hear(None)
@@ -470,4 +471,5 @@ def _kill(process: subprocess.Popen[bytes], leader: bool) -> None:
     if leader and hasattr(os, "killpg"):
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver or file system that hangs
+        process.wait(KILLED_SECONDS)
