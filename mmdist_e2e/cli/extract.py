@@ -125,7 +125,7 @@ def _stoppable() -> Iterator[None]:
 @click.option(
     "--list",
     "list_file",
-    type=click.File("rb"),
+    type=click.File("rb", lazy=True),
     help="File with the path of a video on each line; - for stdin. A line '# root: DIR' sets the "
     "folder that the next paths and their ids are relative to; other lines with # are comments. A "
     'line that begins with " is a JSON string: for names with line feeds, or with bytes that are '

@@ -117,7 +117,7 @@ class RayEngine:
             for row in self._round(names, alone=alone) if names else ():
                 for index, told in row["finished"]:
                     if alone and told["status"] == "skipped":  # it was done in the round before
-                        told |= {"status": "done", "cause": ""}
+                        told |= {"status": "done", "cause": "", "rows": self._rows(videos[index])}
                     if index not in outcomes:
                         finished(index, **told)
                 for text in row["warnings"]:
@@ -130,6 +130,11 @@ class RayEngine:
             )
             finished(index, status="failed", cause=cause, error="ActorDied")
         return Report([outcomes[index] for index in range(len(videos))])
+
+    def _rows(self, video: Video) -> dict[str, int]:
+        """The number of stored rows by modality."""
+        store, modalities = self._options["store"], [s.modality for s in self._options["specs"]]
+        return {name: len(store.load(video.id, name).data) for name in modalities}
 
     def _round(self, names: Sequence[Any], *, alone: bool) -> Iterator[dict[str, Any]]:
         """What the actors tell until they are done, dead or silent. alone: one video a block."""
