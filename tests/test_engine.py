@@ -448,6 +448,10 @@ def test_a_run_whose_workers_all_die_stops(tmp_path, tiny_extractor, site, monke
     code, output = run(tiny_extractor, tmp_path / "f", tmp_path / "in", "--decoders", 1)
     assert code == 1
     assert "2 worker processes in a row ended" in output.splitlines()[-1]
+    monkeypatch.setattr(batch, "DEATHS_IN_A_ROW", 3)  # second tries do not count
+    run(tiny_extractor, tmp_path / "f", tmp_path / "in", "--decoders", 1)
+    listed = (tmp_path / "f" / "failed.txt").read_text().splitlines()
+    assert sorted(listed[1:]) == ["poison1.mp4", "poison2.mp4"]
 
 
 @pytest.mark.slow

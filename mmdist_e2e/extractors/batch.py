@@ -39,7 +39,8 @@ TICK_SECONDS = 0.5
 POLL_SECONDS = 1.0  # between looks whether another run has finished a video
 STUCK_DEADLINES, STUCK_SECONDS = 10, 600.0  # a worker that is silent for both is stuck
 DEATHS = 2  # of workers over one video, then it is given up
-# Deaths of workers in a row, then the run ends: of workers that had no video, and of any.
+# Deaths of workers in a row, then the run ends: of workers that had no video, and of those that
+# had one for the first time.
 IDLE_DEATHS, DEATHS_IN_A_ROW = 3, 20
 UNWRITABLE = 5  # videos in a row that could not be written, then the run ends
 END_SECONDS = 6.0  # a worker may finish a save; then it is killed
@@ -303,7 +304,8 @@ class Engine:
         died = worker.child.end()
         how = problem or died
         del self._workers[worker.number]
-        self._deaths += 1
+        # Second tries do not count: a run may well end with many videos that kill workers.
+        self._deaths += any(task.deaths == 0 for task in worker.tasks.values())
         self._idle_deaths = 0 if worker.tasks else self._idle_deaths + 1
         if self._deaths == DEATHS_IN_A_ROW or self._idle_deaths == IDLE_DEATHS:
             raise MmdistError(
