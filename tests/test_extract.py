@@ -306,7 +306,7 @@ def test_any_failure_costs_one_video(tmp_path, tiny_extractor, monkeypatch, plac
     for count, name in enumerate("abc", 20):
         new_video(tmp_path / "in" / f"{name}.mp4", count)
     owner, name, is_b = {
-        "network": (extract_module._Track, "features", 0),
+        "network": (extract_module._Track, "result", 0),
         "decoder": (Decoder, "frames", 1),
         "store": (FeatureStore, "save", 1),
         "digest": (batch, "source_of", 0),
