@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
@@ -125,7 +125,7 @@ def _stoppable() -> Iterator[None]:
 @click.option(
     "--list",
     "list_file",
-    type=click.File("rb", lazy=True),
+    type=common.PATH,
     help="File with the path of a video on each line; - for stdin. A line '# root: DIR' sets the "
     "folder that the next paths and their ids are relative to; other lines with # are comments. A "
     'line that begins with " is a JSON string: for names with line feeds, or with bytes that are '
@@ -153,7 +153,7 @@ def extract_command(
     devices: str,
     engine: str,
     address: str | None,
-    list_file: IO[bytes] | None,
+    list_file: Path | None,
     root: Path | None,
     shard: str | None,
     log: Path | None,
@@ -202,7 +202,7 @@ def extract_command(
         raise MmdistError("--address is of a Ray cluster; add --engine ray, or leave it out.")
     else:
         extraction = Engine(specs, store, **settings)
-    listed = read_list(list_file.read(), root) if list_file is not None else []
+    listed = read_list(_content(list_file), root) if list_file is not None else []
     found = find_videos(given["paths"], lists=listed)
     videos = [video for video in found.videos if in_shard(video.id, part)]
     problems = [problem for problem in found.problems if in_shard(problem.video.id, part)]
@@ -250,6 +250,14 @@ def parse_shard(text: str) -> tuple[int, int]:
             f"three parts that make up the whole."
         )
     return int(match[1]), int(match[2])
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a list; - is stdin. Raises MmdistError when it cannot be read."""
+    try:
+        return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise MmdistError(f"The list {path} cannot be read ({error.strerror}).") from error
 
 
 def _summary(report: Report, modalities: Sequence[str], stopped: bool) -> Table:
