@@ -6,8 +6,6 @@ imported only when features must be extracted.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import reprlib
 import warnings
@@ -17,7 +15,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from mmdist_e2e.store import FeatureStore, fast_digest
+from mmdist_e2e.store import FeatureStore, digest_of, fast_digest
 from mmdist_e2e.structures import Answer, Features, MmdistError, differences
 from mmdist_e2e.weights.pull import model_folder
 from mmdist_e2e.weights.registry import (
@@ -161,8 +159,7 @@ class Grounder:
 
     def _cache_id(self, modality: str, source: Mapping[str, Any]) -> str:
         """Digests of the video and of how features are made, so that models share a cache."""
-        matters = json.dumps(self.model.matters[modality], sort_keys=True)
-        return f"{source['digest']}-{hashlib.sha256(matters.encode()).hexdigest()[:16]}"
+        return f"{source['digest']}-{digest_of(self.model.matters[modality])[:16]}"
 
     def _stored(self, modality: str, path: Path, source: Mapping[str, Any]) -> Features | None:
         """Features that were made in this way from this video; None where they must be made."""

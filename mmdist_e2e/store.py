@@ -199,10 +199,15 @@ def fast_digest(path: Path) -> dict[str, Any]:
             stream.seek(begin)
             return stream.read(end - begin)
 
-        return digest_of(status.st_size, read)
+        return fast_digest_of(status.st_size, read)
 
 
-def digest_of(size: int, read: Callable[[int, int], bytes]) -> dict[str, Any]:
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys, in 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def fast_digest_of(size: int, read: Callable[[int, int], bytes]) -> dict[str, Any]:
     """`fast_digest` of anything of which `read(begin, end)` gives a part; offsets in bytes."""
     digest = hashlib.sha256(str(size).encode())
     for begin in sorted({0, max(0, size // 2), max(0, size - DIGEST_BLOCK_BYTES)}):

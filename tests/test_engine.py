@@ -26,7 +26,7 @@ from mmdist_e2e.cli.main import main
 from mmdist_e2e.extractors import batch, worker
 from mmdist_e2e.extractors import journal as batch_journal
 from mmdist_e2e.extractors.batch import Engine, device_named, resolve_devices
-from mmdist_e2e.extractors.journal import Failure, Journal, digest
+from mmdist_e2e.extractors.journal import Failure, Journal
 from mmdist_e2e.extractors.profiles import describe
 from mmdist_e2e.extractors.search import (
     Outcome,
@@ -37,7 +37,7 @@ from mmdist_e2e.extractors.search import (
     read_list,
 )
 from mmdist_e2e.extractors.video.reader import _read_messages
-from mmdist_e2e.store import FeatureStore
+from mmdist_e2e.store import FeatureStore, digest_of
 from mmdist_e2e.structures import MmdistError
 
 # What a worker process does when it sees these videos; by a sitecustomize, not in the product.
@@ -569,7 +569,7 @@ def test_the_record_of_one_modality_survives_the_success_of_another(tmp_path):
 
 def test_a_stale_claim_is_removed_and_a_new_one_is_not(tmp_path, monkeypatch):
     journal = Journal(tmp_path)
-    path = tmp_path / ".mmdist" / "claims" / f"{digest('a')}.lock"
+    path = tmp_path / ".mmdist" / "claims" / f"{digest_of('a')[:16]}.lock"
     path.parent.mkdir(parents=True)
     path.touch()
     lock, claims = batch_journal._lock, []

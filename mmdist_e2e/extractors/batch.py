@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmdist_e2e.extractors.extract import Conveyor, Job
-from mmdist_e2e.extractors.journal import Failure, Journal, digest
+from mmdist_e2e.extractors.journal import Failure, Journal
 from mmdist_e2e.extractors.profiles import ExtractorSpec
 from mmdist_e2e.extractors.remote import absolute, source_of
 from mmdist_e2e.extractors.search import Outcome, Status, Video, printable
 from mmdist_e2e.extractors.video.reader import Child
 from mmdist_e2e.extractors.worker import blame, facts, load_networks, saver
-from mmdist_e2e.store import FeatureStore
+from mmdist_e2e.store import FeatureStore, digest_of
 from mmdist_e2e.structures import MmdistError
 
 LOOKING = 8  # threads that look which videos are up to date
@@ -385,7 +385,7 @@ class _Run:
         except Exception as error:
             cause = blame(video.path, error)
             outcome = Outcome(video, "failed", {}, cause, type(error).__name__)
-        task.what = digest([video.id, task.source, self._matters])
+        task.what = digest_of([video.id, task.source, self._matters])[:16]
         return task, outcome
 
     def _stale(self, task: _Task) -> list[str]:

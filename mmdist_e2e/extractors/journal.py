@@ -6,32 +6,25 @@ In the output folder OUT:
     .mmdist/failures/DIGEST.json  why a video lacks modalities: see `Failure`
     failed.txt                    the videos that failed, as `mmdist extract --list` reads
 
-DIGEST is of the video's id. A lock is the operating system's (flock): it ends with its process. No
-decision depends on a clock or on a file's time.
+DIGEST is of the video's id, 16 digits. A lock is the operating system's (flock): it ends with its
+process. No decision depends on a clock or on a file's time.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import hashlib
 import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mmdist_e2e.extractors.remote import url_of
 from mmdist_e2e.extractors.search import Outcome, Video, list_lines, printable
-from mmdist_e2e.store import FOLDER, write_atomically, write_json
+from mmdist_e2e.store import FOLDER, digest_of, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
-
-
-def digest(value: Any) -> str:
-    """16 hexadecimal digits that identify a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ class Journal:
 
         Where the file system has no locks, a warning says so, and every claim succeeds.
         """
-        path = self._folder / "claims" / f"{digest(video_id)}.lock"
+        path = self._folder / "claims" / f"{digest_of(video_id)[:16]}.lock"
         try:
             while True:
                 with contextlib.ExitStack() as claim:
@@ -156,7 +149,7 @@ class Journal:
         return path
 
     def _failure(self, video_id: str) -> Path:
-        return self._folder / "failures" / f"{digest(video_id)}.json"
+        return self._folder / "failures" / f"{digest_of(video_id)[:16]}.json"
 
 
 def _remove(path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdist_e2e.extractors.video.reader import VideoError, failure, unfit
-from mmdist_e2e.store import VIDEO_SUFFIXES, digest_of, fast_digest
+from mmdist_e2e.store import VIDEO_SUFFIXES, fast_digest, fast_digest_of
 from mmdist_e2e.structures import MmdistError
 
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")  # two letters at least: C:/ is a drive
@@ -72,7 +72,7 @@ def source_of(path: Path) -> dict[str, Any]:
         return fast_digest(path)
     with _opened(url) as (files, name):
         size = int(files.size(name))
-        return digest_of(size, lambda begin, end: files.cat_file(name, start=begin, end=end))
+        return fast_digest_of(size, lambda begin, end: files.cat_file(name, start=begin, end=end))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from mmdist_e2e.grounding.data.annotations import Annotation
 from mmdist_e2e.grounding.data.features import FeatureTable
 from mmdist_e2e.grounding.data.text import Vocabulary
 from mmdist_e2e.grounding.network import GroundingNetwork, build_network
-from mmdist_e2e.store import write_atomically, write_json
+from mmdist_e2e.store import digest_of, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import SHIPPED_NAME, read_safetensors, shipped_word_vectors
 
@@ -150,11 +150,6 @@ def model_card(config: Mapping[str, Any]) -> str:
 - **Limits**: it knows what its training videos show and {model["vocabulary_size"]} words; its
   moments are about as long as its diversity prior asks for; on other videos it guesses.
 """
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def model_digest(trained: GroundingModel) -> str:

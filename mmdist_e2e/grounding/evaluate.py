@@ -31,7 +31,6 @@ from mmdist_e2e.grounding.answer import (
 )
 from mmdist_e2e.grounding.checkpoint import (
     annotations_digest,
-    digest_of,
     load_checkpoint,
     model_digest,
     refuse_other,
@@ -47,7 +46,7 @@ from mmdist_e2e.grounding.data.features import (
 )
 from mmdist_e2e.grounding.data.published import protocol_of
 from mmdist_e2e.grounding.network import GroundingNetwork, build_network
-from mmdist_e2e.store import check_out, row_writer, write_json
+from mmdist_e2e.store import check_out, digest_of, row_writer, write_json
 from mmdist_e2e.structures import MmdistError
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"

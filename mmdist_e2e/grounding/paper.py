@@ -23,7 +23,6 @@ from filelock import FileLock, Timeout
 from mmdist_e2e.grounding.answer import Progress
 from mmdist_e2e.grounding.checkpoint import (
     annotations_digest,
-    digest_of,
     input_differences,
 )
 from mmdist_e2e.grounding.config import advice, configure
@@ -32,7 +31,7 @@ from mmdist_e2e.grounding.data.features import load_features, places_of
 from mmdist_e2e.grounding.data.text import tokenize
 from mmdist_e2e.grounding.evaluate import evaluate_run, spread_over_runs
 from mmdist_e2e.grounding.train import train_run
-from mmdist_e2e.store import check_out, write_atomically, write_json
+from mmdist_e2e.store import check_out, digest_of, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError, check_choice
 from mmdist_e2e.weights.words import WordVectors
 

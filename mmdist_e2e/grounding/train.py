@@ -35,7 +35,6 @@ from mmdist_e2e.grounding.checkpoint import (
     STATE,
     annotations_digest,
     command_line,
-    digest_of,
     model_digest,
     refuse_other,
     save_checkpoint,
@@ -69,7 +68,7 @@ from mmdist_e2e.grounding.losses import BatchLoss, Taught
 from mmdist_e2e.grounding.network import build_network
 from mmdist_e2e.grounding.parallel import rank, several, share
 from mmdist_e2e.grounding.teacher import load_teacher, teach
-from mmdist_e2e.store import check_out, write_atomically, write_json
+from mmdist_e2e.store import check_out, digest_of, write_atomically, write_json
 from mmdist_e2e.structures import MmdistError
 from mmdist_e2e.weights.words import WordVectors
 
